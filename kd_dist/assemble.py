@@ -1,0 +1,265 @@
+"""From a recipe to the values that parts are made of. Below the commands, the only file that sees a whole recipe."""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd_dist import manifest
+from kd_dist.checkpoint import refuse_other_run
+from kd_dist.config import to_dict
+from kd_dist.data import Corridor, Shards, SignalShards
+from kd_dist.errors import DataError, MismatchError
+from kd_dist.losses import signals_needed
+from kd_dist.models import Network, build_network, load_weights, weights_digest
+from kd_dist.plan import Order, Plan, Sequential
+from kd_dist.recipe import Recipe, Stage
+from kd_dist.tasks import classification
+from kd_dist.views import ImageViews
+
+BEST = "best.safetensors"
+RESULT = "result.json"
+EVALUATION_BATCH = 256
+TRAINING_SPLIT, VALIDATION_SPLIT = "train", "val"
+STAGE_REFERENCE = "stage:"
+
+
+def shards_folder(recipe: Recipe) -> Path:
+    return Path(recipe.data.shards) / recipe.name
+
+
+def signals_folder(recipe: Recipe, split: str) -> Path:
+    return shards_folder(recipe) / split / recipe.teacher.name
+
+
+def stage_folder(recipe: Recipe, name: str) -> Path:
+    """Where a stage of this recipe and seed leaves its checkpoints, its best weights and its result."""
+    return Path(recipe.runs) / recipe.name / name / f"seed-{stage_seed(recipe, name)}"
+
+
+def stage_seed(recipe: Recipe, name: str) -> int:
+    """A teacher has one seed for all the students that learn from it."""
+    return recipe.teacher.seed if recipe.stages[name].model == "teacher" else recipe.seed
+
+
+def splits(recipe: Recipe) -> list[str]:
+    """The splits that a recipe needs, each once."""
+    return list(dict.fromkeys([TRAINING_SPLIT, VALIDATION_SPLIT, recipe.evaluate.split]))
+
+
+def stored_views(recipe: Recipe, split: str) -> int:
+    """Views of an example that the cache holds: V for training, 0 (the canonical one) elsewhere."""
+    return recipe.views.count if split == TRAINING_SPLIT else 0
+
+
+def view_policy(recipe: Recipe) -> ImageViews:
+    v = recipe.views
+    return ImageViews(
+        size=v.shape,
+        crop_scale=v.crop_scale,
+        crop_ratio=v.crop_ratio,
+        flip=v.flip,
+        brightness=v.brightness,
+        contrast=v.contrast,
+        saturation=v.saturation,
+        seed=v.seed,
+    )
+
+
+def examples(recipe: Recipe, split: str) -> Shards:
+    """The packed examples of a split. Raises DataError when they are not there or of another number of classes."""
+    folder = shards_folder(recipe) / split
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no example shards; run `kd-dist pack` first")
+    shards = Shards(folder)
+    packed = shards.manifest["classes"]
+    if packed != recipe.task.classes:
+        raise MismatchError(
+            f"{folder}: was packed with {packed} classes, task.classes is {recipe.task.classes}; correct the recipe"
+        )
+    return shards
+
+
+def decoder(recipe: Recipe) -> Any:
+    return functools.partial(classification.decode_example, classes=recipe.task.classes)
+
+
+def weights_file(recipe: Recipe, reference: str | None) -> Path | None:
+    """The file that `stage:NAME` or a path means; None for `pretrained` and for random weights."""
+    if reference is None or reference == "pretrained":
+        return None
+    if reference.startswith(STAGE_REFERENCE):
+        return stage_folder(recipe, reference.removeprefix(STAGE_REFERENCE)) / BEST
+    return Path(reference)
+
+
+def first_weights(recipe: Recipe, name: str) -> str | None:
+    """What a stage starts from. `teacher.weights` are what teacher stages lead to, so these start from `init` alone."""
+    stage = recipe.stages[name]
+    return stage.init or (recipe.student.weights if stage.model == "student" else None)
+
+
+def network(recipe: Recipe, which: str, reference: str | None, seed: int) -> Network:
+    """The `teacher` or `student` of the recipe with the weights that `reference` means; random ones follow `seed`."""
+    section = getattr(recipe, which)
+    torch.manual_seed(seed)
+    built = build_network(
+        section.model,
+        recipe.task.classes,
+        options=section.options,
+        pretrained=reference == "pretrained",
+        image_size=section.image_size,
+        mean=section.mean,
+        std=section.std,
+    )
+    file = weights_file(recipe, reference)
+    if file is not None:
+        load_weights(built, file)
+    return built
+
+
+def teacher_network(recipe: Recipe) -> Network:
+    """The teacher with its weights, frozen, in evaluation mode."""
+    return network(recipe, "teacher", recipe.teacher.weights, recipe.teacher.seed).eval().requires_grad_(False)
+
+
+def teacher_identity(recipe: Recipe, built: Network | None = None) -> dict[str, Any]:
+    """Who the teacher is, for a manifest. The digest is of the weights file, or of `built` where there is no file;
+    None when neither is at hand (a machine that only trains)."""
+    t = recipe.teacher
+    file = weights_file(recipe, t.weights)
+    digest = None
+    if file is not None and file.is_file():
+        digest = file_digest(file)
+    elif file is None and built is not None:
+        digest = weights_digest(built)
+    kind = "file" if file is not None else t.weights or "random"
+    described = {name: getattr(t, name) for name in ("name", "model", "options", "image_size", "mean", "std")}
+    return {**described, "weights": kind, "weights_sha256": digest}
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def signals(recipe: Recipe, split: str, of: Shards) -> SignalShards:
+    """The cached signals of a split. Raises MismatchError, naming both values, when they are not this recipe's."""
+    folder = signals_folder(recipe, split)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no cached signals; run `kd-dist cache-teacher` first")
+    cache = SignalShards(folder, of)
+    ours, theirs = manifest.plain(teacher_identity(recipe)), dict(cache.manifest["teacher"])
+    if ours["weights_sha256"] is None:
+        ours["weights_sha256"] = theirs["weights_sha256"]
+    expected = {"teacher": ours, "views": views_identity(recipe, split), "codec": recipe.cache.logits}
+    there = {"teacher": theirs, "views": cache.manifest["views"], "codec": cache.manifest["codec"]["logits"]}
+    difference = manifest.first_difference(expected, there)
+    if difference is not None:
+        place, mine, its = difference
+        raise MismatchError(
+            f"{folder}: was made with {place} = {its!r}, the recipe has {mine!r}; restore the recipe, or delete the "
+            f"folder and run `kd-dist cache-teacher`"
+        )
+    return cache
+
+
+def views_identity(recipe: Recipe, split: str) -> dict[str, Any]:
+    """The view policy of a split as a manifest states it. Canonical views depend on nothing but their size."""
+    views = stored_views(recipe, split)
+    if not views:
+        return {"canonical": True, "count": 1, "size": list(recipe.views.shape)}
+    return manifest.plain({"canonical": False, "count": views, **vars(view_policy(recipe))})
+
+
+def training_corridor(recipe: Recipe, name: str, rank: int, world: int) -> Corridor:
+    """The batches of a training stage, from stored signals, for an online teacher, or for no teacher at all.
+
+    Without a teacher an example gets a fresh view each epoch: nothing limits a student that trains alone. With one,
+    cached or online, it gets the V views of the recipe.
+    """
+    stage = recipe.stages[name]
+    packed = examples(recipe, TRAINING_SPLIT)
+    taught = bool(signals_needed(stage.losses))
+    cached = taught and stage.teacher == "cached"
+    d = recipe.data
+    seed = stage_seed(recipe, name)
+    order = Order.default(len(packed), packed.example_bytes(), seed, d.block, d.lanes, d.window)
+    return Corridor(
+        examples=packed,
+        signals=signals(recipe, TRAINING_SPLIT, packed) if cached else None,
+        decode=decoder(recipe),
+        policy=view_policy(recipe),
+        plan=Plan(order, stage.batch_size, world, stage.accumulate),
+        rank=rank,
+        views=recipe.views.count if taught else None,
+        epochs=stage.epochs,
+    )
+
+
+def evaluation_corridor(recipe: Recipe, split: str, rank: int, world: int, cached: bool) -> Corridor:
+    """Every example of a split once, in its canonical view, with the teacher's signals if `cached`."""
+    packed = examples(recipe, split)
+    return Corridor(
+        examples=packed,
+        signals=signals(recipe, split, packed) if cached else None,
+        decode=decoder(recipe),
+        policy=view_policy(recipe),
+        plan=Plan(Sequential(len(packed)), EVALUATION_BATCH * world, world, 1),
+        rank=rank,
+        views=0,
+    )
+
+
+def stage_identity(recipe: Recipe, name: str, corridor: Corridor) -> dict[str, Any]:
+    """All that decides the result of a stage, for its checkpoints: another value is another run."""
+    stage: Stage = recipe.stages[name]
+    free = {"max_steps", "log_every", "checkpoint_every"}  # may change between a stop and its resume
+    section = to_dict(getattr(recipe, stage.model))
+    section.pop("weights")
+    start = first_weights(recipe, name)
+    file = weights_file(recipe, start)
+    return manifest.plain(
+        {
+            "stage": {key: value for key, value in to_dict(stage).items() if key not in free},
+            "start": start if file is None else file_digest(file) if file.is_file() else str(file),
+            stage.model: section,
+            "metric": recipe.evaluate.metric,
+            "seed": stage_seed(recipe, name),
+            "views": views_identity(recipe, TRAINING_SPLIT),
+            "order": manifest.plain(vars(corridor.plan.order)),
+            "examples": corridor.examples.fingerprint,
+            "signals": None if corridor.signals is None else corridor.signals.fingerprint,
+        }
+    )
+
+
+def role(recipe: Recipe, name: str) -> str:
+    """What a stage's model is in a report: teacher, student_alone or student_kd."""
+    stage = recipe.stages[name]
+    if stage.model == "teacher":
+        return "teacher"
+    return "student_kd" if signals_needed(stage.losses) else "student_alone"
+
+
+def planned_steps(stage: Stage, corridor: Corridor) -> int:
+    """Where a stage ends, in optimiser steps, unless its patience runs out before."""
+    planned = stage.epochs * corridor.plan.steps_per_epoch
+    return min(planned, stage.max_steps or planned)
+
+
+def stage_result(recipe: Recipe, name: str) -> dict[str, Any] | None:
+    """The result of a stage that this recipe has trained to its end; None when it has yet to.
+
+    Raises TrainingError when the folder holds the result of another recipe.
+    """
+    path = stage_folder(recipe, name) / RESULT
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text())
+    corridor = training_corridor(recipe, name, rank=0, world=1)
+    refuse_other_run(path.parent, result["identity"], stage_identity(recipe, name, corridor))
+    return result if result["steps"] == planned_steps(recipe.stages[name], corridor) else None

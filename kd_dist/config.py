@@ -1,0 +1,351 @@
+"""A recipe file and the overrides of a command line become a checked `Recipe`, or one sentence that says what is wrong.
+
+Plain YAML and nothing else: no tags, no merge keys, no key twice. A plain scalar is read by the type of its key;
+where the type is free, numbers (`3e-4` among them), `true`, `false` and `null` mean themselves and all else is text.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from kd_dist.choose import describe, fits, hint
+from kd_dist.errors import RecipeError
+from kd_dist.losses import check_losses, signals_needed
+from kd_dist.recipe import Recipe, Views
+from kd_dist.sources import SOURCES
+
+Keys = tuple[str, ...]  # the way from the top of a recipe to a value: ("stages", "distill", "lr")
+Place = Callable[[int], str]  # a line number, from 1, to what an error begins with
+Problems = Iterator[tuple[Keys, str]]  # where a value is, and the sentence that says what is wrong with it
+
+COMMAND_LINE = "command line"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # 32: `<key>.<teacher>.npy` has to fit a tar header
+FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+MODEL = re.compile(r"(timm|torchvision|kd_dist)/\S+|" + FACTORY.pattern)
+INTEGER = re.compile(r"[-+]?[0-9]{1,18}")  # 18 digits fit 64 bits; a longer one is read as a float
+FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "Null": None, "~": None, "": None}
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> Recipe:
+    """The recipe in the file `path`, read and checked before anything is built.
+
+    `overrides` are `section.key=value` with the value in YAML; they replace or add keys. With `stage` given, that stage
+    must exist and the prefix `train.` stands for `stages.<stage>.`. Everything wrong is a RecipeError that begins with
+    `<path>:<line>: ` or `command line: `, and with the keys that lead to the place.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
+        raise RecipeError(f"{path}: the recipe cannot be read: {reason}") from error
+    root = _parse(text, lambda line: f"{path}:{line}", ())
+    if stage is not None:
+        _check_stage(root, stage)
+    for override in overrides:
+        root = _overridden(root, override, stage)
+    recipe = _build(root, Recipe, ())
+    if recipe.name is None:
+        recipe = dataclasses.replace(recipe, name=Path(path).stem)
+    for keys, sentence in _problems(recipe):
+        raise _error(_where(root, keys), keys, sentence)
+    return recipe
+
+
+def to_dict(recipe: Any) -> Any:
+    """A recipe, or any section of one, as dicts, lists and scalars: equal to itself after a trip through JSON."""
+    if dataclasses.is_dataclass(recipe):
+        return {field.name: to_dict(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
+    if isinstance(recipe, dict):
+        return {key: to_dict(value) for key, value in recipe.items()}
+    if isinstance(recipe, (list, tuple)):
+        return [to_dict(value) for value in recipe]
+    return recipe
+
+
+# ---------------------------------------------------------------------------------------------- text to nodes
+
+
+class _Node(NamedTuple):
+    """A value of the file, and where it was written."""
+
+    value: Any  # dict of _Node, list of _Node, or a scalar
+    text: str | None  # a plain scalar as written; None for all else
+    where: str  # "configs/pets.yaml:14" or "command line"
+
+
+def _error(where: str, keys: Keys, sentence: str) -> RecipeError:
+    return RecipeError(": ".join(filter(None, (where, ".".join(keys), sentence))))
+
+
+def _parse(text: str, place: Place, keys: Keys) -> _Node:
+    """Read YAML text as the value of `keys`."""
+    try:
+        node = yaml.compose(text, Loader=yaml.BaseLoader)
+    except yaml.MarkedYAMLError as error:
+        line = (error.problem_mark or error.context_mark).line + 1
+        raise _error(place(line), keys, f"not valid YAML: {error.problem}") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise _error(place(line), keys, f"not valid YAML: {error.reason}") from error
+    if node is None:
+        return _Node(None, "", place(1))
+    return _convert(node, place(node.start_mark.line + 1), place, keys, ())
+
+
+def _convert(node: yaml.Node, where: str, place: Place, keys: Keys, outer: tuple[yaml.Node, ...]) -> _Node:
+    """A YAML node as ours. A value belongs to the line of its key, `where`; `outer` holds the nodes around it."""
+    # BaseLoader gives these three tags to whatever was written without one, so any other was written.
+    if node.tag.removeprefix("tag:yaml.org,2002:") not in ("str", "seq", "map"):
+        raise _error(where, keys, f"tag '{node.tag}' is not allowed; a recipe holds plain values only")
+    if node in outer:
+        raise _error(where, keys, "an alias stands inside the value it names; write the value out")
+    outer = (*outer, node)
+    if isinstance(node, yaml.ScalarNode):  # one in quotes has a style
+        return _Node(node.value, None, where) if node.style else _Node(_scalar(node.value), node.value, where)
+    if isinstance(node, yaml.SequenceNode):
+        return _Node([_convert(item, where, place, keys, outer) for item in node.value], None, where)
+    children: dict[str, _Node] = {}
+    for key, value in node.value:
+        line = place(key.start_mark.line + 1)
+        if not isinstance(key, yaml.ScalarNode):
+            raise _error(line, keys, "a key must be a word, not a list or a mapping")
+        if key.value in children:
+            raise _error(line, keys, f"key '{key.value}' is given twice; first at {children[key.value].where}")
+        children[key.value] = _convert(value, line, place, (*keys, key.value), outer)
+    return _Node(children, None, where)
+
+
+def _scalar(text: str) -> Any:
+    """A plain scalar by itself, close to YAML 1.2's core rules: `no`, `yes` and `on` are texts."""
+    if text in WORDS:
+        return WORDS[text]
+    if INTEGER.fullmatch(text):
+        return int(text)
+    if FLOAT.fullmatch(text) and math.isfinite(float(text)):
+        return float(text)
+    return text
+
+
+# ---------------------------------------------------------------------------------------------- overrides
+
+
+def _check_stage(root: _Node, name: str) -> None:
+    stages = root.value.get("stages") if isinstance(root.value, dict) else None
+    names = stages.value if stages is not None and isinstance(stages.value, dict) else {}
+    if name not in names:
+        raise _error(COMMAND_LINE, (), f"unknown stage '{name}'{hint(name, names)}")
+
+
+def _overridden(root: _Node, override: str, stage: str | None) -> _Node:
+    """`root` with one `a.b=value` of the command line put in."""
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise _error(COMMAND_LINE, (), f"'{override}' must have the form section.key=value")
+    keys = tuple(name.strip().split("."))
+    if keys[0] == "train":
+        if stage is None:
+            raise _error(COMMAND_LINE, keys, "'train.' stands for the chosen stage, and none is; write stages.<name>.")
+        keys = ("stages", stage, *keys[1:])
+    if keys[0] == "stages" and len(keys) > 1:
+        _check_stage(root, keys[1])
+    return _grafted(root, keys, _parse(text, lambda line: COMMAND_LINE, keys))
+
+
+def _grafted(node: _Node, keys: Keys, new: _Node) -> _Node:
+    """A copy of `node` with `new` at `keys`. What an alias shares with other places stays as it was there."""
+    if not keys:
+        return new
+    if not isinstance(node.value, dict):
+        node = _Node({}, None, COMMAND_LINE)
+    inner = node.value.get(keys[0], _Node({}, None, COMMAND_LINE))
+    return node._replace(value={**node.value, keys[0]: _grafted(inner, keys[1:], new)})
+
+
+def _where(root: _Node, keys: Keys) -> str:
+    """Where the value at `keys` was written, or the nearest section around it when its default holds."""
+    for key in keys:
+        if not isinstance(root.value, dict) or key not in root.value:
+            break
+        root = root.value[key]
+    return root.where
+
+
+# ---------------------------------------------------------------------------------------------- nodes to dataclasses
+
+
+def _build(node: _Node, wanted: Any, keys: Keys) -> Any:
+    """The value of `node` as the type `wanted`: a dataclass, a dict, Any, or what kd_dist.choose.fits knows."""
+    if dataclasses.is_dataclass(wanted):
+        return _section(node, wanted, keys)
+    if typing.get_origin(wanted) is dict:
+        inner = typing.get_args(wanted)[1]
+        return {key: _build(child, inner, (*keys, key)) for key, child in _children(node, keys).items()}
+    value = _plain(node)
+    if wanted is Any:
+        return value
+    bare = _bare(wanted)
+    if not fits(value, bare) and None not in (value, node.text) and fits(node.text, bare):
+        value = node.text  # a text that looks like something else, such as `name: 2026`
+    if not fits(value, bare):
+        raise _error(node.where, keys, f"must be {describe(bare)}, not {_shown(node)}")
+    try:
+        return _settled(value, wanted)
+    except ValueError as error:
+        raise _error(node.where, keys, str(error)) from error
+
+
+def _section(node: _Node, cls: type, keys: Keys) -> Any:
+    """A mapping as the dataclass `cls`; unknown and missing keys are refused."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls, include_extras=True)
+    children = _children(node, keys)
+    for key, child in children.items():
+        if key not in fields:
+            raise _error(child.where, keys, f"unknown key '{key}'{hint(key, fields)}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in children:
+            raise _error(node.where, keys, f"required key '{name}' is missing")
+    return cls(**{key: _build(child, hints[key], (*keys, key)) for key, child in children.items()})
+
+
+def _children(node: _Node, keys: Keys) -> dict[str, _Node]:
+    if node.text == "":  # a section whose keys are all left out or commented out
+        return {}
+    if not isinstance(node.value, dict):
+        raise _error(node.where, keys, f"must be a mapping of keys to values, not {_shown(node)}")
+    return node.value
+
+
+def _plain(node: _Node) -> Any:
+    if isinstance(node.value, dict):
+        return {key: _plain(child) for key, child in node.value.items()}
+    return [_plain(item) for item in node.value] if isinstance(node.value, list) else node.value
+
+
+def _shown(node: _Node) -> str:
+    """A value as an error quotes it: a scalar as it was written."""
+    return "empty" if node.text == "" else repr(_plain(node) if node.text is None else node.text)
+
+
+def _bare(wanted: Any) -> Any:
+    """A type without its bounds."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is typing.Annotated:
+        return arguments[0]
+    if origin in (typing.Union, types.UnionType):
+        return functools.reduce(operator.or_, map(_bare, arguments))
+    return tuple[tuple(map(_bare, arguments))] if origin is tuple else wanted
+
+
+def _settled(value: Any, wanted: Any) -> Any:
+    """A value that fits, lists as tuples and whole numbers as floats where asked. ValueError: out of bounds."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is typing.Annotated:
+        inner, bound = arguments
+        if not bound.holds(value):
+            raise ValueError(f"must be {describe(inner)}, {bound.words}, not {value!r}")
+        return _settled(value, inner)
+    if origin in (typing.Union, types.UnionType):
+        return _settled(value, next(one for one in arguments if fits(value, _bare(one))))
+    if origin is tuple:
+        return tuple(map(_settled, value, arguments))
+    return float(value) if wanted is float else value
+
+
+# ---------------------------------------------------------------------------------------------- what must go together
+
+
+def _problems(recipe: Recipe) -> Problems:
+    """What is wrong between values that are each well formed: the keys that lead there, and a sentence."""
+    yield from _name_problems(recipe)
+    yield from _data_problems(recipe)
+    yield from _view_problems(recipe.views)
+    if recipe.cache.logits == "uint8" and recipe.task.classes == 2:
+        yield ("cache", "logits"), "two classes store one margin, for which 'uint8' is too coarse; use 'fp16' or 'fp32'"
+    for section, network in (("teacher", recipe.teacher), ("student", recipe.student)):
+        if not MODEL.fullmatch(network.model):
+            forms = "timm/<name>, torchvision/<name>, kd_dist/<name> or package.module:factory"
+            yield (section, "model"), f"'{network.model}' is not a model; write {forms}"
+        yield from _weights_problems(recipe, (section, "weights"), network.weights, section, list(recipe.stages))
+    if not recipe.stages:
+        yield ("stages",), "at least one stage is needed"
+    for name in recipe.stages:
+        yield from _stage_problems(recipe, name)
+
+
+def _name_problems(recipe: Recipe) -> Problems:
+    """Names that become folders and parts of tar members."""
+    named = [(("name",), recipe.name), (("teacher", "name"), recipe.teacher.name)]
+    named += [(("stages", name), name) for name in recipe.stages]
+    named += [(("data", "splits", name), name) for name in recipe.data.splits]
+    for keys, name in named:
+        if not NAME.fullmatch(name):
+            yield keys, f"'{name}' is not a safe name; use 1 to 32 of A-Z a-z 0-9 _ -, a letter or digit first"
+
+
+def _data_problems(recipe: Recipe) -> Problems:
+    source, splits = recipe.data.source, recipe.data.splits
+    if source not in SOURCES and not FACTORY.fullmatch(source):
+        yield ("data", "source"), f"'{source}' is neither a source nor package.module:factory{hint(source, SOURCES)}"
+    for name in ("train", "val"):
+        if name not in splits:
+            yield ("data", "splits"), f"split '{name}' is missing; training needs 'train' and 'val'"
+    if not math.isclose(sum(splits.values()), 1.0, abs_tol=1e-6):
+        yield ("data", "splits"), f"the fractions must sum to 1, not {sum(splits.values()):g}"
+    if recipe.evaluate.split not in splits:
+        yield ("evaluate", "split"), f"unknown split '{recipe.evaluate.split}'{hint(recipe.evaluate.split, splits)}"
+
+
+def _view_problems(views: Views) -> Problems:
+    for name, (low, high) in (("crop_scale", views.crop_scale), ("crop_ratio", views.crop_ratio)):
+        if low > high:
+            yield ("views", name), f"the range must begin with its lower end, not {low:g} before {high:g}"
+    if views.crop_scale[1] > 1:
+        yield ("views", "crop_scale"), f"a crop cannot cover more than the image: {views.crop_scale[1]:g} is above 1"
+
+
+def _weights_problems(recipe: Recipe, keys: Keys, weights: str | None, model: str, above: Sequence[str]) -> Problems:
+    """First weights for `model`, "teacher" or "student"; they may come from the stages `above`."""
+    if weights is None or weights == "pretrained":
+        return
+    if not weights.startswith("stage:"):
+        if not Path(weights).exists():
+            yield keys, f"no file '{weights}'; give a file, 'pretrained' or 'stage:<name>'"
+        return
+    name = weights.removeprefix("stage:")
+    if name not in recipe.stages:
+        yield keys, f"unknown stage '{name}'{hint(name, recipe.stages)}"
+    elif recipe.stages[name].model != model:
+        yield keys, f"stage '{name}' trains the {recipe.stages[name].model}, not the {model}"
+    elif name not in above:
+        yield keys, f"stage '{name}' must stand above the stage that starts from it"
+
+
+def _stage_problems(recipe: Recipe, name: str) -> Problems:
+    stage, keys, order = recipe.stages[name], ("stages", name), list(recipe.stages)
+    yield from _weights_problems(recipe, (*keys, "init"), stage.init, stage.model, order[: order.index(name)])
+    if stage.batch_size % stage.accumulate:
+        yield (*keys, "batch_size"), f"{stage.batch_size} cannot be divided by accumulate, {stage.accumulate}"
+    if stage.min_lr > stage.lr:
+        yield (*keys, "min_lr"), f"{stage.min_lr:g} is above lr, {stage.lr:g}"
+    if not stage.losses:
+        yield (*keys, "losses"), "at least one loss is needed"
+    for loss, options in stage.losses.items():
+        try:
+            check_losses({loss: options}, recipe.task.name, recipe.task.classes)
+        except RecipeError as error:
+            yield (*keys, "losses", loss), str(error).removeprefix(f"loss '{loss}': ")  # the keys have said it
+            continue
+        if stage.model == "teacher" and signals_needed({loss: options}):
+            yield (*keys, "losses", loss), "needs a teacher's signals, and this stage trains the teacher"

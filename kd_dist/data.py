@@ -1,0 +1,246 @@
+"""The corridor: which rows a rank needs (plan), read, verify, decode, replay, collate.
+
+A map-style dataset indexed by the micro-batch's place in the whole run: workers are stateless, there is no worker
+split to get wrong, the length is exact and resuming is one integer. Accelerate must not shard it again, so it is never
+given to `prepare`: a rank's `Corridor` already holds that rank's share only.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from kd_dist import manifest
+from kd_dist.batch import Batch, Example, TeacherSignal
+from kd_dist.errors import MismatchError, ShardError
+from kd_dist.plan import Plan, mix, view_number
+from kd_dist.shards import Shard
+from kd_dist.signals import LogitsCodec, dtype_from_json, from_row_bytes, npy_header_size
+from kd_dist.views import ImageViews, canonical, draw, input_crc, replay
+
+Decode = Callable[[str, Mapping[str, bytes]], Example]
+CHECK_ONE_IN = 16  # examples whose pixels are compared with the stored CRC, a different sixteenth each epoch
+
+
+class Shards:
+    """The shards of one finished folder as one sequence of examples, in manifest order. Opened on first use."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = manifest.read_manifest(folder)
+        if not self.manifest["complete"]:
+            raise ShardError(
+                f"{folder}: not finished; run the command that makes it again, it goes on where it stopped"
+            )
+        rows = self.manifest["shards"]
+        self.paths = [folder / row["name"] for row in rows]
+        self.starts = np.concatenate([[0], np.cumsum([row["examples"] for row in rows], dtype=np.int64)])
+        self._open: dict[int, Shard] = {}
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Example ids -> (shard number, place in the shard)."""
+        shards = np.searchsorted(self.starts, ids, side="right") - 1
+        return shards, ids - self.starts[shards]
+
+    def shard(self, number: int) -> Shard:
+        if number not in self._open:
+            shard, row = Shard(self.paths[number]), self.manifest["shards"][number]
+            if shard.sha256 != row["sha256"] or len(shard) != row["examples"]:
+                raise ShardError(
+                    f"{self.paths[number]}: its index holds {len(shard)} examples with sha256 {shard.sha256[:12]}, the "
+                    f"manifest {row['examples']} with {row['sha256'][:12]}; delete the folder and make it again"
+                )
+            self._open[number] = shard
+        return self._open[number]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """One digest of everything in the folder: what a cache of it is bound to."""
+        return manifest.fingerprint(self.manifest)
+
+    def example_bytes(self) -> int:
+        """Mean bytes of an example on disk."""
+        return max(1, sum(path.stat().st_size for path in self.paths) // max(1, len(self)))
+
+
+class SignalShards(Shards):
+    """A teacher's rows for a folder of example shards: one verified `pread` a view."""
+
+    def __init__(self, folder: Path, examples: Shards) -> None:
+        super().__init__(folder)
+        about = self.manifest
+        if about["examples_fingerprint"] != examples.fingerprint:
+            raise MismatchError(
+                f"{folder}: was made from examples {about['examples_fingerprint'][:12]}, {examples.folder} now holds "
+                f"{examples.fingerprint[:12]}; delete {folder} and run `kd-dist cache-teacher`"
+            )
+        self.examples = examples
+        self.teacher: str = about["teacher"]["name"]
+        self.views: int = about["views"]["count"]
+        self.dtype = dtype_from_json(about["row_dtype"])
+        self.codec = LogitsCodec(about["codec"]["logits"], about["classes"])
+        self.header = npy_header_size(self.dtype, self.views)
+        bad = {row["key"] for row in about["quarantined"]}
+        self.quarantined = np.array(self._ids_of(bad), dtype=np.int64)
+
+    def _ids_of(self, keys: set[str]) -> list[int]:
+        if not keys:
+            return []
+        return [
+            int(self.starts[number]) + place
+            for number in range(len(self.paths))
+            for place, key in enumerate(self.shard(number).keys)
+            if key in keys
+        ]
+
+    def rows(self, ids: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """Example ids and view numbers, both (B,) -> structured rows (B,), each checked against its CRC."""
+        numbers, places = self.locate(ids)
+        found = [
+            self._row(int(number), int(place), int(view))
+            for number, place, view in zip(numbers, places, views, strict=True)
+        ]
+        return np.concatenate(found)
+
+    def _row(self, number: int, place: int, view: int) -> np.ndarray:
+        shard, twin = self.shard(number), self.examples.shard(number)
+        key = shard.key(place)
+        if key != twin.key(place):
+            raise MismatchError(
+                f"{shard.path}: example {place} is '{key}', in {twin.path} it is '{twin.key(place)}'; "
+                f"delete {self.folder} and run `kd-dist cache-teacher`"
+            )
+        offset, size = shard.member(place, f"{self.teacher}.npy")
+        stride = self.dtype.itemsize
+        if size != self.header + self.views * stride:
+            raise ShardError(
+                f"{shard.path}: '{key}' has {size} bytes, not {self.views} rows; delete it and cache again"
+            )
+        payload = shard.pread(offset + self.header + view * stride, stride)
+        return from_row_bytes(payload, self.dtype, f"{shard.path}: '{key}' view {view}")
+
+
+@dataclass(frozen=True)
+class Corridor(Dataset[Batch]):
+    """Micro-batches of one rank, by their number in the whole run: `step * accumulate + micro`."""
+
+    examples: Shards
+    signals: SignalShards | None
+    decode: Decode
+    policy: ImageViews
+    plan: Plan
+    rank: int
+    views: int | None  # views an example has; None: a fresh one each epoch; 0: the canonical one
+    epochs: int = 1
+
+    def __len__(self) -> int:
+        return self.epochs * self.plan.steps_per_epoch * self.plan.accumulate
+
+    def __getitem__(self, cursor: int) -> Batch:
+        step, micro = divmod(cursor, self.plan.accumulate)
+        epoch = step // self.plan.steps_per_epoch
+        ids, total = self.plan.share(step, self.rank, micro), self.plan.total(step)
+        if self.signals is not None and len(self.signals.quarantined):
+            total -= int(np.isin(self.plan.step_examples(step), self.signals.quarantined).sum())
+            ids = ids[~np.isin(ids, self.signals.quarantined)]
+        filler = len(ids) == 0
+        rows = self._rows(np.zeros(1, np.int64) if filler else ids, epoch)
+        keys, pixels, targets, logits = rows
+        return Batch(
+            keys=keys,
+            images=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+            targets=torch.from_numpy(targets),
+            valid=torch.full((len(keys),), not filler),
+            total=max(total, 1),
+            signals=None if logits is None else TeacherSignal(torch.from_numpy(logits)),
+        )
+
+    def _rows(self, ids: np.ndarray, epoch: int) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray | None]:
+        examples = read_examples(self.examples, ids, self.decode)
+        numbers = self._view_numbers(ids, epoch)
+        stored = None if self.signals is None else self.signals.rows(ids, numbers)
+        pixels = np.empty((len(ids), *self.policy.size, 3), np.uint8)
+        for row, example in enumerate(examples):
+            view = self._view(example, int(numbers[row])) if stored is None else stored["view"][row]
+            pixels[row] = replay(example.image, view, self.policy.size)
+        if stored is not None:
+            self._check_pixels(ids, epoch, examples, pixels, stored)
+        logits = None if self.signals is None else self.signals.codec.decode(stored)
+        targets = np.array([example.target for example in examples], np.int64)
+        return tuple(example.key for example in examples), pixels, targets, logits
+
+    def _view_numbers(self, ids: np.ndarray, epoch: int) -> np.ndarray:
+        if self.views is None:
+            return np.full(len(ids), epoch)
+        return view_number(ids, epoch, max(self.views, 1), self.policy.seed)
+
+    def _view(self, example: Example, number: int) -> np.void:
+        size = example.image.shape[:2]
+        return canonical(self.policy, size) if self.views == 0 else draw(self.policy, example.key, number, size)
+
+    def _check_pixels(
+        self, ids: np.ndarray, epoch: int, examples: list[Example], pixels: np.ndarray, stored: np.ndarray
+    ) -> None:
+        turn = (mix(self.policy.seed, ids) + np.uint64(epoch)) % np.uint64(CHECK_ONE_IN) == 0
+        for row in np.flatnonzero(turn):
+            there, here = int(stored["input_crc"][row]), input_crc(pixels[row])
+            if there != here:
+                raise MismatchError(
+                    f"example '{examples[row].key}': its pixels have CRC {here:08x}, the teacher saw {there:08x}; the "
+                    f"cache was made with {describe(self.signals.manifest['versions'])}, here is "
+                    f"{describe(manifest.versions())}: decode with the same versions, or make the cache again"
+                )
+
+
+def describe(versions: dict[str, str]) -> str:
+    """The versions that decide what pixels a file becomes."""
+    return f"Pillow {versions['pillow']}"
+
+
+def read_examples(shards: Shards, ids: np.ndarray, decode: Decode) -> list[Example]:
+    """Read, verify and decode the examples with these ids, in their order."""
+    numbers, places = shards.locate(ids)
+    return [
+        decode((shard := shards.shard(int(number))).key(int(place)), shard.read(int(place)))
+        for number, place in zip(numbers, places, strict=True)
+    ]
+
+
+def batches(corridor: Corridor, start: int, stop: int, workers: int, pin: bool) -> Iterator[Batch]:
+    """Batches `start` to `stop` in order, prefetched by `workers` processes (0: read in this one)."""
+    options: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
+    return iter(
+        DataLoader(
+            corridor,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin,
+            generator=torch.Generator(),  # the global one belongs to the training step
+            **options,
+        )
+    )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on the device."""
+    signals = batch.signals and TeacherSignal(*(field.to(device, non_blocking=True) for field in batch.signals))
+    return batch._replace(
+        images=batch.images.to(device, non_blocking=True),
+        targets=batch.targets.to(device, non_blocking=True),
+        valid=batch.valid.to(device, non_blocking=True),
+        signals=signals,
+    )

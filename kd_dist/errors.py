@@ -1,0 +1,50 @@
+"""What can go wrong, each as one clear sentence: where, what, and what to do about it."""
+
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class KdError(Exception):
+    """Base of every error that a user can mend. The command line prints the sentence and exits with 1."""
+
+
+class RecipeError(KdError):
+    """A recipe, or an override on the command line, that cannot be what was meant."""
+
+
+class DataError(KdError):
+    """Raw data, or an example in a shard, that cannot be read or does not fit the task."""
+
+
+class ShardError(KdError):
+    """A shard, index or manifest that is damaged, incomplete or not ours."""
+
+
+class MismatchError(KdError):
+    """Two things that must belong together do not: a cache and a recipe, a checkpoint and a recipe, two ranks."""
+
+
+class ModelError(KdError):
+    """A model that cannot be built, weights that do not fit it, or an output of the wrong kind."""
+
+
+class TrainingError(KdError):
+    """A training run that cannot go on."""
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """For the commands: an error that a user can mend becomes one sentence on stderr and exit status 1."""
+    try:
+        yield
+    except KdError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        sys.exit(
+            f"error: {error.filename or 'writing'}: {error.strerror}; make room or choose another folder, then run the "
+            f"same command again: finished shards and checkpoints are kept"
+        )

@@ -1,0 +1,150 @@
+"""Models by name. One file a family; every model owns its normalisation and takes uint8 or [0, 1] images."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd_dist import choose
+from kd_dist.errors import ModelError, RecipeError
+
+
+class Built(NamedTuple):
+    """What a family returns: an architecture and the normalisation that it was made for."""
+
+    backbone: nn.Module  # (B, 3, H, W) float, normalised -> (B, classes)
+    mean: Sequence[float]  # per channel, of images in [0, 1]
+    std: Sequence[float]
+
+
+# Where each family lives, as `build(name, classes, pretrained, options) -> Built`: its library loads only when chosen.
+FAMILIES = {"timm": "kd_dist.models.timm:build"}
+
+
+class Network(nn.Module):
+    """A backbone behind its own preprocessing: raw images in, logits out.
+
+    Input (B, 3, H, W): uint8, or float in [0, 1]. Output (B, classes). A one-output head of a two-class task becomes
+    [0, z], which has the same softmax. Any other shape is a ModelError on the first batch.
+    """
+
+    def __init__(self, built: Built, classes: int, image_size: int | None, label: str) -> None:
+        super().__init__()
+        self.backbone = built.backbone
+        self.classes, self.image_size, self.label = classes, image_size, label
+        # Not persistent: the recipe states them, and weights stay plain weights of the architecture.
+        self.register_buffer("mean", torch.tensor(built.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(built.std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = images.to(self.mean.dtype) / 255 if images.dtype == torch.uint8 else images
+        size = self.image_size
+        if size is not None and pixels.shape[-2:] != (size, size):
+            pixels = F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False, antialias=True)
+        logits = self.backbone((pixels - self.mean) / self.std)
+        if not isinstance(logits, Tensor):
+            raise ModelError(f"{self.label}: returns {type(logits).__name__}, not one tensor of logits")
+        if self.classes == 2 and logits.shape == (len(images), 1):
+            return torch.cat([torch.zeros_like(logits), logits], dim=1)
+        if logits.shape != (len(images), self.classes):
+            raise ModelError(
+                f"{self.label}: gives logits of shape {tuple(logits.shape)} for {len(images)} images, but the task has "
+                f"{self.classes} classes: expected ({len(images)}, {self.classes})"
+            )
+        return logits
+
+
+def build_network(
+    model: str,
+    classes: int,
+    *,
+    options: dict[str, Any],
+    pretrained: bool = False,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Network:
+    """Build `family/name` or `package.module:factory`.
+
+    A user's factory is called as `factory(classes=..., **options)` and returns an nn.Module from normalised
+    (B, 3, H, W) to (B, classes); without `mean` and `std` in the recipe it gets images in [0, 1] as they are.
+    """
+    if ":" in model:
+        factory = choose.imported(model)
+        choose.check_options(factory, options, given=["classes"])
+        backbone = factory(classes=classes, **options)
+        if not isinstance(backbone, nn.Module):
+            raise ModelError(f"{model}: returned {type(backbone).__name__}, not a torch.nn.Module")
+        built = Built(backbone, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    else:
+        family, _, name = model.partition("/")
+        build = choose.imported(choose.entry(FAMILIES, "model family", family))
+        built = build(name, classes, pretrained, options)
+    built = built._replace(mean=mean or built.mean, std=std or built.std)
+    return Network(built, classes, image_size, model)
+
+
+def load_weights(network: Network, path: str | Path) -> None:
+    """Load a .safetensors file, or a torch file read with `weights_only=True`, strictly into the backbone.
+
+    A torch file may hold the weights under `state_dict` or `model`. Missing, unexpected or misshapen entries are a
+    ModelError that names the first of each.
+    """
+    weights = read_weights(path)
+    expected = network.backbone.state_dict()
+    missing, foreign = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    bent = [name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape]
+    problems = [f"lacks '{missing[0]}' and {len(missing) - 1} more"] if missing else []
+    problems += [f"has '{foreign[0]}' and {len(foreign) - 1} more that the model lacks"] if foreign else []
+    problems += [
+        f"'{name}' is {tuple(weights[name].shape)}, the model's {tuple(expected[name].shape)}" for name in bent[:1]
+    ]
+    if problems:
+        raise ModelError(f"{path}: does not fit {network.label}: {'; '.join(problems)}; give the weights of this model")
+    network.backbone.load_state_dict(weights)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a weights file, on the CPU. Nothing is unpickled."""
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such weights file; train the stage that makes it, or correct the path")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every reader has its own exception for a damaged file
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{path}: cannot be read as weights ({first_line}); copy or make the file again") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ModelError(f"{path}: holds no plain state dict; save model.state_dict() and give that file")
+    return loaded
+
+
+def weights_digest(network: Network) -> str:
+    """sha256 over the backbone's state in name order: the same for the same weights, whatever file held them."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.backbone.state_dict().items()):
+        array = value.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
+        digest.update(array.view(-1).view(torch.uint8).numpy() if array.numel() else b"")
+    return digest.hexdigest()
+
+
+def check_model_name(model: str) -> None:
+    """Raise a RecipeError unless the name is `family/name` of a known family or `package.module:factory`."""
+    if ":" in model:
+        return
+    family, slash, name = model.partition("/")
+    if not slash or not name:
+        raise RecipeError(f"'{model}' must be '<family>/<name>' or 'package.module:factory'")
+    choose.entry(FAMILIES, "model family", family)

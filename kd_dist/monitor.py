@@ -1,0 +1,44 @@
+"""When a training run should speak up: pure functions of what it has recorded."""
+
+import statistics
+from typing import Any
+
+WINDOW = 6  # epochs over which the loss is judged
+
+
+def warnings(
+    history: list[dict[str, Any]],
+    *,
+    stagnation_epochs: int,
+    retention_target: float,
+    oscillation: float,
+    logit_limit: float,
+) -> list[str]:
+    """Sentences about the newest epoch of `history`; empty when all is well.
+
+    A record holds `loss`, `logit_max` and, where a teacher's metric is known, `retention`.
+    """
+    found = []
+    retained = [record["retention"] for record in history if record.get("retention") is not None]
+    if len(retained) > stagnation_epochs:
+        recent, before = max(retained[-stagnation_epochs:]), max(retained[:-stagnation_epochs])
+        if recent <= before < retention_target:
+            found.append(
+                f"retention has not passed {before:.1%} for {stagnation_epochs} epochs, the target is "
+                f"{retention_target:.1%}; try a larger student, more views or another temperature"
+            )
+    losses = [record["loss"] for record in history[-WINDOW:]]
+    if len(losses) == WINDOW:
+        spread = statistics.pstdev(losses) / max(abs(statistics.fmean(losses)), 1e-12)
+        turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(losses, losses[1:], losses[2:], strict=False))
+        if spread > oscillation and turns >= WINDOW // 2:
+            found.append(
+                f"the loss oscillates: its spread over {WINDOW} epochs is {spread:.0%} of its mean; lower the learning "
+                f"rate or take larger batches"
+            )
+    if history and not history[-1]["logit_max"] <= logit_limit:
+        found.append(
+            f"logits reach {history[-1]['logit_max']:.3g}, beyond the limit of {logit_limit:.3g}; lower the learning "
+            f"rate or raise the weight decay"
+        )
+    return found

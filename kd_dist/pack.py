@@ -1,0 +1,187 @@
+"""Raw data set -> example shards. Restartable: committed shards are kept, the rest is written."""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from kd_dist import manifest
+from kd_dist.errors import DataError, MismatchError
+from kd_dist.progress import progress
+from kd_dist.shards import Shard, is_committed, member_key, shard_path, write_shard
+from kd_dist.sources import Item, list_items
+from kd_dist.tasks import classification as task
+
+STEM = "data"
+
+
+def pack(
+    folder: Path,
+    *,
+    source: str,
+    root: str | None,
+    options: dict[str, Any],
+    fractions: dict[str, float],
+    required: Iterable[str],
+    classes: int,
+    shard_size: int,
+) -> dict[str, dict[str, Any]]:
+    """Write `folder/<split>/data-*.tar` for every split; return the manifests by split.
+
+    Every image is decoded and every label checked once, here: what fails is left out and listed, with its reason, as
+    quarantined in the manifest. `required` names the splits that must end up with an example. The same data and
+    recipe give the same bytes.
+    """
+    identity = {
+        "kind": "examples",
+        "source": {"name": source, "root": root, "options": options},
+        "fractions": fractions,
+        "classes": classes,
+        "shard_size": shard_size,
+    }
+    done = finished(folder, identity, required)
+    if done is not None:
+        return done
+    listing = list_items(source, root, options)
+    if len(listing.classes) != classes:
+        raise DataError(
+            f"data.source {source}: has {len(listing.classes)} classes, the recipe's task.classes says {classes}; "
+            f"set task.classes to {len(listing.classes)}"
+        )
+    splits = assign(listing.items, fractions)
+    for split in required:
+        if not splits.get(split):
+            raise DataError(f"data.source {source}: no example for split '{split}'; it has {sorted(splits)}")
+    manifests = {}
+    for split, items in sorted(splits.items()):
+        content = {**identity, "split": split, "class_names": list(listing.classes), "listing": listing_digest(items)}
+        manifests[split] = pack_split(folder / split, items, content)
+    return manifests
+
+
+def finished(folder: Path, identity: dict[str, Any], required: Iterable[str]) -> dict[str, dict[str, Any]] | None:
+    """The manifests, when every required split was packed to the end from this identity.
+
+    Raises MismatchError when a split was packed from something else.
+    """
+    paths = sorted(folder.glob(f"*/{manifest.FILE_NAME}"))
+    manifests = {path.parent.name: manifest.read_manifest(path.parent) for path in paths}
+    for split, content in manifests.items():
+        refuse_other(folder / split, {name: content.get(name) for name in identity}, identity)
+    complete = all(content["complete"] for content in manifests.values())
+    return manifests if complete and set(required) <= manifests.keys() else None
+
+
+def refuse_other(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise a MismatchError that names the first value in which a folder's manifest and the recipe differ."""
+    difference = manifest.first_difference(here, there)
+    if difference is not None:
+        place, ours, theirs = difference
+        raise MismatchError(
+            f"{folder}: was made with {place} = {theirs!r}, the recipe says {ours!r}; "
+            f"restore the recipe, give it another name, or delete the folder"
+        )
+
+
+def assign(items: Iterable[Item], fractions: dict[str, float]) -> dict[str, list[Item]]:
+    """Items by split, each split in a keyed random order that adding or removing items does not disturb."""
+    splits: dict[str, list[tuple[int, Item]]] = defaultdict(list)
+    for item in items:
+        rank = int.from_bytes(hashlib.blake2b(item.name.encode(), digest_size=8).digest(), "little")
+        splits[item.split or choose_split(item.name, fractions)].append((rank, item))
+    return {split: [item for _, item in sorted(ranked, key=_by_rank)] for split, ranked in splits.items()}
+
+
+def _by_rank(ranked: tuple[int, Item]) -> tuple[int, str]:
+    return ranked[0], ranked[1].name
+
+
+def choose_split(name: str, fractions: dict[str, float]) -> str:
+    """The split of an item whose source names none: by a hash of its name, so it never moves."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8, person=b"kd_dist split").digest()
+    point, reached = int.from_bytes(digest, "little") / 2**64, 0.0
+    for split, fraction in fractions.items():
+        reached += fraction
+        if point < reached:
+            return split
+    return split  # fractions sum to 1 but for rounding
+
+
+def listing_digest(items: Iterable[Item]) -> str:
+    """sha256 over the names and labels of a split in order: a data set that changed half-way is noticed."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(f"{item.name}\t{item.extension}\t{item.label}\n".encode())
+    return digest.hexdigest()
+
+
+def item_key(item: Item) -> str:
+    """The key of an item: its name without the ending, made safe for tar."""
+    return member_key(item.name.rsplit(".", 1)[0] if item.name.endswith("." + item.extension) else item.name)
+
+
+def refuse_twins(items: Iterable[Item]) -> None:
+    """Raise a DataError when two items of a split would share a key."""
+    names: dict[str, str] = {}
+    for item in items:
+        other = names.setdefault(item_key(item), item.name)
+        if other is not item.name:
+            raise DataError(f"'{other}' and '{item.name}' would share the key '{item_key(item)}'; rename one of them")
+
+
+def pack_split(folder: Path, items: list[Item], content: dict[str, Any]) -> dict[str, Any]:
+    """Write one split's shards and, last, its manifest marked complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / manifest.FILE_NAME).exists():
+        there = manifest.read_manifest(folder)
+        refuse_other(folder, {name: there.get(name) for name in content}, content)
+    manifest.write_manifest(folder, {**content, "complete": False})
+    refuse_twins(items)
+    size = content["shard_size"]
+    paths = [shard_path(folder, STEM, number) for number in range(-(-len(items) // size))]
+    workers = min(8, os.cpu_count() or 1)  # decoding releases the interpreter lock
+    with progress(f"pack {folder.name}", len(items), "examples") as advance, ThreadPoolExecutor(workers) as pool:
+        for number, path in enumerate(paths):
+            chunk = items[number * size : (number + 1) * size]
+            if not is_committed(path):
+                notes: dict[str, Any] = {"quarantined": []}
+                write_shard(path, _checked(chunk, content["classes"], pool, notes["quarantined"]), notes)
+            advance(len(chunk))
+    shards = [Shard(path) for path in paths]
+    quarantined = [row for shard in shards for row in shard.notes["quarantined"]]
+    if quarantined and not any(len(shard) for shard in shards):
+        raise DataError(f"{folder}: every example is quarantined, the first is {quarantined[0]}; correct the data")
+    final = {
+        **content,
+        "complete": True,
+        "examples": sum(len(shard) for shard in shards),
+        "shards": [manifest.shard_entry(shard) for shard in shards],
+        "quarantined": quarantined,
+        "versions": manifest.versions(),
+    }
+    manifest.write_manifest(folder, final)
+    return final
+
+
+def _checked(
+    items: list[Item], classes: int, pool: ThreadPoolExecutor, quarantined: list[dict[str, str]]
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def read(item: Item) -> dict[str, bytes] | str:
+        try:
+            image = item.read()
+            task.decode_image(image)
+            return task.encode_members(
+                image, item.extension, task.check_label(item.label, classes), {"name": item.name}
+            )
+        except (DataError, OSError) as error:
+            return str(error)
+
+    for item, members in zip(items, pool.map(read, items), strict=True):
+        key = item_key(item)
+        if isinstance(members, str):
+            quarantined.append({"key": key, "name": item.name, "reason": members})
+        else:
+            yield key, members

@@ -1,0 +1,157 @@
+"""What a recipe says: one frozen dataclass for each section, with the type, range and default of every key.
+
+`kd_dist.config.load` reads a YAML file into these. A key without a default is required.
+Paths are relative to the folder a command is run from.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple
+
+
+class Bound(NamedTuple):
+    """The range of a number, for `typing.Annotated`."""
+
+    holds: Callable[[float], bool]
+    words: str  # completes "must be a number, ..."
+
+
+Count = Annotated[int, Bound(lambda number: number >= 1, "at least 1")]
+Natural = Annotated[int, Bound(lambda number: number >= 0, "at least 0")]
+Positive = Annotated[float, Bound(lambda number: number > 0, "above 0")]
+NonNegative = Annotated[float, Bound(lambda number: number >= 0, "at least 0")]
+Fraction = Annotated[float, Bound(lambda number: 0 <= number <= 1, "between 0 and 1")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """`task`: what is to be predicted."""
+
+    name: Literal["classification"] = "classification"
+    classes: Annotated[int, Bound(lambda number: number >= 2, "at least 2")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """`data`: the raw dataset, how it is split and packed, and how it is read."""
+
+    source: str  # a name of kd_dist.sources.SOURCES, or package.module:factory
+    root: str | None = None  # folder of the raw dataset; null: the source needs none
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the source
+    splits: dict[str, Positive] = field(default_factory=lambda: {"train": 0.8, "val": 0.1, "test": 0.1})  # sum is 1
+    shard_size: Count = 1024  # examples in a shard
+    shards: str = "shards"  # folder under which <recipe name>/<split>/ is written
+    workers: Natural = 2  # loader processes for each rank; 0 loads in the training process
+    block: Count | None = None  # consecutive examples that stay together in the shuffle; null: chosen from their size
+    lanes: Count | None = None  # streams of blocks that are interleaved; null: chosen
+    window: Count | None = None  # examples of a lane that are shuffled together; null: chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """`student`: a model, its first weights and the input it expects."""
+
+    model: str  # timm/<name>, torchvision/<name>, kd_dist/<name> or package.module:factory
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the model
+    weights: str | None = None  # a file, `pretrained`, `stage:<name>`, or null for random ones
+    image_size: Count | None = None  # pixels, height and width of its input; null: the size of the view
+    mean: tuple[float, float, float] | None = None  # of the RGB channels in [0, 1]; null: the model's own
+    std: tuple[Positive, Positive, Positive] | None = None  # likewise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher(Network):
+    """`teacher`: the network whose signals are cached."""
+
+    name: str = "teacher"  # names its signals: folder <split>/<name>/, members <key>.<name>.npy
+    seed: Natural = 0  # of its random weights, where it has any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """`views`: the policy that draws the views of a training example. Other splits have one canonical view."""
+
+    count: Count = 8  # views of each training example
+    size: Count | tuple[Count, Count]  # pixels: the side of a square, or [height, width]
+    crop_scale: tuple[Positive, Positive] = (1.0, 1.0)  # range of the crop's share of the image area
+    crop_ratio: tuple[Positive, Positive] = (0.75, 1.3333)  # range of the crop's width / height
+    flip: Fraction = 0.0  # probability of a left-right flip
+    brightness: NonNegative = 0.0  # x: the factor is drawn from [max(0, 1 - x), 1 + x]
+    contrast: NonNegative = 0.0  # likewise
+    saturation: NonNegative = 0.0  # likewise
+    seed: Natural = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) of a view in pixels."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """`cache`: what is kept of the teacher's output, and how the teacher is run."""
+
+    logits: Literal["fp32", "fp16", "uint8"] = "fp16"  # how a row of logits is stored; two classes store one margin
+    batch_size: Count = 64  # views in a forward pass of the teacher; the last bits of its output depend on it
+    threads: Count = 1  # CPU threads of the teacher; fixed for the same reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """`stages.<name>`: one training run."""
+
+    model: Literal["teacher", "student"] = "student"  # which network is trained
+    init: str | None = None  # a file, `pretrained`, `stage:<name>`, or null for the network's own `weights`
+    teacher: Literal["cached", "online"] = "cached"  # where signals come from, if the losses need any
+    losses: dict[str, dict[str, Any]]  # name of kd_dist.losses.LOSSES -> {weight, its options}
+    epochs: Count
+    batch_size: Count  # examples of an optimizer step: all ranks, all micro-batches
+    accumulate: Count = 1  # micro-batches of each rank in a step; divides batch_size
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Positive  # the highest learning rate
+    weight_decay: NonNegative = 0.05
+    momentum: Fraction = 0.9  # of sgd
+    warmup_epochs: NonNegative = 0.0  # epochs until the learning rate reaches `lr`
+    min_lr: NonNegative = 0.0  # learning rate at the end
+    clip: Positive | None = 1.0  # largest norm of the gradient; null: not clipped
+    precision: Literal["fp32", "fp16", "bf16"] | None = None  # null: the launcher's choice
+    patience: Count | None = None  # epochs without improvement before the run stops; null: never
+    log_every: Count = 50  # steps
+    checkpoint_every: Count | None = None  # steps; the end of an epoch always saves one
+    max_steps: Count | None = None  # stop after so many steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """`evaluate`: what a trained model is judged by."""
+
+    split: str = "test"  # a split of `data.splits`
+    metric: Literal["accuracy", "nll"] = "accuracy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Monitor:
+    """`monitor`: when a training run speaks up."""
+
+    stagnation_epochs: Count = 5  # epochs without improvement
+    retention_target: Positive = 0.9  # student metric / teacher metric
+    oscillation: Positive = 0.5  # spread of the loss relative to its mean
+    logit_limit: Positive = 1e3  # largest absolute logit that passes without a warning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole recipe: one experiment."""
+
+    name: str | None = None  # null: the stem of the file name; `load` always fills it
+    seed: Natural = 0  # of the split, the order of examples and the student's weights
+    runs: str = "runs"  # folder under which <recipe name>/<stage>/ is written
+    task: Task
+    data: Data
+    teacher: Teacher
+    views: Views
+    cache: Cache = Cache()
+    student: Network
+    stages: dict[str, Stage]  # in the order they are run
+    evaluate: Evaluate = Evaluate()
+    monitor: Monitor = Monitor()

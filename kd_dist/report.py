@@ -1,0 +1,148 @@
+"""What a recipe came to: one table and one picture, from the results that its stages left behind."""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from kd_dist.checkpoint import write_atomic
+from kd_dist.models import Network
+from kd_dist.tasks import classification as task
+
+ROLES = ("teacher", "student_alone", "student_kd")
+LATENCY_RUNS = 30
+
+
+def measure(network: Network, size: tuple[int, int]) -> dict[str, Any]:
+    """Parameters, multiply-accumulates of one image, and the median latency in ms of one image on one CPU thread."""
+    network = network.cpu().eval()
+    image = torch.zeros(1, 3, *size, dtype=torch.uint8)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            with FlopCounterMode(display=False) as counter:
+                network(image)
+            seconds = []
+            for _ in range(LATENCY_RUNS):
+                start = time.perf_counter()
+                network(image)
+                seconds.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        "parameters": sum(value.numel() for value in network.parameters()),
+        "macs": counter.get_total_flops() // 2,
+        "latency_ms": statistics.median(seconds) * 1e3,
+    }
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and half-width of its 95 % confidence interval (Student's t); None for a single value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    from scipy.stats import t
+
+    return mean, float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def summarise(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a stage, over its seeds, in the order of first appearance; retention is against the mean teacher."""
+    stages = list(dict.fromkeys((model["role"], model["stage"]) for model in models))
+    rows = []
+    for role, stage in sorted(stages, key=lambda one: ROLES.index(one[0])):
+        group = [model for model in models if model["stage"] == stage]
+        mean, half = interval([model["value"] for model in group])
+        latency = statistics.median(model["latency_ms"] for model in group)
+        same = {name: group[0][name] for name in ("name", "metric", "parameters", "macs")}
+        rows.append({"role": role, "stage": stage, **same, "seeds": len(group), "mean": mean, "interval": half})
+        rows[-1]["latency_ms"] = latency
+    teachers = [row["mean"] for row in rows if row["role"] == "teacher"]
+    for row in rows:
+        row["retention"] = task.retention(row["metric"], row["mean"], statistics.fmean(teachers)) if teachers else None
+    return rows
+
+
+def gains(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How far each student_kd stage is from each student_alone stage: the mean difference over the seeds of both."""
+    found = []
+    values = {role: {} for role in ROLES}
+    for model in models:
+        values[model["role"]].setdefault(model["stage"], {})[model["seed"]] = model["value"]
+    for taught, with_kd in values["student_kd"].items():
+        for alone, without in values["student_alone"].items():
+            seeds = sorted(with_kd.keys() & without.keys())
+            if seeds:
+                mean, half = interval([with_kd[seed] - without[seed] for seed in seeds])
+                found.append({"stage": taught, "against": alone, "seeds": len(seeds), "mean": mean, "interval": half})
+    return found
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A summary row as a table shows it."""
+    value = f"{row['mean']:.4f}" + ("" if row["interval"] is None else f" ± {row['interval']:.4f}")
+    kept = "" if row["retention"] is None else f"{row['retention']:.1%}"
+    label = row["role"].replace("_kd", " + KD").replace("_", " ")
+    size, macs = f"{row['parameters'] / 1e6:.3f} M", f"{row['macs'] / 1e6:.2f} M"
+    return [label, row["name"], row["stage"], str(row["seeds"]), value, size, macs, f"{row['latency_ms']:.2f}", kept]
+
+
+def headings(metric: str) -> list[str]:
+    return ["role", "model", "stage", "seeds", metric, "parameters", "MACs", "latency ms", "retention"]
+
+
+def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """The summary for a terminal."""
+    shown = Table(*headings(rows[0]["metric"]), title=title)
+    for row in rows:
+        shown.add_row(*cells(row))
+    return shown
+
+
+def markdown(rows: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]], title: str, split: str) -> str:
+    names = headings(rows[0]["metric"])
+    lines = [f"# {title}", "", f"Measured on the `{split}` split; latency is one image on one CPU thread.", ""]
+    lines += ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    lines += ["", *(gain_sentence(one, rows[0]["metric"]) for one in differences)]
+    return "\n".join([*lines, "", "![curves](curves.png)", ""])
+
+
+def gain_sentence(one: dict[str, Any], metric: str) -> str:
+    spread = "one seed" if one["interval"] is None else f"± {one['interval']:.4f}, 95 % over {one['seeds']} seeds"
+    return f"`{one['stage']}` against `{one['against']}`: {one['mean']:+.4f} {metric} ({spread})."
+
+
+def write(folder: Path, title: str, split: str, models: list[dict[str, Any]], histories: dict[str, list]) -> Table:
+    """Write `report.json`, `report.md` and `curves.png`; return the table. `histories`: epoch records by run."""
+    rows, differences = summarise(models), gains(models)
+    content = {"split": split, "models": models, "summary": rows, "gains": differences}
+    write_atomic(folder / "report.json", json.dumps(content, indent=1, sort_keys=True))
+    write_atomic(folder / "report.md", markdown(rows, differences, title, split))
+    plot(folder / "curves.png", histories, rows[0]["metric"])
+    return table(rows, title)
+
+
+def plot(path: Path, histories: dict[str, list[dict[str, Any]]], metric: str) -> None:
+    """Training loss and validation metric of every run over its epochs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, history in histories.items():
+        epochs = [record["step"] / history[0]["step"] for record in history]
+        left.plot(epochs, [record["loss"] for record in history], label=name)
+        right.plot(epochs, [record[f"val_{metric}"] for record in history], label=name)
+    for axes, label in ((left, "training loss"), (right, f"validation {metric}")):
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.grid(alpha=0.3)
+    right.legend(fontsize="small")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,444 @@
+"""Shards on disk: write, index, read. A shard is a plain webdataset tar and, beside it, an index that commits it.
+
+`shards/FORMAT.md` describes every byte. Nothing here decodes what an example holds, so nothing here can execute it.
+"""
+
+import functools
+import hashlib
+import json
+import mmap
+import os
+import re
+import struct
+import tarfile
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from kd_dist.errors import ShardError
+
+BLOCK = 512  # bytes; a tar is made of them
+NAME_BYTES = 100  # the name field of a ustar header
+KEY_BYTES = 59  # leaves room for "." and an extension of 40
+INDEX_MAGIC = b"KDDISTIX"
+INDEX_VERSION = 1
+OPEN_TARS = 256  # file descriptors that a process keeps; a thousand shards must not exhaust the usual limit of 1024
+
+_HEADER = struct.Struct(
+    "<8sIIQ32sIIQ"
+)  # magic, version, examples, tar size, tar sha256, members, key bytes, JSON bytes
+_EXAMPLE = struct.Struct("<QQIIIHH")  # offset, size, crc32, first member, key offset, members, key bytes
+_MEMBER = struct.Struct("<QQI4x")  # offset, size, extension
+_CHECKSUM = struct.Struct("<I")  # crc32 of every byte of the index before it
+
+_UNSAFE = re.compile(rb"[^A-Za-z0-9_/-]|\A_(?=_)|\A/|(?<=/)/|/\Z")
+_EXTENSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_PICKLED = ("pickle", "pkl", "pt", "pth", "pyd")  # last parts that a stock decoder may execute
+_AGAIN = "delete the file and run the command that wrote it again (kd-dist pack or kd-dist cache-teacher)"
+
+
+class _Example(NamedTuple):
+    """Where one example lies in the tar; all numbers are bytes from the start of the tar."""
+
+    key: str
+    offset: int
+    size: int
+    members: list[tuple[str, int, int]]  # extension, offset and size of the data
+
+
+def member_key(path: str) -> str:
+    """The key of the example whose file has this relative path, safe in tar names and for webdataset.
+
+    Different paths have different keys. Bytes of the UTF-8 path outside `A-Z a-z 0-9 _ - /` become `%XX`; so do a slash
+    that separates nothing and the first of two leading underscores, which webdataset would skip. A key of up to 58
+    bytes is kept; of a longer one stay the first 42 bytes, `-`, and 16 hex digits of its blake2b, 59 bytes in all.
+    """
+    raw = path.encode("utf-8", "surrogateescape")
+    key = _UNSAFE.sub(lambda match: b"%%%02X" % match[0][0], raw)
+    if len(key) >= KEY_BYTES:
+        key = key[: KEY_BYTES - 17] + b"-" + hashlib.blake2b(key, digest_size=8).hexdigest().encode()
+    return key.decode("ascii")
+
+
+def shard_path(folder: str | os.PathLike, stem: str, number: int) -> Path:
+    """The tar of shard `number`: `<folder>/<stem>-000123.tar`."""
+    return Path(folder) / f"{stem}-{number:06d}.tar"
+
+
+def index_path(path: str | os.PathLike) -> Path:
+    """The index that belongs to a tar: the same path, ending in `.idx`."""
+    return Path(path).with_suffix(".idx")
+
+
+@contextmanager
+def published(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write that appears under `path` whole and on disk, or not at all. Makes the folder if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_shard(
+    path: str | os.PathLike, examples: Iterable[tuple[str, Mapping[str, bytes]]], notes: Mapping[str, Any]
+) -> None:
+    """Write the examples, in order, as the tar `path`, then its index. The same input gives the same bytes.
+
+    `examples` yields (key, {extension: content}) and is consumed one example at a time. `notes` goes into the index
+    as JSON; it is read after the last example, so the generator may fill it. A shard that was there is replaced.
+    Raises ShardError for a key or extension that webdataset would skip, split or merge. Whatever goes wrong, nothing
+    stays behind that looks finished.
+    """
+    from webdataset import TarWriter  # here, because it imports torch and a reader needs neither
+
+    path = Path(path)
+    entries: list[_Example] = []
+    seen: set[str] = set()
+    offset = 0
+    with published(path) as file:
+        stream = _Measured(file)
+        # An integer mtime: a float one costs every member a PAX header and reading more than twice the time.
+        with TarWriter(stream, encoder=False, mtime=0, mode=0o444, user="kd_dist", group="kd_dist") as tar:
+            for key, contents in examples:
+                _check_example(path, key, list(contents), seen)
+                entry = _Example(key, offset, 0, [])
+                for extension in sorted(contents):  # the order in which TarWriter writes them
+                    if len(key) + 1 + len(extension) > NAME_BYTES:
+                        raise ShardError(
+                            f"{path}: the member name '{key}.{extension}' is longer than the {NAME_BYTES} bytes "
+                            "of a tar header; shorten the key (kd_dist.shards.member_key makes short ones)"
+                        )
+                    entry.members.append((extension, offset + BLOCK, len(contents[extension])))
+                    offset = _padded(offset + BLOCK + len(contents[extension]))
+                entries.append(entry._replace(size=offset - entry.offset))
+                stream.ends.append(offset)
+                tar.write({"__key__": key, **contents})
+        _retract(index_path(path))  # an old index must never vouch for the new tar
+    _write_index(path, entries, stream.crcs, stream.size, stream.sha256.digest(), notes)
+
+
+def index_tar(path: str | os.PathLike, notes: Mapping[str, Any] | None = None) -> None:
+    """Write the index of an existing tar by one scan; for a tar of `write_shard` and its notes, the same bytes.
+
+    Raises ShardError for a tar that is compressed, cut short or damaged, that holds links or sparse files, or whose
+    members webdataset would skip or merge (no extension, a key in two places, a pickled member).
+    """
+    path = Path(path)
+    entries, end = _scan(path)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+        tail = tar[end:]
+        # tarfile takes a damaged header, or a hole of zeros, for the end: only the true end has nothing behind it.
+        if len(tail) < 2 * BLOCK or tail.strip(b"\0"):
+            raise ShardError(
+                f"{path}: the tar is cut short or damaged at byte {end}, where either a member or the two zero "
+                "blocks of its end should be; copy it again or make it again"
+            )
+        with memoryview(tar) as view:
+            crcs = [zlib.crc32(view[entry.offset : entry.offset + entry.size]) for entry in entries]
+            digest = hashlib.sha256(view).digest()
+        size = len(tar)
+    _write_index(path, entries, crcs, size, digest, notes or {})
+
+
+def is_committed(path: str | os.PathLike) -> bool:
+    """Whether the tar `path` was written to its end: it has a valid index, which names the size that it has."""
+    try:
+        Shard(path)
+    except ShardError:
+        return False
+    return True
+
+
+class Shard:
+    """One committed shard, read by position. Safe to share between threads and over fork; pickles as its path.
+
+    Raises ShardError if the index is missing, damaged or of another version, or the tar has not the size it names.
+    """
+
+    path: Path  # the tar
+    sha256: str  # of the tar when it was written, hex
+    notes: dict[str, Any]  # what the writer noted
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        # Bytes, not a mapping: Python's mmap keeps a file descriptor for each index.
+        self._index = _checked_index(self.path)
+        header = _HEADER.unpack_from(self._index)
+        _, _, self._examples, tar_size, digest, members, key_bytes, json_bytes = header
+        self.sha256 = digest.hex()
+        self._members_at = _HEADER.size + self._examples * _EXAMPLE.size
+        self._keys_at = self._members_at + members * _MEMBER.size
+        texts_at = self._keys_at + key_bytes
+        texts = json.loads(self._index[texts_at : texts_at + json_bytes])
+        self._extensions: list[str] = texts["extensions"]
+        self.notes = texts["notes"]
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError as error:
+            raise ShardError(f"{self.path}: the tar is missing though its index is there; {_AGAIN}") from error
+        if status.st_size != tar_size:
+            raise ShardError(
+                f"{self.path}: the tar has {status.st_size} bytes but its index says {tar_size}: it is cut short, "
+                f"or was replaced; {_AGAIN}"
+            )
+        self._inode = status.st_ino
+
+    def __len__(self) -> int:
+        return self._examples
+
+    def __reduce__(self):
+        return Shard, (self.path,)
+
+    @property
+    def keys(self) -> list[str]:
+        """Every key, in order; a new list each time."""
+        return [self.key(i) for i in range(self._examples)]
+
+    def key(self, i: int) -> str:
+        """The key of example `i`, 0 <= i < len."""
+        *_, key_offset, _, key_bytes = self._entry(i)
+        start = self._keys_at + key_offset
+        return self._index[start : start + key_bytes].decode("utf-8")
+
+    def read(self, i: int) -> dict[str, bytes]:
+        """Example `i` as {extension: content}: one read of its whole span, checked by its CRC32, headers too.
+
+        Raises ShardError, naming shard and key, when the bytes are not those that were written.
+        """
+        offset, size, crc, first, _, members, _ = self._entry(i)
+        data = self.pread(offset, size)
+        if zlib.crc32(data) != crc:
+            raise ShardError(
+                f"{self.path}: example '{self.key(i)}' is damaged: the CRC32 of its {size} bytes at {offset} is "
+                f"{zlib.crc32(data):08x}, the index says {crc:08x}; {_AGAIN}"
+            )
+        names = self._extensions
+        return {
+            names[extension]: data[start - offset : start - offset + length]
+            for start, length, extension in self._rows(first, members)
+        }
+
+    def member(self, i: int, extension: str) -> tuple[int, int]:
+        """Where the content of one member of example `i` lies in the tar: (offset, size) in bytes, for `pread`."""
+        _, _, _, first, _, members, _ = self._entry(i)
+        names = self._extensions
+        for start, length, number in self._rows(first, members):
+            if names[number] == extension:
+                return start, length
+        held = ", ".join(names[number] for _, _, number in self._rows(first, members))
+        raise ShardError(f"{self.path}: example '{self.key(i)}' has no member '{extension}'; it holds {held}")
+
+    def pread(self, offset: int, size: int) -> bytes:
+        """`size` bytes of the tar from `offset`. Unchecked: `read` checks examples, a row has its own CRC32."""
+        tar = _open_tar(str(self.path), self._inode)
+        try:
+            data = os.pread(tar.descriptor, size, offset)
+        except OSError as error:
+            raise ShardError(
+                f"{self.path}: {size} bytes at {offset} cannot be read ({error}); check the disk, then {_AGAIN}"
+            ) from error
+        if len(data) != size:
+            raise ShardError(f"{self.path}: only {len(data)} of {size} bytes at {offset} are there; {_AGAIN}")
+        return data
+
+    def _entry(self, i: int) -> tuple[int, int, int, int, int, int, int]:
+        if not 0 <= i < self._examples:
+            raise IndexError(f"{self.path}: there is no example {i} among {self._examples}")
+        return _EXAMPLE.unpack_from(self._index, _HEADER.size + i * _EXAMPLE.size)
+
+    def _rows(self, first: int, members: int) -> Iterator[tuple[int, int, int]]:
+        start = self._members_at + first * _MEMBER.size
+        return _MEMBER.iter_unpack(self._index[start : start + members * _MEMBER.size])
+
+
+class _Measured:
+    """The file under a tar writer. It takes the sha256, and the CRC32 up to each of `ends`, as bytes pass through."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._crc = 0
+        self.sha256 = hashlib.sha256()
+        self.size = 0  # bytes written so far
+        self.ends: deque[int] = deque()  # where the examples end that are not yet wholly written
+        self.crcs: list[int] = []  # of the examples that are
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self.sha256.update(data)
+        rest = memoryview(data)
+        while self.ends and rest:
+            part = rest[: self.ends[0] - self.size]
+            self._crc = zlib.crc32(part, self._crc)
+            self.size += len(part)
+            rest = rest[len(part) :]
+            if self.size == self.ends[0]:
+                self.ends.popleft()
+                self.crcs.append(self._crc)
+                self._crc = 0
+        self.size += len(rest)
+
+
+class _OpenTar:
+    """A descriptor of a tar, closed when the last reader lets go of it."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def __del__(self):
+        os.close(self.descriptor)
+
+
+@functools.lru_cache(maxsize=OPEN_TARS)
+def _open_tar(path: str, inode: int) -> _OpenTar:
+    """The tar, opened for reading. `inode` tells a replaced file from the one that is open."""
+    try:
+        return _OpenTar(os.open(path, os.O_RDONLY))
+    except OSError as error:
+        raise ShardError(f"{path}: the tar cannot be opened ({error})") from error
+
+
+def _checked_index(path: Path) -> bytes:
+    """The bytes of a tar's index, complete, undamaged and of this version."""
+    index = index_path(path)
+    try:
+        data = index.read_bytes()
+    except FileNotFoundError as error:
+        raise ShardError(
+            f"{path}: there is no index {index.name} beside it, so it was never finished; run the command that "
+            "writes it (kd-dist pack or kd-dist cache-teacher)"
+        ) from error
+    if len(data) < _HEADER.size + _CHECKSUM.size or not data.startswith(INDEX_MAGIC):
+        raise ShardError(f"{index}: this is not a shard index, or only a part of one; {_AGAIN}")
+    version = _HEADER.unpack_from(data)[1]
+    if version != INDEX_VERSION:
+        raise ShardError(
+            f"{index}: the index has version {version} and this kd_dist reads version {INDEX_VERSION}; install "
+            f"the kd_dist that wrote it, or {_AGAIN}"
+        )
+    (checksum,) = _CHECKSUM.unpack_from(data, len(data) - _CHECKSUM.size)
+    if zlib.crc32(memoryview(data)[: -_CHECKSUM.size]) != checksum:
+        raise ShardError(f"{index}: the index is damaged (its own CRC32 differs); {_AGAIN}")
+    return data
+
+
+def _write_index(
+    path: Path,
+    entries: Sequence[_Example],
+    crcs: Sequence[int],
+    tar_size: int,
+    tar_sha256: bytes,
+    notes: Mapping[str, Any],
+) -> None:
+    """Publish the index of a tar that is already on disk under its final name."""
+    extensions = sorted({extension for entry in entries for extension, _, _ in entry.members})
+    numbers = {extension: number for number, extension in enumerate(extensions)}
+    examples, members, keys = bytearray(), bytearray(), bytearray()
+    for entry, crc in zip(entries, crcs, strict=True):
+        key = entry.key.encode("utf-8")
+        first = len(members) // _MEMBER.size
+        examples += _EXAMPLE.pack(entry.offset, entry.size, crc, first, len(keys), len(entry.members), len(key))
+        for extension, offset, size in entry.members:
+            members += _MEMBER.pack(offset, size, numbers[extension])
+        keys += key
+    texts = {"extensions": extensions, "notes": dict(notes)}
+    text = json.dumps(texts, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+    counts = (len(members) // _MEMBER.size, len(keys), len(text))
+    header = _HEADER.pack(INDEX_MAGIC, INDEX_VERSION, len(entries), tar_size, tar_sha256, *counts)
+    body = b"".join((header, examples, members, keys, text))
+    with published(index_path(path)) as file:
+        file.write(body + _CHECKSUM.pack(zlib.crc32(body)))
+
+
+def _scan(path: Path) -> tuple[list[_Example], int]:
+    """The examples of a tar from its headers, and the offset where the member headers end."""
+    entries: list[_Example] = []
+    try:
+        with tarfile.open(path, "r:", encoding="utf-8") as tar:
+            for info in tar:
+                if info.isdir():
+                    continue
+                if not info.isreg() or info.issparse():
+                    raise ShardError(f"{path}: '{info.name}' is a link, a device or sparse; pack it as a plain file")
+                key, extension = _split_name(info.name)
+                if not entries or entries[-1].key != key:
+                    entries.append(_Example(key, info.offset, 0, []))
+                members = [*entries[-1].members, (extension, info.offset_data, info.size)]
+                size = _padded(info.offset_data + info.size) - entries[-1].offset
+                entries[-1] = entries[-1]._replace(size=size, members=members)
+            end = tar.offset
+    except (OSError, tarfile.TarError) as error:
+        raise ShardError(
+            f"{path}: it cannot be read as an uncompressed tar ({error}); decompress it if it is compressed, "
+            "otherwise copy it again or make it again"
+        ) from error
+    seen: set[str] = set()
+    for entry in entries:
+        _check_example(path, entry.key, [extension for extension, _, _ in entry.members], seen)
+    return entries, end
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Key and extension of a member name, cut where webdataset cuts: at the first dot after the last slash."""
+    folders, slash, last = name.rpartition("/")
+    stem, _, extension = last.partition(".")
+    return folders + slash + stem, extension
+
+
+def _check_example(path: Path, key: str, extensions: Sequence[str], seen: set[str]) -> None:
+    """Raise a ShardError unless every webdataset reader delivers this example, alone and whole; add it to `seen`."""
+    *folders, stem = key.split("/")
+    unusable = [extension for extension in extensions if not _EXTENSION.fullmatch(extension)]
+    pickled = [extension for extension in extensions if extension.lower().rpartition(".")[2] in _PICKLED]
+    problem = ""
+    if not (key.isascii() and key.isprintable()):
+        problem = "holds something else than printable ASCII"
+    elif "." in stem:
+        problem = "has a dot after its last slash, where webdataset would cut it off"
+    elif not stem or "" in folders or ".." in folders:
+        problem = "has an empty part or '..' between its slashes"
+    elif key.startswith("__"):
+        problem = "starts with '__', so webdataset would skip it"
+    elif key in seen:
+        problem = "comes twice; a key may come once, with its members side by side"
+    elif not extensions:
+        problem = "has no members"
+    elif unusable:
+        problem = f"has a member with the extension {unusable[0]!r}; use letters, digits, '_', '.' and '-'"
+    elif len({extension.lower() for extension in extensions}) < len(extensions):
+        problem = "has two members whose extensions differ in nothing but case, which webdataset would merge"
+    elif pickled:
+        problem = f"has a pickled member '{pickled[0]}', which can execute code; store arrays as npy"
+    if problem:
+        raise ShardError(f"{path}: the key '{key}' {problem} (kd_dist.shards.member_key makes safe keys)")
+    seen.add(key)
+
+
+def _padded(offset: int) -> int:
+    return -(-offset // BLOCK) * BLOCK
+
+
+def _retract(index: Path) -> None:
+    if index.exists():
+        index.unlink()
+        _sync_folder(index.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: fsync of a file does not cover its rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,233 @@
+"""What a teacher said, as structured rows and back: one row a view, checked by its own CRC, never pickled.
+
+A row is `row_crc`, `view`, `input_crc`, then the fields of the codecs. Every field has a fixed size, so one view of
+one example is one read at a known offset.
+"""
+
+import json
+import re
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kd_dist.choose import entry
+from kd_dist.errors import RecipeError, ShardError
+
+CODECS = {"fp32": "<f4", "fp16": "<f2", "uint8": "u1"}  # codec of the logits -> what one number is stored as
+FRAME = ("row_crc", "view", "input_crc")  # the fields that every row begins with
+NUMBER = r"[<|][biufV]\d+"  # an npy type string: bool, int, uint, float, or V for bytes of padding
+TINY = np.finfo(np.float32).tiny
+
+
+@dataclass(frozen=True)
+class LogitsCodec:
+    """How the C logits of a classifier are stored. An additive constant is never kept: no loss depends on it.
+
+    Two classes store one `margin` z1 - z0, as fp32 or fp16. More store `logits`: z - max(z) as fp32 or fp16, or as
+    uint8 steps below the maximum with `logits_scale`, the size of a step, so that 255 steps span the row.
+
+    Bounds on the error of z - max(z), or of the margin, each tested:
+    fp32 2**-24 |x|; fp16 2**-11 |x| + 2**-25 (the second term is for |x| < 2**-14); uint8 0.5001 logits_scale.
+
+    Raises RecipeError for an unknown codec, fewer than two classes, or uint8 for two.
+    """
+
+    name: str  # one of CODECS
+    classes: int
+
+    def __post_init__(self) -> None:
+        entry(CODECS, "logits codec", self.name)
+        if self.classes < 2:
+            raise RecipeError(f"a teacher of {self.classes} classes has no logits to distil; it needs at least 2")
+        if self.classes == 2 and self.name == "uint8":
+            raise RecipeError("two classes store one margin, which uint8 cannot hold; use fp16 or fp32")
+
+    def fields(self) -> list[tuple]:
+        """The fields that this codec adds to a row, as NumPy describes them."""
+        stored = CODECS[self.name]
+        if self.classes == 2:
+            return [("margin", stored)]
+        scale = [("logits_scale", "<f4")] if self.name == "uint8" else []
+        return [*scale, ("logits", stored, (self.classes,))]
+
+    def encode(self, logits: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Logits (B, C) float32 -> the fields, each (B, ...), and a mask (B,) bool of the rows that could be stored.
+
+        A row with a NaN, an infinity or a difference too large for the codec is False in the mask and holds zeros:
+        the caller quarantines its example.
+        """
+        stored = CODECS[self.name]
+        largest = np.finfo(np.float16 if self.name == "fp16" else np.float32).max
+        with np.errstate(over="ignore", invalid="ignore"):  # such rows are what the mask is for
+            below = logits - logits.max(axis=1, keepdims=True)
+        storable = (below >= -np.float32(largest)).all(axis=1)  # a NaN compares False
+        below[~storable] = 0
+        if self.classes == 2:
+            return {"margin": (below[:, 1] - below[:, 0]).astype(stored)}, storable
+        if self.name == "uint8":
+            scale = np.maximum(below.min(axis=1) / -255, TINY)  # never 0, not even when all logits are equal
+            return {"logits_scale": scale, "logits": np.rint(below / -scale[:, None]).astype(stored)}, storable
+        return {"logits": below.astype(stored)}, storable
+
+    def decode(self, rows: np.ndarray) -> np.ndarray:
+        """Structured rows (B,) -> logits (B, C) float32: [0, margin] for two classes, otherwise z - max(z)."""
+        if self.classes == 2:
+            return np.stack([np.zeros(len(rows), np.float32), rows["margin"].astype(np.float32)], axis=1)
+        logits = rows["logits"].astype(np.float32)
+        if self.name == "uint8":
+            logits *= -rows["logits_scale"][:, None]
+        return logits
+
+
+def row_dtype(view_dtype: np.dtype, fields: list[tuple]) -> np.dtype:
+    """The dtype of a row: the frame, with `view_dtype` as its named sub-dtype, then the signal fields, aligned."""
+    frame = zip(FRAME, ("<u4", view_dtype, "<u4"), strict=True)
+    dtype = np.dtype([*frame, *fields], align=True)
+    if dtype.hasobject:
+        raise ShardError(f"a row cannot hold Python objects, as {dtype} would; give its fields numeric types")
+    return dtype
+
+
+def dtype_to_json(dtype: np.dtype) -> list:
+    """The npy description of a row dtype as nested lists, for a manifest."""
+    return json.loads(json.dumps(np.lib.format.dtype_to_descr(dtype)))
+
+
+def dtype_from_json(description: Any) -> np.dtype:
+    """The row dtype that `dtype_to_json` described. Raises ShardError for anything else."""
+    try:
+        dtype = np.lib.format.descr_to_dtype(_from_lists(description))
+    except (TypeError, ValueError) as error:
+        raise ShardError(
+            f"the row dtype in the manifest cannot be read ({error}); delete this cache and run `kd-dist cache-teacher`"
+        ) from error
+    if dtype.names[:3] != FRAME:
+        raise ShardError(
+            f"a row of this cache begins with the fields {dtype.names[:3]}, not {FRAME}; "
+            "delete it and run `kd-dist cache-teacher`"
+        )
+    return dtype
+
+
+def pack_rows(
+    dtype: np.dtype, views: np.ndarray, input_crcs: np.ndarray, fields: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """The (V,) rows of one example: its views (V,), their input CRCs (V,) uint32 and each signal field (V, ...).
+
+    Fills `row_crc` with the CRC32 of the row's other bytes. Padding is zero, so equal values are equal bytes.
+    """
+    if fields.keys() != set(dtype.names[3:]):
+        raise ValueError(f"the row has the signal fields {dtype.names[3:]}, given were {tuple(fields)}")
+    rows = np.zeros(len(views), dtype)
+    for name in views.dtype.names:  # field by field: a whole record would bring the bytes of its padding along
+        rows["view"][name] = views[name]
+    rows["input_crc"] = input_crcs
+    for name, values in fields.items():
+        rows[name] = values
+    payload, stride = memoryview(rows.tobytes()), dtype.itemsize
+    rows["row_crc"] = [zlib.crc32(payload[end - stride + 4 : end]) for end in range(stride, len(payload) + 1, stride)]
+    return rows
+
+
+def to_npy(rows: np.ndarray) -> bytes:
+    """The bytes of an npy file, format 1.0, that holds the rows (V,) of `pack_rows`; a copy may lose its padding."""
+    return _npy_header(rows.dtype, len(rows)) + rows.tobytes()
+
+
+def npy_header_size(dtype: np.dtype, views: int) -> int:
+    """Bytes before the first row in the npy file of `views` rows."""
+    return len(_npy_header(dtype, views))
+
+
+def from_row_bytes(payload: bytes | memoryview, dtype: np.dtype, where: str) -> np.ndarray:
+    """The bytes of k whole rows -> (k,) read without a copy, each checked against its `row_crc`.
+
+    Raises ShardError, which begins with `where`, when the bytes are no whole rows or a row is damaged.
+    """
+    stride = dtype.itemsize
+    if len(payload) == 0 or len(payload) % stride:
+        raise ShardError(
+            f"{where}: {len(payload)} bytes were read where rows of {stride} bytes belong; "
+            "delete the shard and run `kd-dist cache-teacher`"
+        )
+    whole = memoryview(payload)
+    for start in range(0, len(payload), stride):
+        stored = int.from_bytes(whole[start : start + 4], "little")
+        actual = zlib.crc32(whole[start + 4 : start + stride])
+        if stored != actual:
+            raise ShardError(
+                f"{where}: row {start // stride} of those read is damaged, its CRC is {actual:08x} and not the "
+                f"stored {stored:08x}; delete the shard and run `kd-dist cache-teacher`"
+            )
+    return np.frombuffer(payload, dtype)
+
+
+def measured_error(logits: np.ndarray, decoded: np.ndarray) -> dict[str, float]:
+    """What a codec did to finite logits (B, C): figures that `merge_errors` can add up over batches and shards.
+
+    `count` rows, `max_abs` difference of z - max(z), and the sums over rows of KL(exact || decoded) in nats at
+    temperatures 1 and 4, computed in float64.
+    """
+    exact, stored = _below_maximum(logits), _below_maximum(decoded)
+    return {
+        "count": len(logits),
+        "max_abs": float(np.abs(exact - stored).max(initial=0)),
+        "kl_t1": _kl_sum(exact, stored),
+        "kl_t4": _kl_sum(exact / 4, stored / 4),
+    }
+
+
+def merge_errors(errors: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The figures of several `measured_error` as those of one; of none, zeros."""
+    merged = {"count": 0, "max_abs": 0.0, "kl_t1": 0.0, "kl_t4": 0.0}
+    for one in errors:
+        merged = {name: max(merged[name], one[name]) if name == "max_abs" else merged[name] + one[name] for name in one}
+    return merged
+
+
+def error_report(merged: Mapping[str, float]) -> dict[str, float]:
+    """For a manifest: `count`, `max_abs`, and the mean KL a row in nats, `mean_kl_t1` and `mean_kl_t4`."""
+    rows = max(merged["count"], 1)
+    means = {f"mean_{name}": merged[name] / rows for name in ("kl_t1", "kl_t4")}
+    return {"count": merged["count"], "max_abs": merged["max_abs"], **means}
+
+
+def _from_lists(description: Any) -> list[tuple]:
+    """An npy description with its tuples back, which JSON made into lists; only numbers and padding are let through."""
+    fields = []
+    for name, kind, *shape in description:
+        if isinstance(kind, list):
+            kind = _from_lists(kind)
+        elif not re.fullmatch(NUMBER, kind):
+            raise ValueError(f"field '{name}' is of type '{kind}', which is no number")
+        fields.append((name, kind, *map(tuple, shape)))
+    return fields
+
+
+def _npy_header(dtype: np.dtype, views: int) -> bytes:
+    """The header of an npy file, format 1.0, for a (views,) array.
+
+    Written here because the length of NumPy's own header has changed between its versions, and readers of rows
+    compute offsets from it.
+    """
+    text = repr({"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (views,)})
+    before = len(b"\x93NUMPY\x01\x00") + 2
+    padded = text.encode("latin1") + b" " * (-(before + len(text) + 1) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(padded)) + padded
+
+
+def _below_maximum(logits: np.ndarray) -> np.ndarray:
+    """z - max(z) of each row, in float64."""
+    exact = logits.astype(np.float64)
+    return exact - exact.max(axis=1, keepdims=True)
+
+
+def _kl_sum(exact: np.ndarray, stored: np.ndarray) -> float:
+    """The sum over rows of KL between the softmax of `exact` and of `stored`, both with a maximum of 0."""
+    log_p = exact - np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    log_q = stored - np.log(np.exp(stored).sum(axis=1, keepdims=True))
+    return float((np.exp(log_p) * (log_p - log_q)).sum())

@@ -1,0 +1,43 @@
+"""Raw data sets. One file a layout; a source lists items and reads none of them."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from kd_dist import choose
+
+
+class Item(NamedTuple):
+    """One raw example, not yet read."""
+
+    name: str  # relative path or other name, unique in its split; the example's key is made from it
+    split: str | None  # None: the recipe's split fractions decide
+    extension: str  # of the encoded image, without the dot: png, jpg
+    label: Any  # class index; checked by the task when it is packed
+    read: Callable[[], bytes]  # the encoded image; picklable
+
+
+class Listing(NamedTuple):
+    """What a source found."""
+
+    classes: tuple[str, ...]  # class names in index order
+    items: Iterable[Item]
+
+
+# Where each source lives: its library loads only when it is chosen.
+SOURCES = {
+    "digits": "kd_dist.sources.digits:digits",
+    "image_folder": "kd_dist.sources.image_folder:image_folder",
+}
+
+
+def source_function(name: str) -> Callable[..., Listing]:
+    """The function of a source's name, or of the user's own `package.module:factory`."""
+    return choose.imported(name if ":" in name else choose.entry(SOURCES, "source", name))
+
+
+def list_items(name: str, root: str | None, options: dict[str, Any]) -> Listing:
+    """Call the source that `data:` names with its options; `root` is passed when the recipe gives one."""
+    function = source_function(name)
+    given = {**options, **({} if root is None else {"root": root})}
+    choose.check_options(function, given)
+    return function(**given)

@@ -1,0 +1,1 @@
+"""Tasks. One file a task: how an example is decoded and checked, its metrics, what its teacher's signals say."""

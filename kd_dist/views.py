@@ -1,0 +1,198 @@
+"""A view of an image: drawn once as explicit parameters, then replayed to the same bytes on any machine.
+
+The parameters are stored, never a seed alone: what a seed means may change with a library, a crop box cannot.
+"""
+
+import hashlib
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from PIL import Image
+
+from kd_dist.errors import DataError, RecipeError
+
+# One view: 24 bytes. Photometric factors (1 leaves the pixels unchanged), the crop box in pixels of the decoded
+# image, and whether the resized crop is mirrored left to right (0 or 1).
+VIEW_DTYPE = np.dtype(
+    [
+        ("brightness", "<f4"),
+        ("contrast", "<f4"),
+        ("saturation", "<f4"),
+        ("top", "<u2"),
+        ("left", "<u2"),
+        ("height", "<u2"),
+        ("width", "<u2"),
+        ("flip", "u1"),
+    ],
+    align=True,
+)
+
+LONGEST_SIDE = 65535  # a crop box is stored in 16-bit numbers
+CROP_TRIES = 10
+ONE = 1 << 16  # the factor 1 in Q16 fixed point
+HALF = ONE // 2
+
+
+@dataclass(frozen=True)
+class ImageViews:
+    """The policy that views are drawn from. The defaults draw the canonical view every time.
+
+    Raises RecipeError when a field is outside the range given here.
+    """
+
+    size: tuple[int, int]  # (H, W) of every view, in pixels, at least 1
+    crop_scale: tuple[float, float] = (1.0, 1.0)  # area of the crop / area of the image, 0 < low <= high <= 1
+    crop_ratio: tuple[float, float] = (0.75, 1.333)  # width / height of the crop, relative to that of the view
+    flip: float = 0.0  # probability of a left-right mirror, 0 to 1
+    brightness: float = 0.0  # the factor is uniform in 1 - x to 1 + x, with x from 0 to 1
+    contrast: float = 0.0  # likewise
+    saturation: float = 0.0  # likewise
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1:
+            raise RecipeError(f"views: size must be at least 1 pixel on each side, not {self.size}")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise RecipeError(f"views: crop_scale must be 0 < low <= high <= 1, not {self.crop_scale}")
+        low, high = self.crop_ratio
+        if not 0 < low <= high < math.inf:
+            raise RecipeError(f"views: crop_ratio must be 0 < low <= high, not {self.crop_ratio}")
+        for name in ("flip", "brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f"views: {name} must be from 0 to 1, not {getattr(self, name)}")
+
+
+def draw(policy: ImageViews, key: str, number: int, image_size: tuple[int, int]) -> np.void:
+    """View `number` of the example `key`, whose decoded image has `image_size` (H, W): one record of VIEW_DTYPE.
+
+    Each parameter has its own stream of chance, so a new parameter, or another range for one, leaves the others
+    as they were. Raises DataError for an image that has no pixels or a side over 65,535.
+    """
+    chance = partial(_uniform, policy.seed, key, number)
+    box = _random_box(policy, chance, image_size)
+    factors = [1 + getattr(policy, name) * (2 * chance(name) - 1) for name in ("brightness", "contrast", "saturation")]
+    return _record(*factors, *box, chance("flip") < policy.flip)
+
+
+def canonical(policy: ImageViews, image_size: tuple[int, int]) -> np.void:
+    """The one view for evaluation: the largest centred box of the view's aspect ratio, nothing else changed.
+
+    `image_size` is the (H, W) of the decoded image. Raises DataError as `draw` does.
+    """
+    return _record(1, 1, 1, *_centred_box(policy, image_size), False)
+
+
+def replay(image: np.ndarray, view: np.void, size: tuple[int, int]) -> np.ndarray:
+    """The pixels of `view`: image (H, W, 3) uint8 -> a new C-contiguous (h, w, 3) uint8 array, with `size` = (h, w).
+
+    The order is crop and resize (antialiased bilinear), flip, brightness, contrast, saturation. Every step rounds in
+    integers, Pillow's resize included, so the bytes do not depend on the machine. Contrast moves pixels away from
+    the image's mean grey and saturation from each pixel's own grey; grey is ITU-R 601 luma.
+    Raises DataError when the image is of another kind, or when the view's box does not lie inside it.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise DataError(f"an image must be uint8 (H, W, 3), not {image.dtype} {image.shape}; mend its decoder")
+    # Python numbers from here on: sums of 16-bit numpy numbers would wrap.
+    brightness, contrast, saturation, top, left, height, width, flip = view.item()
+    bottom, right = top + height, left + width
+    if min(height, width) < 1 or bottom > image.shape[0] or right > image.shape[1]:
+        raise DataError(
+            f"the view's box of {height} x {width} pixels at row {top}, column {left} is not inside the image of "
+            f"{image.shape[0]} x {image.shape[1]}; the view was drawn for another image: cache the teacher again"
+        )
+    picture = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+    if flip:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if brightness != 1:
+        picture = picture.point(_away_from(0, brightness))
+    if contrast != 1:
+        picture = picture.point(_away_from(_mean_grey(picture), contrast))
+    return _saturated(picture, saturation) if saturation != 1 else np.array(picture)
+
+
+def input_crc(pixels: np.ndarray) -> int:
+    """CRC32 of the uint8 (h, w, 3) pixels of a view: what ties a cached signal to the input the teacher saw."""
+    return zlib.crc32(np.ascontiguousarray(pixels))
+
+
+def _uniform(seed: int, key: str, number: int, name: str) -> float:
+    """A number in [0, 1), a pure function of its arguments: 53 bits of a BLAKE2b digest."""
+    # The key stands last and the others hold no slash at their joints, so no two sets of arguments share a text.
+    text = f"{seed}/{number}/{name}/{key}".encode()
+    digest = hashlib.blake2b(text, digest_size=8, person=b"kd_dist.views").digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _record(*values: float) -> np.void:
+    """One VIEW_DTYPE record of values in the order of its fields, with its padding zeroed."""
+    record = np.zeros((), VIEW_DTYPE)
+    record[()] = values
+    return record[()]
+
+
+def _random_box(policy: ImageViews, chance: Callable[[str], float], image_size: tuple[int, int]) -> tuple[int, ...]:
+    """(top, left, height, width) of a random resized crop; the centred box when no try fits into the image.
+
+    A crop_scale of (1, 1) asks for no crop at all, so there the box is always the centred one.
+    """
+    centred = _centred_box(policy, image_size)
+    if policy.crop_scale[0] == 1:
+        return centred
+    rows, columns = image_size
+    for attempt in range(CROP_TRIES):
+        low, high = policy.crop_scale
+        area = rows * columns * (low + (high - low) * chance(f"area{attempt}"))
+        low, high = map(math.log, policy.crop_ratio)
+        ratio = policy.size[1] / policy.size[0] * math.exp(low + (high - low) * chance(f"ratio{attempt}"))
+        height, width = int(math.sqrt(area / ratio) + 0.5), int(math.sqrt(area * ratio) + 0.5)
+        if 1 <= height <= rows and 1 <= width <= columns:
+            top, left = int(chance("top") * (rows - height + 1)), int(chance("left") * (columns - width + 1))
+            return top, left, height, width
+    return centred
+
+
+def _centred_box(policy: ImageViews, image_size: tuple[int, int]) -> tuple[int, ...]:
+    """(top, left, height, width) of the largest box with the view's aspect ratio, in the middle of the image."""
+    rows, columns = image_size
+    if not (1 <= rows <= LONGEST_SIDE and 1 <= columns <= LONGEST_SIDE):
+        raise DataError(
+            f"an image of {rows} x {columns} pixels has no views; each side must be from 1 to {LONGEST_SIDE:,}: "
+            "resize it or take it out"
+        )
+    view_rows, view_columns = policy.size
+    height = min(rows, max(1, (2 * columns * view_rows + view_columns) // (2 * view_columns)))
+    width = min(columns, max(1, (2 * rows * view_columns + view_rows) // (2 * view_rows)))
+    return (rows - height) // 2, (columns - width) // 2, height, width
+
+
+def _fixed(factor: float) -> int:
+    """A factor as a Q16 number. A float32 factor times 65,536 is exact, so only this rounding happens."""
+    return int(factor * ONE + 0.5)
+
+
+def _away_from(centre: int, factor: float) -> list[int]:
+    """Pillow's 3 x 256 table for `centre + (level - centre) * factor`, rounded and held to 0..255."""
+    moved = ((np.arange(256) - centre) * _fixed(factor) + HALF >> 16) + centre
+    return np.clip(moved, 0, 255).tolist() * 3
+
+
+def _mean_grey(picture: Image.Image) -> int:
+    """The mean luma of an RGB picture, rounded to a whole number."""
+    grey = np.asarray(picture.convert("L"))
+    return (2 * int(grey.sum(dtype=np.int64)) + grey.size) // (2 * grey.size)
+
+
+def _saturated(picture: Image.Image, factor: float) -> np.ndarray:
+    """(h, w, 3) uint8: each pixel moved away from its own grey by `factor`."""
+    fixed = _fixed(factor)
+    # Factors are at most 2, so no product leaves 32 bits.
+    pixels = np.asarray(picture, np.int32) * fixed
+    grey = np.asarray(picture.convert("L"), np.int32) * (ONE - fixed) + HALF
+    pixels += grey[..., None]
+    pixels >>= 16
+    return np.clip(pixels, 0, 255, out=pixels).astype(np.uint8)

@@ -1,0 +1,507 @@
+"""kd_dist.config and kd_dist.recipe: what is read, and every sentence about what cannot be."""
+
+import dataclasses
+import json
+import re
+import typing
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kd_dist import recipe as sections
+from kd_dist.config import load, to_dict
+from kd_dist.errors import RecipeError
+
+TEXT = """\
+# A recipe for tests.
+seed: 7
+task:
+  classes: 10
+data:
+  source: digits
+  workers: 0
+teacher:
+  model: kd_dist/convnet
+  weights: stage:teach
+views:
+  size: 8
+  crop_scale: [0.5, 1]
+cache:
+  # logits: fp32
+student:
+  model: timm/mobilenetv3_small_050
+  options: {width: 1e1, deep: no}
+stages:
+  teach:
+    model: teacher
+    losses:
+      cross_entropy:
+    epochs: 2
+    batch_size: 64
+    lr: 3e-4
+  pretrain: &pretrain
+    losses:
+      cross_entropy: {weight: 1}
+    epochs: 3
+    batch_size: 64
+    lr: 1
+  again: *pretrain
+  distill:
+    init: stage:pretrain
+    losses:
+      cross_entropy: {weight: 0.1}
+      kd:
+        weight: {step: {values: [.9, .5], every: 2}}
+        temperature: 4
+    epochs: 5
+    batch_size: 64
+    accumulate: 2
+    lr: .01
+    min_lr: 1.e-3
+"""
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Write a recipe as configs/pets.yaml below the working folder, and return that relative path."""
+    monkeypatch.chdir(tmp_path)
+    Path("configs").mkdir()
+
+    def write(text: str, path: str = "configs/pets.yaml") -> str:
+        Path(path).write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def edited(old: str, new: str) -> str:
+    assert TEXT.count(old) == 1, f"{old!r} must stand once in the recipe"
+    return TEXT.replace(old, new)
+
+
+def refusal(*arguments, **named) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load(*arguments, **named)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------- what is read
+
+
+def test_reads_every_section_with_its_types_and_defaults(written):
+    pretrain = sections.Stage(losses={"cross_entropy": {"weight": 1}}, epochs=3, batch_size=64, lr=1.0)
+    kd = {"weight": {"step": {"values": [0.9, 0.5], "every": 2}}, "temperature": 4}
+    expected = sections.Recipe(
+        name="pets",
+        seed=7,
+        task=sections.Task(classes=10),
+        data=sections.Data(source="digits", workers=0),
+        teacher=sections.Teacher(model="kd_dist/convnet", weights="stage:teach"),
+        views=sections.Views(size=8, crop_scale=(0.5, 1.0)),
+        cache=sections.Cache(logits="fp16", batch_size=64, threads=1),
+        student=sections.Network(model="timm/mobilenetv3_small_050", options={"width": 10.0, "deep": "no"}),
+        stages={
+            "teach": sections.Stage(model="teacher", losses={"cross_entropy": {}}, epochs=2, batch_size=64, lr=3e-4),
+            "pretrain": pretrain,
+            "again": pretrain,
+            "distill": sections.Stage(
+                init="stage:pretrain",
+                losses={"cross_entropy": {"weight": 0.1}, "kd": kd},
+                epochs=5,
+                batch_size=64,
+                accumulate=2,
+                lr=0.01,
+                min_lr=0.001,
+            ),
+        },
+    )
+    recipe = load(written(TEXT))
+    assert recipe == expected
+    assert list(recipe.stages) == ["teach", "pretrain", "again", "distill"]
+    # Equality does not tell 1 from 1.0; a fingerprint does.
+    assert json.dumps(to_dict(recipe)) == json.dumps(to_dict(expected))
+
+
+def test_defaults_pass_their_own_bounds(written):
+    """Writing every default out changes nothing, so no default is of another type or out of its range."""
+    recipe = load(written(TEXT))
+    text = json.dumps(to_dict(recipe), indent=1)
+    assert load(written(text, "configs/again.yaml")) == recipe
+    assert json.loads(text) == to_dict(recipe)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        *[("3e-4", 3e-4), ("3E+4", 3e4), ("1.5", 1.5), (".5", 0.5), ("2.", 2.0), ("-1.e3", -1000.0)],
+        *[("7", 7), ("-7", -7), ("+7", 7), ("007", 7), ("9" * 18, int("9" * 18)), ("9" * 25, 1e25)],
+        *[("true", True), ("False", False), ("null", None), ("~", None), ("", None)],
+        *[("no", "no"), ("yes", "yes"), ("on", "on"), ("off", "off"), ("1_000", "1_000"), ("0x10", "0x10")],
+        *[("1:30", "1:30"), ("2026-11-21", "2026-11-21"), (".inf", ".inf"), (".nan", ".nan"), ("1e999", "1e999")],
+        *[("e5", "e5"), (".", "."), ("1e", "1e"), ("'3e-4'", "3e-4"), ('"true"', "true"), ("''", "")],
+        *[("[1, 2e0, a]", [1, 2.0, "a"]), ("{a: {b: null}, 1: x}", {"a": {"b": None}, "1": "x"}), ("[]", [])],
+        *[("|\n      12\n", "12\n"), ("a b", "a b"), ("x#y", "x#y")],
+    ],
+)
+def test_a_value_of_free_type_means_itself(written, text, value):
+    found = load(written(edited("{width: 1e1, deep: no}", f"\n    x: {text}")))
+    assert found.student.options == {"x": value}
+    assert type(found.student.options["x"]) is type(value)
+
+
+def test_a_plain_scalar_is_read_by_the_type_of_its_key(written):
+    recipe = load(written(TEXT), ["name=2026", "data.root=3e-4", "runs=true", "stages.distill.clip=2", "views.flip=1"])
+    assert (recipe.name, recipe.data.root, recipe.runs) == ("2026", "3e-4", "true")
+    for value in (recipe.stages["distill"].clip, recipe.views.flip):
+        assert type(value) is float
+    assert load(written(TEXT), ["data.root=null", "stages.distill.clip="]).stages["distill"].clip is None
+    assert load(written(TEXT), ["data.root='null'"]).data.root == "null"
+
+
+def test_view_size_is_a_side_or_height_and_width(written):
+    assert load(written(TEXT)).views.shape == (8, 8)
+    assert load(written(TEXT), ["views.size=[6, 9]"]).views.shape == (6, 9)
+
+
+def test_names_that_recipes_may_use(written):
+    files = ["teacher.weights=w.bin", "student.weights=pretrained", "stages.distill.init=w.bin"]
+    Path("w.bin").touch()
+    models = ["torchvision/resnet18", "timm/hf_hub:timm/resnet18.a1_in1k", "mine:build", "my.nets.small:Net_2"]
+    for model in models:
+        recipe = load(written(TEXT), [*files, f"student.model={model}", "data.source=my.raw:pets"])
+        assert (recipe.student.model, recipe.data.source) == (model, "my.raw:pets")
+    assert recipe.teacher.weights == recipe.stages["distill"].init == "w.bin"
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+SAFE = "is not a safe name; use 1 to 32 of A-Z a-z 0-9 _ -, a letter or digit first"
+MODELS = "is not a model; write timm/<name>, torchvision/<name>, kd_dist/<name> or package.module:factory"
+NEEDED = "is missing; training needs 'train' and 'val'"
+MAPPING = "must be a mapping of keys to values"
+PLAIN = "is not allowed; a recipe holds plain values only"
+FILE = "give a file, 'pretrained' or 'stage:<name>'"
+
+# What stands in the recipe, what replaces it, how many lines below its first line the mistake is, the sentence.
+KEYS = [
+    ("  workers: 0", "  shardsize: 3", 0, "data: unknown key 'shardsize'; did you mean 'shard_size'?"),
+    ("seed: 7", "sede: 7", 0, "unknown key 'sede'; did you mean 'seed'?"),
+    ("    min_lr:", "    minlr:", 0, "stages.distill: unknown key 'minlr'; did you mean 'min_lr'?"),
+    ("  classes: 10", "  x: 1", 0, "task: unknown key 'x'; known: classes, name"),
+    ("task:\n  classes: 10\n", "", -1, "required key 'task' is missing"),
+    ("  classes: 10", "  name: classification", -1, "task: required key 'classes' is missing"),
+    ("  classes: 10\n", "", -1, "task: required key 'classes' is missing"),
+    ("    lr: .01\n", "", -10, "stages.distill: required key 'lr' is missing"),
+    ("  workers: 0", "  workers: 0\n  source: x", 1, "data: key 'source' is given twice; first at configs/pets.yaml:6"),
+    ("  workers: 0", "  root: {a: 1, a: 2}", 0, "data.root: key 'a' is given twice; first at configs/pets.yaml:7"),
+    ("  workers: 0", "  [a, b]: 0", 0, "data: a key must be a word, not a list or a mapping"),
+]
+TYPES = [
+    ("    lr: .01", "    lr: fast", 0, "stages.distill.lr: must be a number, not 'fast'"),
+    ("    lr: .01", "    lr: '0.01'", 0, "stages.distill.lr: must be a number, not '0.01'"),
+    ("    lr: .01", "    lr:", 0, "stages.distill.lr: must be a number, not empty"),
+    ("    lr: .01", "    lr: null", 0, "stages.distill.lr: must be a number, not 'null'"),
+    ("    lr: .01", "    lr:\n      - 1", 0, "stages.distill.lr: must be a number, not [1]"),
+    ("    lr: .01", "    lr: .inf", 0, "stages.distill.lr: must be a number, not '.inf'"),
+    ("seed: 7", "seed: 1e3", 0, "seed: must be a whole number, not '1e3'"),
+    ("seed: 7", "seed: true", 0, "seed: must be a whole number, not 'true'"),
+    ("  workers: 0", "  block: x", 0, "data.block: must be a whole number or null, not 'x'"),
+    ("  source: digits", "  source:", 0, "data.source: must be a text, not empty"),
+    ("  source: digits", "  source: {a: 1}", 0, "data.source: must be a text, not {'a': 1}"),
+    ("  # logits: fp32", "  logits: int8", 0, "cache.logits: must be one of 'fp32', 'fp16', 'uint8', not 'int8'"),
+    ("[0.5, 1]", "1", 0, "views.crop_scale: must be a list of 2 (a number, a number), not '1'"),
+    ("[0.5, 1]", "[1]", 0, "views.crop_scale: must be a list of 2 (a number, a number), not [1]"),
+    ("  # logits: fp32", "  - fp32", -1, f"cache: {MAPPING}, not ['fp32']"),
+    ("  classes: 10", "  10", -1, f"task: {MAPPING}, not '10'"),
+    ("task:\n  classes: 10", "task: null", 0, f"task: {MAPPING}, not 'null'"),
+    ("{width: 1e1, deep: no}", "[a]", 0, f"student.options: {MAPPING}, not ['a']"),
+    ("cross_entropy:\n", "cross_entropy: 0.5\n", 0, f"stages.teach.losses.cross_entropy: {MAPPING}, not '0.5'"),
+]
+RANGES = [
+    ("  workers: 0", "  workers: -1", 0, "data.workers: must be a whole number, at least 0, not -1"),
+    ("  workers: 0", "  lanes: 0", 0, "data.lanes: must be a whole number, at least 1, not 0"),
+    ("  classes: 10", "  classes: 1", 0, "task.classes: must be a whole number, at least 2, not 1"),
+    ("    lr: .01", "    lr: 0", 0, "stages.distill.lr: must be a number, above 0, not 0"),
+    ("    min_lr: 1.e-3", "    min_lr: -1e-3", 0, "stages.distill.min_lr: must be a number, at least 0, not -0.001"),
+    ("  size: 8", "  size: [8, 0]", 0, "views.size: must be a whole number, at least 1, not 0"),
+    ("  size: 8", "  size: 8\n  flip: 1.5", 1, "views.flip: must be a number, between 0 and 1, not 1.5"),
+    ("[0.5, 1]", "[0, 1]", 0, "views.crop_scale: must be a number, above 0, not 0"),
+    ("  workers: 0", "  splits: {train: 0, val: 1}", 0, "data.splits.train: must be a number, above 0, not 0"),
+]
+PAIRS = [
+    ("[0.5, 1]", "[1, 0.5]", 0, "views.crop_scale: the range must begin with its lower end, not 1 before 0.5"),
+    (
+        "crop_scale: [0.5, 1]",
+        "crop_ratio: [2, 1]",
+        0,
+        "views.crop_ratio: the range must begin with its lower end, not 2 before 1",
+    ),
+    ("[0.5, 1]", "[1, 1.5]", 0, "views.crop_scale: a crop cannot cover more than the image: 1.5 is above 1"),
+    ("workers: 0", "splits: {train: .8, val: .1, test: .2}", 0, "data.splits: the fractions must sum to 1, not 1.1"),
+    ("workers: 0", "splits: {train: .8, test: .2}", 0, f"data.splits: split 'val' {NEEDED}"),
+    ("workers: 0", "splits: {val: .8, test: .2}", 0, f"data.splits: split 'train' {NEEDED}"),
+    ("workers: 0", "splits: {train: .8, val: .2}", -5, "evaluate.split: unknown split 'test'; known: train, val"),
+    ("seed: 7", "evaluate: {split: tests}", 0, "evaluate.split: unknown split 'tests'; did you mean 'test'?"),
+    (
+        "source: digits",
+        "source: digit",
+        0,
+        "data.source: 'digit' is neither a source nor package.module:factory; did you mean 'digits'?",
+    ),
+    ("kd_dist/convnet", "convnet", 0, f"teacher.model: 'convnet' {MODELS}"),
+    ("timm/mobilenetv3_small_050", "timm/", 0, f"student.model: 'timm/' {MODELS}"),
+    ("timm/mobilenetv3_small_050", "my.nets:f()", 0, f"student.model: 'my.nets:f()' {MODELS}"),
+    (
+        "batch_size: 64\n    accumulate: 2",
+        "batch_size: 63\n    accumulate: 2",
+        0,
+        "stages.distill.batch_size: 63 cannot be divided by accumulate, 2",
+    ),
+    ("min_lr: 1.e-3", "min_lr: 1", 0, "stages.distill.min_lr: 1 is above lr, 0.01"),
+]
+WEIGHTS = [
+    (
+        "init: stage:pretrain",
+        "init: stage:pretrained",
+        0,
+        "stages.distill.init: unknown stage 'pretrained'; did you mean 'pretrain'?",
+    ),
+    (
+        "init: stage:pretrain",
+        "init: stage:teach",
+        0,
+        "stages.distill.init: stage 'teach' trains the teacher, not the student",
+    ),
+    (
+        "init: stage:pretrain",
+        "init: stage:distill",
+        0,
+        "stages.distill.init: stage 'distill' must stand above the stage that starts from it",
+    ),
+    ("init: stage:pretrain", "init: old.pt", 0, f"stages.distill.init: no file 'old.pt'; {FILE}"),
+    (
+        "weights: stage:teach",
+        "weights: stage:distill",
+        0,
+        "teacher.weights: stage 'distill' trains the student, not the teacher",
+    ),
+    ("weights: stage:teach", "weights: old.pt", 0, f"teacher.weights: no file 'old.pt'; {FILE}"),
+    ("  options: {width: 1e1, deep: no}", "  weights: old.pt", 0, f"student.weights: no file 'old.pt'; {FILE}"),
+]
+NAMES = [
+    ("seed: 7", "name: pets.v2", 0, f"name: 'pets.v2' {SAFE}"),
+    ("seed: 7", f"name: {33 * 'a'}", 0, f"name: '{33 * 'a'}' {SAFE}"),
+    ("weights: stage:teach", "name: a/b", 0, f"teacher.name: 'a/b' {SAFE}"),
+    ("  again: *pretrain", "  a b: *pretrain", 0, f"stages.a b: 'a b' {SAFE}"),
+    ("workers: 0", "splits: {train: .8, val: .1, -x: .1}", 0, f"data.splits.-x: '-x' {SAFE}"),
+]
+LOSSES = [
+    (
+        "cross_entropy:\n",
+        "cross_entropy: {label_smoothin: 0.1}\n",
+        0,
+        "stages.teach.losses.cross_entropy: unknown option 'label_smoothin'; did you mean 'label_smoothing'?",
+    ),
+    (
+        "temperature: 4",
+        "temperature: hot",
+        -2,
+        "stages.distill.losses.kd: option 'temperature' must be a number, not 'hot'",
+    ),
+    ("      kd:\n", "      kdd:\n", 0, "stages.distill.losses.kdd: unknown loss 'kdd'; did you mean 'kd'?"),
+    ("    losses:\n      cross_entropy:\n", "    losses:\n", 0, "stages.teach.losses: at least one loss is needed"),
+    (
+        "cross_entropy:\n",
+        "cross_entropy:\n      kd:\n",
+        1,
+        "stages.teach.losses.kd: needs a teacher's signals, and this stage trains the teacher",
+    ),
+]
+YAML = [
+    (
+        "workers: 0",
+        "workers: !!python/object/apply:os.getpid []",
+        0,
+        f"data.workers: tag 'tag:yaml.org,2002:python/object/apply:os.getpid' {PLAIN}",
+    ),
+    ("workers: 0", "options: {a: [1, !mine 2]}", 0, f"data.options.a: tag '!mine' {PLAIN}"),
+    (
+        "workers: 0",
+        "options: &o {a: [*o]}",
+        0,
+        "data.options.a: an alias stands inside the value it names; write the value out",
+    ),
+    ("workers: 0", "workers: *nothing", 0, "not valid YAML: found undefined alias 'nothing'"),
+    ("workers: 0", "workers: 0: 1", 0, "not valid YAML: mapping values are not allowed here"),
+    ("workers: 0", "workers: @", 0, "not valid YAML: found character '@' that cannot start any token"),
+    ("workers: 0", "workers: \x07", 0, "not valid YAML: special characters are not allowed"),
+    ("workers: 0", "workers: 0\n---\na: 1", 1, "not valid YAML: but found another document"),
+]
+REFUSED = [*KEYS, *TYPES, *RANGES, *PAIRS, *WEIGHTS, *NAMES, *LOSSES, *YAML]
+
+
+@pytest.mark.parametrize("old, new, below, sentence", REFUSED)
+def test_a_recipe_that_cannot_be_is_refused_with_its_line(written, old, new, below, sentence):
+    line = TEXT[: TEXT.index(old)].count("\n") + 1 + below
+    assert refusal(written(edited(old, new))) == f"configs/pets.yaml:{line}: {sentence}"
+
+
+def test_a_loss_for_another_number_of_classes_is_refused(written):
+    message = refusal(written(edited("      kd:\n", "      kd_binary:\n")))
+    assert message.startswith("configs/pets.yaml:38: stages.distill.losses.kd_binary: is for classification with ")
+    assert load("configs/pets.yaml", ["task.classes=2"]).task.classes == 2
+
+
+def test_two_classes_cannot_be_cached_as_uint8(written):
+    path = written(edited("  # logits: fp32", "  logits: uint8"))
+    sentence = "cache.logits: two classes store one margin, for which 'uint8' is too coarse; use 'fp16' or 'fp32'"
+    assert load(path).cache.logits == "uint8"
+    assert refusal(path, ["task.classes=2"]) == f"configs/pets.yaml:15: {sentence}"
+
+
+def test_a_recipe_without_stages_is_refused(written):
+    text = TEXT[: TEXT.index("stages:")].replace("  weights: stage:teach\n", "")
+    assert refusal(written(text + "stages: {}")) == "configs/pets.yaml:18: stages: at least one stage is needed"
+
+
+def test_an_unsafe_file_name_asks_for_a_name(written):
+    assert refusal(written(TEXT, "configs/pets.v2.yaml")) == f"configs/pets.v2.yaml:2: name: 'pets.v2' {SAFE}"
+    assert load("configs/pets.v2.yaml", ["name=pets"]).name == "pets"
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("", "configs/pets.yaml:1: required key 'task' is missing"),
+        ("# nothing yet\n", "configs/pets.yaml:1: required key 'task' is missing"),
+        ("- a\n", f"configs/pets.yaml:1: {MAPPING}, not ['a']"),
+        ("pets", f"configs/pets.yaml:1: {MAPPING}, not 'pets'"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(written, text, sentence):
+    assert refusal(written(text)) == sentence
+
+
+def test_a_file_that_cannot_be_read_is_refused(written):
+    assert refusal("configs/none.yaml") == "configs/none.yaml: the recipe cannot be read: No such file or directory"
+    assert refusal("configs") == "configs: the recipe cannot be read: Is a directory"
+    Path("latin.yaml").write_bytes(b"name: caf\xe9\n")
+    assert refusal("latin.yaml") == "latin.yaml: the recipe cannot be read: not UTF-8 text (invalid continuation byte)"
+
+
+# ---------------------------------------------------------------------------------------------- overrides
+
+
+def test_overrides_replace_and_add(written):
+    values = ["seed=8", "data.workers=3", "cache.logits=fp32", "monitor.logit_limit=5e2", "views.size=[4, 5]"]
+    deeper = ["data.options.deep.a=b=c", "stages.distill.losses.kd.temperature=2", "task={classes: 7}", "seed=9"]
+    recipe = load(written(TEXT), values + deeper)
+    assert (recipe.seed, recipe.data.workers, recipe.cache.logits) == (9, 3, "fp32")
+    assert (recipe.monitor.logit_limit, recipe.views.size, recipe.task.classes) == (500.0, (4, 5), 7)
+    assert recipe.data.options == {"deep": {"a": "b=c"}}
+    assert recipe.stages["distill"].losses["kd"]["temperature"] == 2
+    assert recipe.stages["distill"].losses["kd"]["weight"] == {"step": {"values": [0.9, 0.5], "every": 2}}
+
+
+def test_train_stands_for_the_chosen_stage(written):
+    recipe = load(written(TEXT), ["train.lr=3e-2", "train.losses.kd.temperature=1", "stages.pretrain.lr=2"], "distill")
+    before = load("configs/pets.yaml")
+    assert recipe.stages["distill"].lr == 3e-2
+    assert recipe.stages["distill"].losses["kd"]["temperature"] == 1
+    assert recipe.stages["pretrain"].lr == 2.0
+    assert recipe.stages["teach"] == before.stages["teach"]
+
+
+def test_an_override_changes_one_place_of_what_an_alias_shares(written):
+    recipe = load(written(TEXT), ["stages.again.losses.cross_entropy.weight=5"])
+    assert recipe.stages["again"].losses == {"cross_entropy": {"weight": 5}}
+    assert recipe.stages["pretrain"].losses == {"cross_entropy": {"weight": 1}}
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("data.worker=1", "data: unknown key 'worker'; did you mean 'workers'?"),
+        ("dta.workers=1", "unknown key 'dta'; did you mean 'data'?"),
+        ("data.workers.x=1", "data.workers: must be a whole number, not {'x': 1}"),
+        ("data.workers=many", "data.workers: must be a whole number, not 'many'"),
+        ("data.workers=-1", "data.workers: must be a whole number, at least 0, not -1"),
+        ("data.splits.train=0.9", f"data.splits: split 'val' {NEEDED}"),
+        ("teacher.name=a.b", f"teacher.name: 'a.b' {SAFE}"),
+        ("stages.distil.lr=1", "unknown stage 'distil'; did you mean 'distill'?"),
+        ("train.lrr=1", "stages.distill: unknown key 'lrr'; did you mean 'lr'?"),
+        ("train.lr=", "stages.distill.lr: must be a number, not empty"),
+        ("train.losses={kd: {}, dkd: {}}", "stages.distill.losses.dkd: unknown loss 'dkd'; did you mean 'kd'?"),
+        ("train.batch_size=3", "stages.distill.batch_size: 3 cannot be divided by accumulate, 2"),
+        ("seed", "'seed' must have the form section.key=value"),
+        ("seed=[1", "seed: not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("data.options={a: 1, a: 2}", "data.options: key 'a' is given twice; first at command line"),
+        ("seed=!!python/name:os.system 1", f"seed: tag 'tag:yaml.org,2002:python/name:os.system' {PLAIN}"),
+    ],
+)
+def test_an_override_that_cannot_be_is_refused(written, override, sentence):
+    assert refusal(written(TEXT), [override], "distill") == f"command line: {sentence}"
+
+
+def test_the_chosen_stage_must_exist(written):
+    path = written(TEXT)
+    assert refusal(path, stage="distil") == "command line: unknown stage 'distil'; did you mean 'distill'?"
+    message = "command line: train.lr: 'train.' stands for the chosen stage, and none is; write stages.<name>."
+    assert refusal(path, ["train.lr=1"]) == message
+    assert refusal(written("stages: 3"), stage="distill") == "command line: unknown stage 'distill'"
+
+
+# ---------------------------------------------------------------------------------------------- over every key
+
+
+def every_key(cls: type = sections.Recipe, keys: tuple[str, ...] = ()):
+    """(keys, type with bounds) of every value a recipe can hold; the stage is `distill`."""
+    for name, wanted in typing.get_type_hints(cls, include_extras=True).items():
+        if wanted == dict[str, sections.Stage]:
+            yield from every_key(sections.Stage, (*keys, name, "distill"))
+        elif dataclasses.is_dataclass(wanted):
+            yield from every_key(wanted, (*keys, name))
+        else:
+            yield (*keys, name), wanted
+
+
+def test_every_key_refuses_a_value_of_another_type(written):
+    path, seen = written(TEXT), 0
+    for keys, wanted in every_key():
+        free = typing.get_origin(wanted) is dict
+        name, wrong = ".".join(keys), "3" if free else "{no: 1}"
+        assert refusal(path, [f"{name}={wrong}"]).startswith(f"command line: {name}: must be "), name
+        seen += 1
+    assert seen == 66
+
+
+def test_every_bounded_number_refuses_what_is_below_it(written):
+    path, seen = written(TEXT), 0
+    for keys, wanted in every_key():
+        name = ".".join(keys)
+        if "Bound(" not in str(wanted) or typing.get_origin(wanted) is dict:
+            continue
+        wrong = {"crop_scale": "[-1, 1]", "crop_ratio": "[-1, 1]", "std": "[1, 1, -1]"}.get(keys[-1], "-1")
+        assert re.fullmatch(
+            rf"command line: {name}: must be a (whole )?number, (at least [012]|above 0|between 0 and 1), not -1",
+            refusal(path, [f"{name}={wrong}"]),
+        ), name
+        seen += 1
+    assert seen == 40
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_damaged_recipe_is_read_or_refused_in_one_sentence(written, data):
+    """Any piece cut out or put in: never another exception, and always a place."""
+    at = data.draw(st.integers(0, len(TEXT)))
+    cut = data.draw(st.integers(0, 20))
+    put = data.draw(st.text("abe019.-:[]{}&*!|>'\"#, \n\t", max_size=6))
+    path = written(TEXT[:at] + put + TEXT[at + cut :])
+    try:
+        load(path)
+    except RecipeError as error:
+        assert re.match(r"configs/pets\.yaml:\d+: ", str(error))

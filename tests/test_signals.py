@@ -1,0 +1,437 @@
+"""signals.py: error bounds, bytes that other tools read, and damage that is never passed over."""
+
+import ast
+import io
+import json
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from kd_dist.errors import RecipeError, ShardError
+from kd_dist.signals import (
+    CODECS,
+    LogitsCodec,
+    dtype_from_json,
+    dtype_to_json,
+    error_report,
+    from_row_bytes,
+    measured_error,
+    merge_errors,
+    npy_header_size,
+    pack_rows,
+    row_dtype,
+    to_npy,
+)
+from kd_dist.views import VIEW_DTYPE, ImageViews, draw
+
+DENSE = [(name, 10) for name in CODECS]
+MARGIN = [("fp32", 2), ("fp16", 2)]
+ALL = DENSE + MARGIN
+
+
+def gaussian(rows: int, classes: int, seed: int = 0, scale: float = 3.0) -> np.ndarray:
+    return (np.random.default_rng(seed).normal(size=(rows, classes)) * scale).astype(np.float32)
+
+
+def views_of(count: int) -> np.ndarray:
+    policy = ImageViews((8, 8), (0.3, 1), flip=0.5, brightness=0.4)
+    return np.array([draw(policy, "a", number, (60, 80)) for number in range(count)], VIEW_DTYPE)
+
+
+def packed(codec: LogitsCodec, logits: np.ndarray) -> np.ndarray:
+    fields, storable = codec.encode(logits)
+    assert storable.all()
+    dtype = row_dtype(VIEW_DTYPE, codec.fields())
+    return pack_rows(dtype, views_of(len(logits)), np.arange(len(logits), dtype=np.uint32) + 1000, fields)
+
+
+def there_and_back(name: str, logits: np.ndarray) -> np.ndarray:
+    """Logits through rows, npy bytes and row bytes."""
+    codec = LogitsCodec(name, logits.shape[1])
+    rows = packed(codec, logits)
+    payload = to_npy(rows)[npy_header_size(rows.dtype, len(rows)) :]
+    return codec.decode(from_row_bytes(payload, rows.dtype, "here"))
+
+
+def below_maximum(logits: np.ndarray) -> np.ndarray:
+    exact = logits.astype(np.float64)
+    return exact - exact.max(axis=1, keepdims=True)
+
+
+# ---------------------------------------------------------------------------------------------- the codec's bounds
+
+
+def within_bounds(name: str, logits: np.ndarray) -> None:
+    """Assert the bounds that LogitsCodec's docstring states."""
+    decoded = there_and_back(name, logits)
+    assert decoded.dtype == np.float32 and decoded.shape == logits.shape and decoded.flags.writeable
+    if logits.shape[1] == 2:
+        exact = logits[:, 1].astype(np.float64) - logits[:, 0]
+        error = np.abs(decoded[:, 1] - decoded[:, 0].astype(np.float64) - exact)
+        assert not decoded[:, 0].any()
+    else:
+        exact = below_maximum(logits)
+        error = np.abs(decoded - exact)
+        assert (decoded.max(axis=1) == 0).all()
+    if name == "uint8":
+        scale = LogitsCodec(name, logits.shape[1]).encode(logits)[0]["logits_scale"]
+        assert (error <= 0.5001 * scale[:, None].astype(np.float64)).all()
+        assert np.allclose(scale, -exact.min(axis=1) / 255, rtol=1e-6, atol=1e-37)
+    else:
+        allowed = 2.0**-24 * np.abs(exact) if name == "fp32" else 2.0**-11 * np.abs(exact) + 2.0**-25
+        assert (error <= allowed).all()
+
+
+def rows_of(classes: int, largest: float) -> st.SearchStrategy[np.ndarray]:
+    values = st.floats(-largest, largest, width=32)
+    return st.integers(1, 4).flatmap(lambda rows: arrays.arrays(np.float32, (rows, classes), elements=values))
+
+
+@given(st.sampled_from(list(CODECS)), st.sampled_from([3, 7]), st.data())
+@settings(max_examples=150, deadline=None)
+def test_dense_logits_stay_within_the_stated_bounds(name, classes, data):
+    within_bounds(name, data.draw(rows_of(classes, 3e4)))
+
+
+@given(st.sampled_from(["fp32", "fp16"]), rows_of(2, 3e4))
+@settings(max_examples=80, deadline=None)
+def test_margins_stay_within_the_stated_bounds(name, logits):
+    within_bounds(name, logits)
+
+
+@pytest.mark.parametrize(("name", "classes"), ALL)
+def test_extreme_finite_logits_stay_within_the_stated_bounds(name, classes):
+    logits = np.zeros((7, classes), np.float32)
+    logits[0] = np.linspace(-1e4, 1e4, classes)
+    logits[1] = 1e4
+    logits[2, 0] = 1e-45  # the smallest float32 above zero
+    logits[3] = np.linspace(0, 1e-38, classes)
+    logits[4] = -1e4
+    logits[5, -1] = 65504
+    logits[6] = np.linspace(5, 5.0001, classes)
+    within_bounds(name, logits)
+
+
+@pytest.mark.parametrize("name", ["fp32", "uint8"])
+def test_differences_as_large_as_float32_are_stored(name):
+    within_bounds(name, np.array([[0, -3e38, -1e38], [1e38, -2e38, 0]], np.float32))
+
+
+@pytest.mark.parametrize(("name", "classes"), ALL)
+def test_equal_logits_decode_to_zeros(name, classes):
+    assert not there_and_back(name, np.full((3, classes), 7.25, np.float32)).any()
+
+
+@pytest.mark.parametrize(("name", "classes"), ALL)
+def test_an_additive_constant_does_not_change_what_is_stored(name, classes):
+    logits = np.round(gaussian(20, classes) * 64) / 64  # multiples of 1/64, so that adding 512 is exact
+    assert np.array_equal(there_and_back(name, logits), there_and_back(name, logits + np.float32(512)))
+
+
+@pytest.mark.parametrize(("name", "classes"), ALL)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_is_reported_and_its_neighbours_are_kept(name, classes, value):
+    logits = gaussian(5, classes)
+    logits[1, 0] = value
+    logits[3] = value
+    before = logits.copy()
+    codec = LogitsCodec(name, classes)
+    fields, storable = codec.encode(logits)
+    assert storable.dtype == bool and storable.tolist() == [True, False, True, False, True]
+    assert np.array_equal(logits, before, equal_nan=True)
+    clean, _ = codec.encode(gaussian(5, classes))
+    for field, values in fields.items():
+        assert np.isfinite(values).all()
+        assert np.array_equal(values[storable], clean[field][storable])
+    assert not any(values[~storable].any() for field, values in fields.items() if field != "logits_scale")
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "spread", "fits"),
+    [
+        ("fp16", 3, 65504, True),
+        ("fp16", 3, 65536, False),
+        ("fp16", 2, 65504, True),
+        ("fp16", 2, -65504, True),
+        ("fp16", 2, 65536, False),
+        ("fp16", 2, -65536, False),
+        ("fp32", 3, 65536, True),
+        ("uint8", 3, 65536, True),
+    ],
+)
+def test_a_difference_too_large_for_fp16_is_reported(name, classes, spread, fits):
+    logits = np.zeros((2, classes), np.float32)
+    logits[1, 1] = spread
+    assert LogitsCodec(name, classes).encode(logits)[1].tolist() == [True, fits]
+
+
+@pytest.mark.parametrize(("name", "classes"), ALL)
+def test_a_difference_too_large_for_float32_is_reported(name, classes):
+    logits = np.zeros((2, classes), np.float32)
+    logits[1, :2] = (3e38, -3e38)
+    assert LogitsCodec(name, classes).encode(logits)[1].tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("name", "classes"), ALL)
+def test_no_rows_encode_and_decode_to_no_rows(name, classes):
+    codec = LogitsCodec(name, classes)
+    fields, storable = codec.encode(np.zeros((0, classes), np.float32))
+    assert storable.shape == (0,)
+    rows = pack_rows(row_dtype(VIEW_DTYPE, codec.fields()), views_of(0), np.zeros(0, np.uint32), fields)
+    assert codec.decode(rows).shape == (0, classes)
+
+
+def kd_gradient(student: np.ndarray, teacher: np.ndarray, temperature: float) -> np.ndarray:
+    leaf = torch.tensor(student, dtype=torch.float64, requires_grad=True)
+    target = torch.softmax(torch.tensor(teacher, dtype=torch.float64) / temperature, dim=1)
+    torch.nn.functional.cross_entropy(leaf / temperature, target, reduction="sum").backward()
+    return leaf.grad.numpy()
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize(("name", "least"), [("uint8", 0.999), ("fp16", 0.9999), ("fp32", 0.999999)])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_gradient_of_kd_keeps_its_direction(name, least, classes, temperature):
+    teacher, student = gaussian(64, classes, 1), gaussian(64, classes, 2)
+    exact = kd_gradient(student, teacher, temperature)
+    stored = kd_gradient(student, there_and_back(name, teacher), temperature)
+    cosine = (exact * stored).sum(axis=1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(stored, axis=1)
+    assert cosine.min() > least
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "named"),
+    [
+        ("fp61", 10, r"unknown logits codec 'fp61'; did you mean 'fp16'\?"),
+        ("uint8", 2, r"two classes store one margin, which uint8 cannot hold; use fp16 or fp32"),
+        ("fp16", 1, r"a teacher of 1 classes has no logits to distil; it needs at least 2"),
+    ],
+)
+def test_an_impossible_codec_is_refused(name, classes, named):
+    with pytest.raises(RecipeError, match=named):
+        LogitsCodec(name, classes)
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+def test_the_layout_of_a_row_is_golden():
+    dtype = row_dtype(VIEW_DTYPE, LogitsCodec("uint8", 10).fields())
+    offsets = {name: offset for name, (_, offset) in dtype.fields.items()}
+    assert offsets == {"row_crc": 0, "view": 4, "input_crc": 28, "logits_scale": 32, "logits": 36}
+    assert dtype.itemsize == 48 and dtype["view"] == VIEW_DTYPE and dtype.isalignedstruct
+
+
+def test_the_row_of_a_binary_head_is_36_bytes():
+    assert row_dtype(VIEW_DTYPE, LogitsCodec("fp16", 2).fields()).itemsize == 36
+
+
+def test_the_bytes_of_a_member_are_golden():
+    views = np.zeros(2, VIEW_DTYPE)
+    views["height"], views["width"], views["brightness"] = 7, 9, 1
+    codec = LogitsCodec("fp16", 2)
+    fields, _ = codec.encode(np.array([[0, 1.5], [2, -1]], np.float32))
+    rows = pack_rows(row_dtype(VIEW_DTYPE, codec.fields()), views, np.array([1, 2**32 - 1], np.uint32), fields)
+    payload = to_npy(rows)
+    assert payload[:10] == b"\x93NUMPY\x01\x00\x36\x01" and len(payload) == 320 + 72
+    assert ast.literal_eval(payload[10:320].decode()) == {
+        "descr": [
+            ("row_crc", "<u4"),
+            (
+                "view",
+                [(name, "<f4") for name in ("brightness", "contrast", "saturation")]
+                + [(name, "<u2") for name in ("top", "left", "height", "width")]
+                + [("flip", "|u1"), ("", "|V3")],
+            ),
+            ("input_crc", "<u4"),
+            ("margin", "<f2"),
+            ("", "|V2"),
+        ],
+        "fortran_order": False,
+        "shape": (2,),
+    }
+    first = "0000803f0000000000000000000000000700090000000000" + "01000000" + "003e" + "0000"
+    second = "0000803f0000000000000000000000000700090000000000" + "ffffffff" + "00c2" + "0000"
+    for row, expected in ((0, first), (1, second)):
+        body = bytes.fromhex(expected)
+        start = 320 + 36 * row
+        assert payload[start : start + 36] == zlib.crc32(body).to_bytes(4, "little") + body
+
+
+@pytest.mark.parametrize(("name", "classes"), [*ALL, ("uint8", 3), ("fp16", 3), ("uint8", 1000)])
+@pytest.mark.parametrize("count", [0, 1, 8, 1000])
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves the tar to the collector
+def test_numpy_and_webdataset_read_a_member(name, classes, count, tmp_path):
+    rows = packed(LogitsCodec(name, classes), gaussian(count, classes))
+    payload = to_npy(rows)
+    assert len(payload) == npy_header_size(rows.dtype, count) + rows.nbytes
+    assert npy_header_size(rows.dtype, count) % 64 == 0
+    loaded = np.load(io.BytesIO(payload), allow_pickle=False)
+    assert loaded.dtype == rows.dtype and np.array_equal(loaded, rows)
+    with open(tmp_path / "s.tar", "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
+        tar.write({"__key__": "a", "net.npy": payload})
+    (sample,) = webdataset.WebDataset(str(tmp_path / "s.tar"), shardshuffle=False).decode()
+    assert sample["net.npy"].dtype == rows.dtype and np.array_equal(sample["net.npy"], rows)
+
+
+def test_a_row_keeps_its_view_and_input_crc():
+    rows = packed(LogitsCodec("fp16", 10), gaussian(4, 10))
+    assert np.array_equal(rows["view"], views_of(4))
+    assert rows["input_crc"].tolist() == [1000, 1001, 1002, 1003]
+
+
+def test_padding_is_zero_whatever_the_views_bring():
+    codec = LogitsCodec("fp16", 2)
+    fields, _ = codec.encode(gaussian(3, 2))
+    memory = bytearray(b"\xaa" * 72)
+    views = np.frombuffer(memory, VIEW_DTYPE)
+    for name in VIEW_DTYPE.names:
+        views[name] = views_of(3)[name]
+    assert [memory[at : at + 3] for at in (21, 45, 69)] == [b"\xaa" * 3] * 3
+    payload = pack_rows(row_dtype(VIEW_DTYPE, codec.fields()), views, np.zeros(3, np.uint32), fields).tobytes()
+    for start in (0, 36, 72):
+        assert payload[start + 25 : start + 28] == b"\0\0\0"  # after the view
+        assert payload[start + 34 : start + 36] == b"\0\0"  # after the margin
+
+
+def test_fields_that_do_not_belong_to_the_row_are_refused():
+    dtype = row_dtype(VIEW_DTYPE, LogitsCodec("fp16", 10).fields())
+    fields, _ = LogitsCodec("uint8", 10).encode(gaussian(2, 10))
+    with pytest.raises(ValueError, match=r"fields \('logits',\), given were \('logits_scale', 'logits'\)"):
+        pack_rows(dtype, views_of(2), np.zeros(2, np.uint32), fields)
+    with pytest.raises(ValueError, match=r"given were \(\)"):
+        pack_rows(dtype, views_of(2), np.zeros(2, np.uint32), {})
+
+
+def test_one_view_is_one_slice_of_the_member_read_without_a_copy():
+    codec = LogitsCodec("uint8", 10)
+    rows = packed(codec, gaussian(8, 10))
+    payload, header, stride = to_npy(rows), npy_header_size(rows.dtype, 8), rows.dtype.itemsize
+    for number in range(8):
+        one = from_row_bytes(payload[header + number * stride :][:stride], rows.dtype, "here")
+        assert one.shape == (1,) and one.tobytes() == rows[number : number + 1].tobytes()
+    whole = memoryview(payload)[header:]
+    assert np.shares_memory(from_row_bytes(whole, rows.dtype, "here"), np.frombuffer(payload, np.uint8))
+
+
+def test_every_flipped_bit_of_a_row_is_noticed():
+    rows = packed(LogitsCodec("fp16", 2), gaussian(2, 2))
+    payload = bytearray(rows.tobytes())
+    noticed = 0
+    for bit in range(8 * len(payload)):
+        payload[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ShardError, match=rf"^s-000.tar: 'a' view 3: row {bit // 288} of those read is damaged"):
+            from_row_bytes(bytes(payload), rows.dtype, "s-000.tar: 'a' view 3")
+        payload[bit // 8] ^= 1 << bit % 8
+        noticed += 1
+    assert noticed == 576
+    assert np.array_equal(from_row_bytes(bytes(payload), rows.dtype, "here"), rows)
+
+
+@pytest.mark.parametrize("length", [0, 1, 35, 37, 71])
+def test_bytes_that_are_no_whole_rows_are_refused(length):
+    rows = packed(LogitsCodec("fp16", 2), gaussian(2, 2))
+    named = f"^s.tar: {length} bytes were read where rows of 36 bytes belong; delete the shard and run `kd-dist cache-t"
+    with pytest.raises(ShardError, match=named):
+        from_row_bytes(rows.tobytes()[:length], rows.dtype, "s.tar")
+
+
+# ---------------------------------------------------------------------------------------------- the dtype in a manifest
+
+
+@pytest.mark.parametrize(("name", "classes"), ALL)
+def test_a_row_dtype_survives_json(name, classes):
+    dtype = row_dtype(VIEW_DTYPE, LogitsCodec(name, classes).fields())
+    described = dtype_to_json(dtype)
+    read = json.loads(json.dumps(described))
+    assert read == described
+    assert dtype_from_json(read) == dtype
+    rows = packed(LogitsCodec(name, classes), gaussian(3, classes))
+    back = from_row_bytes(rows.tobytes(), dtype_from_json(read), "here")
+    assert np.array_equal(back, rows) and back["view"][2].item() == views_of(3)[2].item()
+
+
+FRAME = [["row_crc", "<u4"], ["view", [["top", "<u2"]]], ["input_crc", "<u4"]]
+
+
+@pytest.mark.parametrize(
+    ("description", "named"),
+    [
+        ([*FRAME, ["logits", "|O"]], r"cannot be read \(field 'logits' is of type '\|O', which is no number\)"),
+        ([["row_crc", "<u4"], ["view", [["top", "|O"]]], ["input_crc", "<u4"]], "field 'top' is of type"),
+        ([*FRAME, ["logits", "(2,"]], "which is no number"),
+        ([*FRAME, ["logits", "<f3"]], "cannot be read"),
+        ([*FRAME, ["logits", "<f4", [-1]]], "cannot be read"),
+        ([*FRAME, ["logits", "<f4", 3]], "cannot be read"),
+        ([*FRAME, ["logits", "<f4", [2**70]]], "cannot be read"),
+        ([*FRAME, ["logits", None]], "cannot be read"),
+        ([*FRAME, ["row_crc", "<u4"]], "cannot be read"),
+        ([*FRAME, ["logits"]], "cannot be read"),
+        ([*FRAME, 5], "cannot be read"),
+        ("<f4", "cannot be read"),
+        (None, r"cannot be read .* delete this cache and run `kd-dist cache-teacher`"),
+        ([], r"begins with the fields \(\), not \('row_crc', 'view', 'input_crc'\)"),
+        (FRAME[1:], r"begins with the fields \('view', 'input_crc'\)"),
+    ],
+)
+def test_a_foreign_description_is_refused(description, named):
+    with pytest.raises(ShardError, match=named):
+        dtype_from_json(description)
+
+
+def test_a_row_of_python_objects_is_refused():
+    with pytest.raises(ShardError, match="a row cannot hold Python objects"):
+        row_dtype(VIEW_DTYPE, [("logits", "O")])
+
+
+# ---------------------------------------------------------------------------------------------- measured errors
+
+
+def torch_kl(exact: np.ndarray, stored: np.ndarray, temperature: float) -> float:
+    p, q = (torch.log_softmax(torch.tensor(z, dtype=torch.float64) / temperature, dim=1) for z in (exact, stored))
+    return float(torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True))
+
+
+@pytest.mark.parametrize(("name", "classes"), ALL)
+def test_measured_error_is_what_torch_measures(name, classes):
+    logits = gaussian(50, classes) + 20
+    decoded = there_and_back(name, logits)
+    error = measured_error(logits, decoded)
+    assert error["count"] == 50
+    assert error["max_abs"] == pytest.approx(np.abs(below_maximum(logits) - below_maximum(decoded)).max(), abs=1e-15)
+    assert error["kl_t1"] == pytest.approx(torch_kl(logits, decoded, 1), rel=1e-6, abs=1e-13)
+    assert error["kl_t4"] == pytest.approx(torch_kl(logits, decoded, 4), rel=1e-6, abs=1e-13)
+
+
+def test_measured_error_of_a_known_pair():
+    error = measured_error(np.log(np.array([[1, 1], [1, 3]], np.float64)), np.zeros((2, 2), np.float32))
+    assert error["max_abs"] == pytest.approx(np.log(3))
+    assert error["kl_t1"] == pytest.approx(0.25 * np.log(0.5) + 0.75 * np.log(1.5))
+
+
+def test_measured_errors_add_up_over_shards():
+    logits = gaussian(90, 10)
+    decoded = there_and_back("uint8", logits)
+    whole = measured_error(logits, decoded)
+    parts = [measured_error(logits[a:b], decoded[a:b]) for a, b in ((0, 7), (7, 7), (7, 60), (60, 90))]
+    merged = merge_errors(json.loads(json.dumps(part)) for part in parts)
+    assert merged == pytest.approx(whole, rel=1e-9)
+    assert error_report(merged) == pytest.approx(
+        {
+            "count": 90,
+            "max_abs": whole["max_abs"],
+            "mean_kl_t1": whole["kl_t1"] / 90,
+            "mean_kl_t4": whole["kl_t4"] / 90,
+        }
+    )
+    assert 0 < error_report(merged)["mean_kl_t1"] < 1e-3
+
+
+def test_the_report_of_nothing_is_zeros():
+    assert error_report(merge_errors([])) == {"count": 0, "max_abs": 0.0, "mean_kl_t1": 0.0, "mean_kl_t4": 0.0}
