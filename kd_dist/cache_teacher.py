@@ -155,26 +155,26 @@ def encode(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Batches -> the members of one example after another. Fills `notes` with the codec's error, the teacher's sums and
     the examples whose signals are not finite: they keep their place, as zeros, and training leaves them out."""
+    # Rows wait as bytes for the rest of their example: copying records would leave their padding behind.
     keys: list[str] = []
-    rows, storable = np.zeros(0, work.dtype), np.zeros(0, bool)
+    payload, storable, stride = b"", np.zeros(0, bool), work.dtype.itemsize * work.rows
     for batch in batches:
         fields, good = work.codec.encode(batch.logits)
         new = pack_rows(work.dtype, batch.views, batch.crcs, fields)
-        notes["error"] = merge_errors(
-            [notes["error"], measured_error(batch.logits[good], work.codec.decode(new[good]))]
-        )
+        error = measured_error(batch.logits[good], work.codec.decode(new[good]))
+        notes["error"] = merge_errors([notes["error"], error])
         notes["teacher"] = add_sums(notes["teacher"], task.teacher_sums(batch.logits[good], batch.targets[good]))
-        keys, rows, storable = keys + batch.keys, np.concatenate([rows, new]), np.concatenate([storable, good])
-        whole = len(rows) // work.rows * work.rows
-        for start in range(0, whole, work.rows):
-            one = slice(start, start + work.rows)
-            if not storable[one].all():
-                views = np.flatnonzero(~storable[one]).tolist()
-                reason = f"the teacher's logits of view {views} are not finite or too large for {work.codec.name}"
-                notes["quarantined"].append({"key": keys[start], "reason": reason})
-            yield keys[start], {f"{work.teacher}.npy": to_npy(rows[one])}
+        keys, payload, storable = keys + batch.keys, payload + new.tobytes(), np.concatenate([storable, good])
+        whole = len(keys) // work.rows
+        for number in range(whole):
+            key, lost = keys[number * work.rows], np.flatnonzero(~storable[number * work.rows :][: work.rows])
+            if len(lost):
+                reason = f"the teacher's logits of views {lost.tolist()} are not finite or too large for a row"
+                notes["quarantined"].append({"key": key, "reason": reason})
+            rows = np.frombuffer(payload, work.dtype, work.rows, number * stride)
+            yield key, {f"{work.teacher}.npy": to_npy(rows)}
             advance(1)
-        keys, rows, storable = keys[whole:], rows[whole:], storable[whole:]
+        keys, storable, payload = keys[whole * work.rows :], storable[whole * work.rows :], payload[whole * stride :]
 
 
 def add_sums(one: Any, other: Any) -> Any:
@@ -338,11 +338,11 @@ def summary(split: str, made: dict[str, Any]) -> str:
     lines = [f"teacher on {split}: no rows"]
     if said is not None:
         lines = [
-            f"teacher on {split}: accuracy {said['accuracy']:.4f}, nll {said['nll']:.4f}, entropy {said['entropy']:.4f} "
-            f"nat, saturated {said['saturated']:.1%} of {said['rows']:,} rows",
+            f"teacher on {split}: accuracy {said['accuracy']:.4f}, nll {said['nll']:.4f}, "
+            f"entropy {said['entropy']:.4f} nat, saturated {said['saturated']:.1%} of {said['rows']:,} rows",
             f"  rows per class, labelled / predicted: {said['labelled_per_class']} / {said['predicted_per_class']}",
-            f"  {made['row_bytes']} bytes a row, {made['bytes_per_view']:,.0f} a view on disk; {made['codec']['logits']} "
-            f"logits: largest error {error['max_abs']:.2e}, mean KL {error['mean_kl_t1']:.1e} nat",
+            f"  {made['row_bytes']} bytes a row, {made['bytes_per_view']:,.0f} a view on disk; "
+            f"{made['codec']['logits']} logits: largest error {error['max_abs']:.2e}, mean KL {error['mean_kl_t1']:.1e} nat",
         ]
         if said["entropy"] < SATURATED_ENTROPY:
             lines.append(

@@ -122,8 +122,8 @@ def refuse_other_run(path: Path, there: dict, here: dict) -> None:
     if difference is not None:
         place, ours, theirs = difference
         raise TrainingError(
-            f"{path}: was made with {place} = {theirs!r}, the recipe says {ours!r}; restore the recipe, give it another "
-            f"name, or delete the folder"
+            f"{path}: was made with {place} = {theirs!r}, the recipe says {ours!r}; restore the recipe, "
+            f"give it another name, or delete the folder"
         )
 
 

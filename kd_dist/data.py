@@ -35,7 +35,7 @@ class Shards:
         self.manifest = manifest.read_manifest(folder)
         if not self.manifest["complete"]:
             raise ShardError(
-                f"{folder}: not finished; run the command that makes it again, it goes on where it stopped"
+                f"{folder}: not finished; run the command that makes it once more, it goes on where it was"
             )
         rows = self.manifest["shards"]
         self.paths = [folder / row["name"] for row in rows]
@@ -156,7 +156,7 @@ class Corridor(Dataset[Batch]):
         keys, pixels, targets, logits = rows
         return Batch(
             keys=keys,
-            images=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+            images=torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))),
             targets=torch.from_numpy(targets),
             valid=torch.full((len(keys),), not filler),
             total=max(total, 1),

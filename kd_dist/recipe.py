@@ -144,7 +144,7 @@ class Recipe:
     """A whole recipe: one experiment."""
 
     name: str | None = None  # null: the stem of the file name; `load` always fills it
-    seed: Natural = 0  # of the split, the order of examples and the student's weights
+    seed: Natural = 0  # of the order of examples and the student's first weights
     runs: str = "runs"  # folder under which <recipe name>/<stage>/ is written
     task: Task
     data: Data

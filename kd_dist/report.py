@@ -101,7 +101,9 @@ def headings(metric: str) -> list[str]:
 
 def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     """The summary for a terminal."""
-    shown = Table(*headings(rows[0]["metric"]), title=title)
+    shown = Table(title=title)
+    for heading in headings(rows[0]["metric"] if rows else "metric"):
+        shown.add_column(heading, overflow="fold")
     for row in rows:
         shown.add_row(*cells(row))
     return shown
@@ -121,14 +123,14 @@ def gain_sentence(one: dict[str, Any], metric: str) -> str:
     return f"`{one['stage']}` against `{one['against']}`: {one['mean']:+.4f} {metric} ({spread})."
 
 
-def write(folder: Path, title: str, split: str, models: list[dict[str, Any]], histories: dict[str, list]) -> Table:
-    """Write `report.json`, `report.md` and `curves.png`; return the table. `histories`: epoch records by run."""
+def write(folder: Path, title: str, split: str, models: list[dict[str, Any]], histories: dict[str, list]) -> list[dict]:
+    """Write `report.json`, `report.md` and `curves.png`; return the summary. `histories`: epoch records by run."""
     rows, differences = summarise(models), gains(models)
     content = {"split": split, "models": models, "summary": rows, "gains": differences}
     write_atomic(folder / "report.json", json.dumps(content, indent=1, sort_keys=True))
     write_atomic(folder / "report.md", markdown(rows, differences, title, split))
     plot(folder / "curves.png", histories, rows[0]["metric"])
-    return table(rows, title)
+    return rows
 
 
 def plot(path: Path, histories: dict[str, list[dict[str, Any]]], metric: str) -> None:

@@ -27,26 +27,29 @@ INDEX_MAGIC = b"KDDISTIX"
 INDEX_VERSION = 1
 OPEN_TARS = 256  # file descriptors that a process keeps; a thousand shards must not exhaust the usual limit of 1024
 
-_HEADER = struct.Struct(
-    "<8sIIQ32sIIQ"
-)  # magic, version, examples, tar size, tar sha256, members, key bytes, JSON bytes
+# Header: magic, version, examples, tar size, tar sha256, members, bytes of all keys, bytes of the JSON text.
+_HEADER = struct.Struct("<8sIIQ32sIIQ")
 _EXAMPLE = struct.Struct("<QQIIIHH")  # offset, size, crc32, first member, key offset, members, key bytes
 _MEMBER = struct.Struct("<QQI4x")  # offset, size, extension
-_CHECKSUM = struct.Struct("<I")  # crc32 of every byte of the index before it
 
 _UNSAFE = re.compile(rb"[^A-Za-z0-9_/-]|\A_(?=_)|\A/|(?<=/)/|/\Z")
 _EXTENSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _PICKLED = ("pickle", "pkl", "pt", "pth", "pyd")  # last parts that a stock decoder may execute
-_AGAIN = "delete the file and run the command that wrote it again (kd-dist pack or kd-dist cache-teacher)"
+_AGAIN = "delete the file and run the command that writes it (kd-dist pack or kd-dist cache-teacher)"
 
 
 class _Example(NamedTuple):
     """Where one example lies in the tar; all numbers are bytes from the start of the tar."""
 
     key: str
-    offset: int
-    size: int
-    members: list[tuple[str, int, int]]  # extension, offset and size of the data
+    offset: int  # of its first header
+    members: list[tuple[str, int, int]]  # extension, offset and size of the content
+
+    @property
+    def end(self) -> int:
+        """Behind the padding of its last member."""
+        _, offset, size = self.members[-1]
+        return -(-(offset + size) // BLOCK) * BLOCK
 
 
 def member_key(path: str) -> str:
@@ -74,9 +77,8 @@ def index_path(path: str | os.PathLike) -> Path:
 
 
 @contextmanager
-def published(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def published(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under `path` whole and on disk, or not at all. Makes the folder if need be."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -113,19 +115,20 @@ def write_shard(
         with TarWriter(stream, encoder=False, mtime=0, mode=0o444, user="kd_dist", group="kd_dist") as tar:
             for key, contents in examples:
                 _check_example(path, key, list(contents), seen)
-                entry = _Example(key, offset, 0, [])
+                entries.append(_Example(key, offset, []))
                 for extension in sorted(contents):  # the order in which TarWriter writes them
                     if len(key) + 1 + len(extension) > NAME_BYTES:
                         raise ShardError(
                             f"{path}: the member name '{key}.{extension}' is longer than the {NAME_BYTES} bytes "
                             "of a tar header; shorten the key (kd_dist.shards.member_key makes short ones)"
                         )
-                    entry.members.append((extension, offset + BLOCK, len(contents[extension])))
-                    offset = _padded(offset + BLOCK + len(contents[extension]))
-                entries.append(entry._replace(size=offset - entry.offset))
+                    entries[-1].members.append((extension, offset + BLOCK, len(contents[extension])))
+                    offset = entries[-1].end
                 stream.ends.append(offset)
                 tar.write({"__key__": key, **contents})
-        _retract(index_path(path))  # an old index must never vouch for the new tar
+        if index_path(path).exists():  # an old index must never vouch for the new tar
+            index_path(path).unlink()
+            _sync_folder(path.parent)
     _write_index(path, entries, stream.crcs, stream.size, stream.sha256.digest(), notes)
 
 
@@ -146,10 +149,9 @@ def index_tar(path: str | os.PathLike, notes: Mapping[str, Any] | None = None) -
                 "blocks of its end should be; copy it again or make it again"
             )
         with memoryview(tar) as view:
-            crcs = [zlib.crc32(view[entry.offset : entry.offset + entry.size]) for entry in entries]
+            crcs = [zlib.crc32(view[entry.offset : entry.end]) for entry in entries]
             digest = hashlib.sha256(view).digest()
-        size = len(tar)
-    _write_index(path, entries, crcs, size, digest, notes or {})
+    _write_index(path, entries, crcs, end + len(tail), digest, notes or {})
 
 
 def is_committed(path: str | os.PathLike) -> bool:
@@ -167,32 +169,25 @@ class Shard:
     Raises ShardError if the index is missing, damaged or of another version, or the tar has not the size it names.
     """
 
-    path: Path  # the tar
-    sha256: str  # of the tar when it was written, hex
-    notes: dict[str, Any]  # what the writer noted
-
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path = Path(path)  # of the tar
         # Bytes, not a mapping: Python's mmap keeps a file descriptor for each index.
         self._index = _checked_index(self.path)
-        header = _HEADER.unpack_from(self._index)
-        _, _, self._examples, tar_size, digest, members, key_bytes, json_bytes = header
-        self.sha256 = digest.hex()
+        _, _, self._examples, tar_size, digest, members, key_bytes, json_bytes = _HEADER.unpack_from(self._index)
+        self.sha256: str = digest.hex()  # of the tar when it was written
         self._members_at = _HEADER.size + self._examples * _EXAMPLE.size
         self._keys_at = self._members_at + members * _MEMBER.size
         texts_at = self._keys_at + key_bytes
         texts = json.loads(self._index[texts_at : texts_at + json_bytes])
         self._extensions: list[str] = texts["extensions"]
-        self.notes = texts["notes"]
+        self.notes: dict[str, Any] = texts["notes"]
         try:
             status = os.stat(self.path)
         except FileNotFoundError as error:
             raise ShardError(f"{self.path}: the tar is missing though its index is there; {_AGAIN}") from error
         if status.st_size != tar_size:
-            raise ShardError(
-                f"{self.path}: the tar has {status.st_size} bytes but its index says {tar_size}: it is cut short, "
-                f"or was replaced; {_AGAIN}"
-            )
+            sizes = f"the tar has {status.st_size} bytes but its index says {tar_size}"
+            raise ShardError(f"{self.path}: {sizes}, so it was cut short or replaced; {_AGAIN}")
         self._inode = status.st_ino
 
     def __len__(self) -> int:
@@ -219,36 +214,30 @@ class Shard:
         """
         offset, size, crc, first, _, members, _ = self._entry(i)
         data = self.pread(offset, size)
-        if zlib.crc32(data) != crc:
+        if (actual := zlib.crc32(data)) != crc:
             raise ShardError(
                 f"{self.path}: example '{self.key(i)}' is damaged: the CRC32 of its {size} bytes at {offset} is "
-                f"{zlib.crc32(data):08x}, the index says {crc:08x}; {_AGAIN}"
+                f"{actual:08x}, the index says {crc:08x}; {_AGAIN}"
             )
-        names = self._extensions
-        return {
-            names[extension]: data[start - offset : start - offset + length]
-            for start, length, extension in self._rows(first, members)
-        }
+        names, rows = self._extensions, self._rows(first, members)
+        return {names[number]: data[start - offset : start - offset + length] for start, length, number in rows}
 
     def member(self, i: int, extension: str) -> tuple[int, int]:
         """Where the content of one member of example `i` lies in the tar: (offset, size) in bytes, for `pread`."""
         _, _, _, first, _, members, _ = self._entry(i)
-        names = self._extensions
-        for start, length, number in self._rows(first, members):
-            if names[number] == extension:
-                return start, length
-        held = ", ".join(names[number] for _, _, number in self._rows(first, members))
-        raise ShardError(f"{self.path}: example '{self.key(i)}' has no member '{extension}'; it holds {held}")
+        places = {self._extensions[row[2]]: row[:2] for row in self._rows(first, members)}
+        if extension not in places:
+            held = ", ".join(places)
+            raise ShardError(f"{self.path}: example '{self.key(i)}' has no member '{extension}'; it holds {held}")
+        return places[extension]
 
     def pread(self, offset: int, size: int) -> bytes:
         """`size` bytes of the tar from `offset`. Unchecked: `read` checks examples, a row has its own CRC32."""
-        tar = _open_tar(str(self.path), self._inode)
         try:
+            tar = _open_tar(str(self.path), self._inode)
             data = os.pread(tar.descriptor, size, offset)
         except OSError as error:
-            raise ShardError(
-                f"{self.path}: {size} bytes at {offset} cannot be read ({error}); check the disk, then {_AGAIN}"
-            ) from error
+            raise ShardError(f"{self.path}: the tar cannot be read ({error}); check the disk, or {_AGAIN}") from error
         if len(data) != size:
             raise ShardError(f"{self.path}: only {len(data)} of {size} bytes at {offset} are there; {_AGAIN}")
         return data
@@ -303,10 +292,7 @@ class _OpenTar:
 @functools.lru_cache(maxsize=OPEN_TARS)
 def _open_tar(path: str, inode: int) -> _OpenTar:
     """The tar, opened for reading. `inode` tells a replaced file from the one that is open."""
-    try:
-        return _OpenTar(os.open(path, os.O_RDONLY))
-    except OSError as error:
-        raise ShardError(f"{path}: the tar cannot be opened ({error})") from error
+    return _OpenTar(os.open(path, os.O_RDONLY))
 
 
 def _checked_index(path: Path) -> bytes:
@@ -315,31 +301,22 @@ def _checked_index(path: Path) -> bytes:
     try:
         data = index.read_bytes()
     except FileNotFoundError as error:
-        raise ShardError(
-            f"{path}: there is no index {index.name} beside it, so it was never finished; run the command that "
-            "writes it (kd-dist pack or kd-dist cache-teacher)"
-        ) from error
-    if len(data) < _HEADER.size + _CHECKSUM.size or not data.startswith(INDEX_MAGIC):
+        raise ShardError(f"{path}: there is no {index.name} beside it, so it was never finished; {_AGAIN}") from error
+    if len(data) < _HEADER.size + 4 or not data.startswith(INDEX_MAGIC):
         raise ShardError(f"{index}: this is not a shard index, or only a part of one; {_AGAIN}")
     version = _HEADER.unpack_from(data)[1]
     if version != INDEX_VERSION:
         raise ShardError(
-            f"{index}: the index has version {version} and this kd_dist reads version {INDEX_VERSION}; install "
-            f"the kd_dist that wrote it, or {_AGAIN}"
+            f"{index}: the index has version {version} and this kd_dist reads version {INDEX_VERSION}; "
+            f"use the kd_dist that wrote it, or {_AGAIN}"
         )
-    (checksum,) = _CHECKSUM.unpack_from(data, len(data) - _CHECKSUM.size)
-    if zlib.crc32(memoryview(data)[: -_CHECKSUM.size]) != checksum:
+    if zlib.crc32(memoryview(data)[:-4]) != int.from_bytes(data[-4:], "little"):
         raise ShardError(f"{index}: the index is damaged (its own CRC32 differs); {_AGAIN}")
     return data
 
 
 def _write_index(
-    path: Path,
-    entries: Sequence[_Example],
-    crcs: Sequence[int],
-    tar_size: int,
-    tar_sha256: bytes,
-    notes: Mapping[str, Any],
+    path: Path, entries: list[_Example], crcs: list[int], tar_size: int, tar_sha256: bytes, notes: Mapping[str, Any]
 ) -> None:
     """Publish the index of a tar that is already on disk under its final name."""
     extensions = sorted({extension for entry in entries for extension, _, _ in entry.members})
@@ -348,7 +325,8 @@ def _write_index(
     for entry, crc in zip(entries, crcs, strict=True):
         key = entry.key.encode("utf-8")
         first = len(members) // _MEMBER.size
-        examples += _EXAMPLE.pack(entry.offset, entry.size, crc, first, len(keys), len(entry.members), len(key))
+        size, count = entry.end - entry.offset, len(entry.members)
+        examples += _EXAMPLE.pack(entry.offset, size, crc, first, len(keys), count, len(key))
         for extension, offset, size in entry.members:
             members += _MEMBER.pack(offset, size, numbers[extension])
         keys += key
@@ -358,7 +336,7 @@ def _write_index(
     header = _HEADER.pack(INDEX_MAGIC, INDEX_VERSION, len(entries), tar_size, tar_sha256, *counts)
     body = b"".join((header, examples, members, keys, text))
     with published(index_path(path)) as file:
-        file.write(body + _CHECKSUM.pack(zlib.crc32(body)))
+        file.write(body + zlib.crc32(body).to_bytes(4, "little"))
 
 
 def _scan(path: Path) -> tuple[list[_Example], int]:
@@ -371,12 +349,13 @@ def _scan(path: Path) -> tuple[list[_Example], int]:
                     continue
                 if not info.isreg() or info.issparse():
                     raise ShardError(f"{path}: '{info.name}' is a link, a device or sparse; pack it as a plain file")
-                key, extension = _split_name(info.name)
+                # webdataset cuts a name at the first dot after the last slash
+                folders, slash, last = info.name.rpartition("/")
+                stem, _, extension = last.partition(".")
+                key = folders + slash + stem
                 if not entries or entries[-1].key != key:
-                    entries.append(_Example(key, info.offset, 0, []))
-                members = [*entries[-1].members, (extension, info.offset_data, info.size)]
-                size = _padded(info.offset_data + info.size) - entries[-1].offset
-                entries[-1] = entries[-1]._replace(size=size, members=members)
+                    entries.append(_Example(key, info.offset, []))
+                entries[-1].members.append((extension, info.offset_data, info.size))
             end = tar.offset
     except (OSError, tarfile.TarError) as error:
         raise ShardError(
@@ -389,50 +368,27 @@ def _scan(path: Path) -> tuple[list[_Example], int]:
     return entries, end
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """Key and extension of a member name, cut where webdataset cuts: at the first dot after the last slash."""
-    folders, slash, last = name.rpartition("/")
-    stem, _, extension = last.partition(".")
-    return folders + slash + stem, extension
-
-
 def _check_example(path: Path, key: str, extensions: Sequence[str], seen: set[str]) -> None:
     """Raise a ShardError unless every webdataset reader delivers this example, alone and whole; add it to `seen`."""
     *folders, stem = key.split("/")
     unusable = [extension for extension in extensions if not _EXTENSION.fullmatch(extension)]
-    pickled = [extension for extension in extensions if extension.lower().rpartition(".")[2] in _PICKLED]
-    problem = ""
-    if not (key.isascii() and key.isprintable()):
-        problem = "holds something else than printable ASCII"
-    elif "." in stem:
-        problem = "has a dot after its last slash, where webdataset would cut it off"
-    elif not stem or "" in folders or ".." in folders:
-        problem = "has an empty part or '..' between its slashes"
-    elif key.startswith("__"):
-        problem = "starts with '__', so webdataset would skip it"
-    elif key in seen:
-        problem = "comes twice; a key may come once, with its members side by side"
-    elif not extensions:
-        problem = "has no members"
-    elif unusable:
-        problem = f"has a member with the extension {unusable[0]!r}; use letters, digits, '_', '.' and '-'"
-    elif len({extension.lower() for extension in extensions}) < len(extensions):
-        problem = "has two members whose extensions differ in nothing but case, which webdataset would merge"
-    elif pickled:
-        problem = f"has a pickled member '{pickled[0]}', which can execute code; store arrays as npy"
-    if problem:
-        raise ShardError(f"{path}: the key '{key}' {problem} (kd_dist.shards.member_key makes safe keys)")
+    folded = {extension.lower() for extension in extensions}
+    pickled = [extension for extension in sorted(folded) if extension.rpartition(".")[2] in _PICKLED]
+    cases = {
+        "holds something else than printable ASCII": not (key.isascii() and key.isprintable()),
+        "has a dot after its last slash, where webdataset would cut it off": "." in stem,
+        "has an empty part or '..' between its slashes": not stem or "" in folders or ".." in folders,
+        "starts with '__', so webdataset would skip it": key.startswith("__"),
+        "comes twice; a key may come once, with its members side by side": key in seen,
+        "has no members": not extensions,
+        f"has the extension {unusable[:1]}; use letters, digits, '_', '.' and '-'": unusable,
+        "has an extension twice but for its case, which webdataset would merge": len(folded) < len(extensions),
+        f"has a pickled member {pickled[:1]}, which can execute code; store arrays as npy": pickled,
+    }
+    for problem, found in cases.items():
+        if found:
+            raise ShardError(f"{path}: the key '{key}' {problem} (kd_dist.shards.member_key makes safe keys)")
     seen.add(key)
-
-
-def _padded(offset: int) -> int:
-    return -(-offset // BLOCK) * BLOCK
-
-
-def _retract(index: Path) -> None:
-    if index.exists():
-        index.unlink()
-        _sync_folder(index.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -122,9 +122,8 @@ def pack_rows(
     """
     if fields.keys() != set(dtype.names[3:]):
         raise ValueError(f"the row has the signal fields {dtype.names[3:]}, given were {tuple(fields)}")
-    rows = np.zeros(len(views), dtype)
-    for name in views.dtype.names:  # field by field: a whole record would bring the bytes of its padding along
-        rows["view"][name] = views[name]
+    rows = np.zeros(len(views), dtype)  # assigning to a field leaves its padding as it is
+    rows["view"] = views
     rows["input_crc"] = input_crcs
     for name, values in fields.items():
         rows[name] = values

@@ -32,7 +32,7 @@ from kd_dist.batch import Batch, StudentOutput, TeacherSignal
 from kd_dist.checkpoint import Progress
 from kd_dist.config import load
 from kd_dist.data import Corridor, batches, to_device
-from kd_dist.errors import MismatchError, one_sentence
+from kd_dist.errors import MismatchError, TrainingError, one_sentence
 from kd_dist.evaluation import agree_on_buffers, evaluate
 from kd_dist.losses import Objective, signals_needed
 from kd_dist.meter import Meter, Share
@@ -271,6 +271,8 @@ def agree(accelerator: Accelerator, identity: dict[str, Any], step: int) -> None
 def prepare(recipe: Recipe, name: str) -> Run:
     """Build every part of a stage. Everything that can be wrong with the recipe and the data is found here."""
     stage, seed = recipe.stages[name], assemble.stage_seed(recipe, name)
+    if stage.precision == "fp16" and not torch.cuda.is_available():
+        raise TrainingError(f"stages.{name}.precision: fp16 needs a GPU; use bf16 or fp32 here")
     precision = {None: None, "fp32": "no"}.get(stage.precision, stage.precision)
     accelerator = Accelerator(mixed_precision=precision)
     rank, world = accelerator.process_index, accelerator.num_processes

@@ -1,0 +1,147 @@
+"""The whole journey of a recipe, step by step, each skipped when it is done: what `kd-dist run` does."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from kd_dist import assemble, manifest, report
+from kd_dist.checkpoint import write_atomic
+from kd_dist.config import load
+from kd_dist.data import batches
+from kd_dist.evaluation import evaluate
+from kd_dist.pack import pack
+from kd_dist.recipe import Recipe
+
+
+def run(path: Path, overrides: Sequence[str], seeds: int, num_processes: int) -> None:
+    """Pack, train the teacher, cache it, train every student stage with each seed, evaluate, report."""
+    first = load(path, overrides)
+    per_seed = [[*overrides, f"seed={first.seed + number}"] for number in range(seeds)]
+    recipes = [load(path, one) for one in per_seed]
+    pack_recipe(first)
+    cached = False
+    for name, stage in first.stages.items():
+        student = stage.model == "student"
+        if student and not cached:
+            cache(first, path, overrides, num_processes)
+            cached = True
+        for recipe, words in list(zip(recipes, per_seed, strict=True))[: seeds if student else 1]:
+            train(recipe, path, name, words, num_processes)
+    rows = [row for recipe in recipes for row in evaluate_recipe(recipe)]
+    write_report(recipes, unique(rows))
+
+
+def train(recipe: Recipe, path: Path, name: str, overrides: Sequence[str], num_processes: int) -> None:
+    """Train one stage in processes of its own unless it is done."""
+    if assemble.stage_result(recipe, name) is not None:
+        print(f"{name} ({assemble.stage_folder(recipe, name).name}): done before", file=sys.stderr)
+        return
+    launch([str(Path(__file__).with_name("train.py")), str(path), "--stage", name, *overrides], num_processes)
+
+
+def pack_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Pack what the recipe needs and say what came of it."""
+    manifests = pack(
+        assemble.shards_folder(recipe),
+        source=recipe.data.source,
+        root=recipe.data.root,
+        options=recipe.data.options,
+        fractions=recipe.data.splits,
+        required=assemble.splits(recipe),
+        classes=recipe.task.classes,
+        shard_size=recipe.data.shard_size,
+    )
+    for split, made in manifests.items():
+        print(f"pack {split}: {made['examples']:,} examples in {len(made['shards'])} shards", file=sys.stderr)
+        for row in made["quarantined"]:
+            print(f"  quarantined '{row['name']}': {row['reason']}", file=sys.stderr)
+    return manifests
+
+
+def cache(recipe: Recipe, path: Path, overrides: Sequence[str], num_processes: int) -> None:
+    """Cache the teacher's signals for every split unless they are there and are this recipe's."""
+    folders = [assemble.signals_folder(recipe, split) for split in assemble.splits(recipe)]
+    if all(
+        (folder / manifest.FILE_NAME).is_file() and manifest.read_manifest(folder)["complete"] for folder in folders
+    ):
+        for split in assemble.splits(recipe):
+            assemble.signals(recipe, split, assemble.examples(recipe, split))  # refuses another teacher's
+        print(f"cache {recipe.teacher.name}: done before", file=sys.stderr)
+        return
+    launch(["-m", "kd_dist.cache_teacher", str(path), *overrides], num_processes)
+
+
+def launch(arguments: list[str], num_processes: int) -> None:
+    """`accelerate launch` with so many processes; its exit status becomes ours."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_machines", "1"]
+    command += ["--num_processes", str(num_processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    environment = dict(os.environ)
+    if num_processes > 1:
+        command.append("--multi_gpu")
+        if not torch.cuda.is_available():
+            environment["ACCELERATE_USE_CPU"] = "true"  # with --cpu, the launcher would start ONE process
+    status = subprocess.run([*command, *arguments], env=environment).returncode
+    if status:
+        raise SystemExit(status if status > 0 else 1)  # it has said why
+
+
+def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
+    """One row for each trained stage of the recipe's seed. What was measured before on the same weights is kept."""
+    split, metric = recipe.evaluate.split, recipe.evaluate.metric
+    rows = []
+    for name, stage in recipe.stages.items():
+        folder = assemble.stage_folder(recipe, name)
+        weights = folder / assemble.BEST
+        if not weights.is_file():
+            continue
+        record = folder / f"evaluation-{split}.json"
+        digest = assemble.file_digest(weights)
+        known = json.loads(record.read_text()) if record.is_file() else {}
+        if known.get("weights_sha256") != digest:
+            section = getattr(recipe, stage.model)
+            network = assemble.network(recipe, stage.model, str(weights), recipe.seed).eval()
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            network.to(device)
+            corridor = assemble.evaluation_corridor(recipe, split, 0, 1, cached=False)
+            stream = batches(corridor, 0, len(corridor), 0, pin=False)
+            values = evaluate(lambda batch, net=network: net(batch.images), stream, recipe.task.classes, device)
+            known = {"weights_sha256": digest, "metrics": values, "name": section.model}
+            known |= report.measure(network, recipe.views.shape)
+            write_atomic(record, json.dumps(known, indent=1, sort_keys=True))
+        cost = {field: known[field] for field in ("name", "parameters", "macs", "latency_ms")}
+        where = {"role": assemble.role(recipe, name), "stage": name, "seed": assemble.stage_seed(recipe, name)}
+        rows.append({**where, "metric": metric, "value": known["metrics"][metric], **cost})
+    return rows
+
+
+def unique(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each (stage, seed) once: the teacher is the same for every student's seed."""
+    return list({(row["stage"], row["seed"]): row for row in rows}.values())
+
+
+def write_report(recipes: Sequence[Recipe], models: list[dict[str, Any]]) -> None:
+    """Write and print the report of a recipe over its seeds."""
+    first, histories = recipes[0], {}
+    for recipe in recipes:
+        for name in recipe.stages:
+            folder = assemble.stage_folder(recipe, name)
+            histories[f"{name} {folder.name}"] = json.loads((folder / assemble.RESULT).read_text())["history"]
+    folder = Path(first.runs) / first.name
+    rows = report.write(folder, first.name, first.evaluate.split, models, histories)
+    show(rows, first)
+    for one in report.gains(models):
+        print(report.gain_sentence(one, first.evaluate.metric))
+    print(f"{folder}/report.md, report.json, curves.png")
+
+
+def show(rows: Sequence[dict[str, Any]], recipe: Recipe) -> None:
+    """Print summary rows as a table, wide enough where nothing says how wide the output is."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(report.table(rows, f"{recipe.name}, {recipe.evaluate.split} split"))
