@@ -387,7 +387,7 @@ def _check_example(path: Path, key: str, extensions: Sequence[str], seen: set[st
     }
     for problem, found in cases.items():
         if found:
-            raise ShardError(f"{path}: the key '{key}' {problem} (kd_dist.shards.member_key makes safe keys)")
+            raise ShardError(f"{path}: the key {key!r} {problem} (kd_dist.shards.member_key makes safe keys)")
     seen.add(key)
 
 
