@@ -342,7 +342,8 @@ def summary(split: str, made: dict[str, Any]) -> str:
             f"entropy {said['entropy']:.4f} nat, saturated {said['saturated']:.1%} of {said['rows']:,} rows",
             f"  rows per class, labelled / predicted: {said['labelled_per_class']} / {said['predicted_per_class']}",
             f"  {made['row_bytes']} bytes a row, {made['bytes_per_view']:,.0f} a view on disk; "
-            f"{made['codec']['logits']} logits: largest error {error['max_abs']:.2e}, mean KL {error['mean_kl_t1']:.1e} nat",
+            f"{made['codec']['logits']} logits: largest error {error['max_abs']:.1e}, "
+            f"mean KL {error['mean_kl_t1']:.1e} nat",
         ]
         if said["entropy"] < SATURATED_ENTROPY:
             lines.append(

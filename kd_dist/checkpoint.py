@@ -123,7 +123,7 @@ def refuse_other_run(path: Path, there: dict, here: dict) -> None:
         place, ours, theirs = difference
         raise TrainingError(
             f"{path}: was made with {place} = {theirs!r}, the recipe says {ours!r}; restore the recipe, "
-            f"give it another name, or delete the folder"
+            f"train it as a stage of another name, or delete the folder"
         )
 
 

@@ -84,6 +84,28 @@ def cache_teacher(recipe: RecipePath, overrides: Overrides = None, num_processes
 
 
 @app.command()
+def verify(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    examples: Annotated[int, typer.Option(min=1, help="Examples to compare in each split.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Re-run the live teacher on a sample and compare it with the cache; exits with 1 when they differ.
+
+    Example: kd-dist verify configs/digits.yaml --examples 64
+    """
+    from kd_dist import assemble
+    from kd_dist import verify as proof
+    from kd_dist.config import load
+
+    loaded = load(recipe, overrides or [])
+    found = [proof.verify(loaded, split, examples) for split in assemble.splits(loaded)]
+    typer.echo(json.dumps(found) if as_json else "\n".join(map(proof.sentence, found)))
+    if not all(one["ok"] for one in found):
+        raise typer.Exit(1)
+
+
+@app.command()
 def evaluate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
     """Measure the best weights of every trained stage on the evaluation split.
 

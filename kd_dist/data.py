@@ -194,9 +194,9 @@ class Corridor(Dataset[Batch]):
             there, here = int(stored["input_crc"][row]), input_crc(pixels[row])
             if there != here:
                 raise MismatchError(
-                    f"example '{examples[row].key}': its pixels have CRC {here:08x}, the teacher saw {there:08x}; the "
-                    f"cache was made with {describe(self.signals.manifest['versions'])}, here is "
-                    f"{describe(manifest.versions())}: decode with the same versions, or make the cache again"
+                    f"example '{examples[row].key}': its pixels have CRC {here:08x}, the teacher saw {there:08x} "
+                    f"({describe(self.signals.manifest['versions'])} then, {describe(manifest.versions())} now); "
+                    f"run `kd-dist verify` to see how far it goes, then decode with the same versions or cache again"
                 )
 
 
