@@ -56,6 +56,7 @@ def stored_views(recipe: Recipe, split: str) -> int:
 
 
 def view_policy(recipe: Recipe) -> ImageViews:
+    """The policy by which the recipe draws its views."""
     v = recipe.views
     return ImageViews(
         size=v.shape,
@@ -217,7 +218,8 @@ def evaluation_corridor(recipe: Recipe, split: str, rank: int, world: int, cache
 def stage_identity(recipe: Recipe, name: str, corridor: Corridor) -> dict[str, Any]:
     """All that decides the result of a stage, for its checkpoints: another value is another run."""
     stage: Stage = recipe.stages[name]
-    free = {"max_steps", "log_every", "checkpoint_every"}  # may change between a stop and its resume
+    # What may change between a stop and its resume; the plan gives a step the same examples for every `accumulate`.
+    free = {"max_steps", "log_every", "checkpoint_every", "accumulate"}
     section = to_dict(getattr(recipe, stage.model))
     section.pop("weights")
     start = first_weights(recipe, name)

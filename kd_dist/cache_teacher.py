@@ -357,6 +357,7 @@ def summary(split: str, made: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command line of this module."""
     parser = argparse.ArgumentParser(
         prog="accelerate launch -m kd_dist.cache_teacher",
         description="Run the teacher of a recipe once over every view and write its signals.",

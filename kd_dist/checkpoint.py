@@ -48,7 +48,9 @@ def write_atomic(path: Path, text: str) -> None:
 def save_weights(module: nn.Module, path: Path) -> None:
     """The module's state as one safetensors file, replaced atomically."""
     temporary = path.with_name(path.name + ".tmp")
-    save_file({name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}, temporary)
+    # Each a copy of its own: safetensors refuses tensors that share memory, as tied weights do.
+    copies = {name: value.detach().cpu().clone().contiguous() for name, value in module.state_dict().items()}
+    save_file(copies, temporary)
     _flush(temporary)
     os.replace(temporary, path)
 
@@ -93,7 +95,8 @@ def latest(folder: Path) -> Path | None:
 
 
 def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, identity: dict) -> Progress:
-    """Restore all that `save` wrote. Raises TrainingError for a torn, foreign or future checkpoint."""
+    """Restore all that `save` wrote. Raises TrainingError for a torn, foreign or future checkpoint and for weights of
+    another model."""
     try:
         record = json.loads((path / "state.json").read_text())
         weights = load_file(path / "model.safetensors")
@@ -105,7 +108,13 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, scaler
             f"{path}: has version {record.get('version')}, this kd_dist reads {VERSION}; upgrade kd_dist"
         )
     refuse_other_run(path, record["identity"], identity)
-    module.load_state_dict(weights)
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise TrainingError(
+            f"{path}: its weights are of another model than the recipe builds now ({' '.join(str(error).split())}); "
+            f"restore the model's code, or delete the folder"
+        ) from error
     state: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **record["optimizer"]["scalars"]}.items():
         number, key = name.split(".", 1)

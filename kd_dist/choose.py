@@ -10,14 +10,17 @@ from typing import Any
 
 from kd_dist.errors import RecipeError
 
+SHOWN = 30  # names in a sentence
+
 
 def hint(word: str, candidates: Iterable[str]) -> str:
-    """`; did you mean 'x'?` when a candidate is near `word`, otherwise `; known: ...`."""
+    """`; did you mean 'x'?` when a candidate is near `word`, otherwise `; known: ...`, cut where there are many."""
     names = sorted(candidates)
     near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     if near:
         return f"; did you mean '{near[0]}'?"
-    return f"; known: {', '.join(names)}" if names else ""
+    shown = names if len(names) <= SHOWN else [*names[:SHOWN], f"and {len(names) - SHOWN:,} more"]
+    return f"; known: {', '.join(shown)}" if names else ""
 
 
 def entry(table: Mapping[str, Any], kind: str, name: str) -> Any:

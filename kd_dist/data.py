@@ -51,6 +51,7 @@ class Shards:
         return shards, ids - self.starts[shards]
 
     def shard(self, number: int) -> Shard:
+        """The opened shard `number`. Raises ShardError when it is not the one that the manifest lists."""
         if number not in self._open:
             shard, row = Shard(self.paths[number]), self.manifest["shards"][number]
             if shard.sha256 != row["sha256"] or len(shard) != row["examples"]:

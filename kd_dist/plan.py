@@ -56,9 +56,7 @@ def permute(index: ArrayLike, n: ArrayLike, key: ArrayLike) -> np.ndarray:
     shape, key = index.shape, key.ravel()
     index, n = index.ravel().astype(np.uint64), n.ravel().astype(np.uint64)
     a = np.ceil(np.sqrt(n)).astype(np.uint64)
-    a += a & np.uint64(
-        1
-    )  # with a and b both odd, every shift would be an even permutation, and half of all never occur
+    a += a & np.uint64(1)  # with a and b odd, all shifts are even permutations: no odd one would ever occur
     b = (n + a - np.uint64(1)) // a
     image = _feistel(index, a, b, key)
     while (outside := image >= n).any():
@@ -88,9 +86,7 @@ class Order:
     examples: int  # N, of the split
     block: int  # examples of one block; the last block may be shorter
     lanes: int  # streams that are read side by side; no more than there are blocks are used
-    window: (
-        int  # examples of a lane that are permuted together; a lane's last window holds up to twice as many, less one
-    )
+    window: int  # examples of a lane that are permuted together; in a lane's last window, up to twice as many less one
     seed: int
 
     def __post_init__(self) -> None:
@@ -148,11 +144,9 @@ class Order:
         # lane. So lengths never increase with the lane number, and the lanes still active in a round are 0, 1, ...
         fewest, longer = divmod(self.blocks, lanes)
         missing = self.blocks * self.block - self.examples
-        rounds = np.array([0, fewest * self.block - missing, fewest * self.block])  # where the active lanes change
-        active = np.array([lanes, lanes - 1, longer])  # lanes in each round from there on
-        starts = np.array(
-            [0, lanes * rounds[1], lanes * rounds[1] + (lanes - 1) * missing]
-        )  # first position from there
+        rounds = np.array([0, fewest * self.block - missing, fewest * self.block])  # in which the active lanes change
+        active = np.array([lanes, lanes - 1, longer])  # how many are active from there on
+        starts = np.concatenate([[0], np.cumsum(np.diff(rounds) * active[:2])])  # the first position of these rounds
         part = np.searchsorted(starts, positions, side="right") - 1
         offset, lane = np.divmod(positions - starts[part], active[part])
         return lane, offset + rounds[part]
@@ -216,9 +210,9 @@ def shuffle_problem(order: Order, batch_size: int) -> str | None:
     """What is wrong with drawing batches of `batch_size` (all ranks) from this order: a sentence to warn with, or None.
 
     Fewer blocks in play than a batch has examples is a RecipeError: batches would be made of runs of neighbours.
-    Measured with 10 classes and blocks of one class each: the standard deviation of a class's share of the batch is 7 to
-    11 % above that of an ideal shuffle with 4 times as many blocks in play as examples in the batch, and 31 to 37 %
-    above with as many. Nothing is wrong when all examples are in play, or when a batch takes them all.
+    Measured with 10 classes and blocks of one class each: with 4 times as many blocks in play as examples in a batch,
+    the standard deviation of a class's share of the batch is 7 to 11 % above that of an ideal shuffle; with as many, it
+    is 31 to 37 % above. Nothing is wrong when all examples are in play, or when a batch takes them all.
     """
     lanes, ratio = order.lanes_used, order.blocks_in_play / batch_size
     if max(lanes * order.window, batch_size) >= order.examples or ratio >= 4:

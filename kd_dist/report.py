@@ -110,6 +110,7 @@ def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
 
 
 def markdown(rows: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]], title: str, split: str) -> str:
+    """The table and the gains as a page; the picture lies beside it."""
     names = headings(rows[0]["metric"])
     lines = [f"# {title}", "", f"Measured on the `{split}` split; latency is one image on one CPU thread.", ""]
     lines += ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
@@ -119,6 +120,7 @@ def markdown(rows: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any
 
 
 def gain_sentence(one: dict[str, Any], metric: str) -> str:
+    """A row of `gains` in words."""
     spread = "one seed" if one["interval"] is None else f"± {one['interval']:.4f}, 95 % over {one['seeds']} seeds"
     return f"`{one['stage']}` against `{one['against']}`: {one['mean']:+.4f} {metric} ({spread})."
 

@@ -371,9 +371,9 @@ def _scan(path: Path) -> tuple[list[_Example], int]:
 def _check_example(path: Path, key: str, extensions: Sequence[str], seen: set[str]) -> None:
     """Raise a ShardError unless every webdataset reader delivers this example, alone and whole; add it to `seen`."""
     *folders, stem = key.split("/")
-    unusable = [extension for extension in extensions if not _EXTENSION.fullmatch(extension)]
+    unusable = next((extension for extension in extensions if not _EXTENSION.fullmatch(extension)), None)
     folded = {extension.lower() for extension in extensions}
-    pickled = [extension for extension in sorted(folded) if extension.rpartition(".")[2] in _PICKLED]
+    pickled = next((extension for extension in sorted(folded) if extension.rpartition(".")[2] in _PICKLED), None)
     cases = {
         "holds something else than printable ASCII": not (key.isascii() and key.isprintable()),
         "has a dot after its last slash, where webdataset would cut it off": "." in stem,
@@ -381,9 +381,9 @@ def _check_example(path: Path, key: str, extensions: Sequence[str], seen: set[st
         "starts with '__', so webdataset would skip it": key.startswith("__"),
         "comes twice; a key may come once, with its members side by side": key in seen,
         "has no members": not extensions,
-        f"has the extension {unusable[:1]}; use letters, digits, '_', '.' and '-'": unusable,
-        "has an extension twice but for its case, which webdataset would merge": len(folded) < len(extensions),
-        f"has a pickled member {pickled[:1]}, which can execute code; store arrays as npy": pickled,
+        f"has the extension {unusable!r}; use letters, digits, '_', '.' and '-'": unusable is not None,
+        "has an extension twice (case does not count), which webdataset refuses": len(folded) < len(extensions),
+        f"has a pickled member {pickled!r}, which can execute code; store arrays as npy": pickled is not None,
     }
     for problem, found in cases.items():
         if found:

@@ -30,7 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from kd_dist import assemble, checkpoint, guard, manifest, monitor
 from kd_dist.batch import Batch, StudentOutput, TeacherSignal
 from kd_dist.checkpoint import Progress
-from kd_dist.config import load
+from kd_dist.config import load, to_dict
 from kd_dist.data import Corridor, batches, to_device
 from kd_dist.errors import MismatchError, TrainingError, one_sentence
 from kd_dist.evaluation import agree_on_buffers, evaluate
@@ -229,6 +229,7 @@ def run_evaluation(run: Run) -> dict[str, float]:
 
 
 def console_line(record: dict[str, Any], epochs: int, objective: Objective, metric: str) -> str:
+    """An epoch's record as the terminal shows it."""
     terms = " ".join(f"{name} {record[name]:.4f}" for name in objective.losses)
     line = f"epoch {record['epoch'] + 1}/{epochs}  loss {record['loss']:.4f} ({terms})  lr {record['lr']:.2e}"
     line += f"  grad {record['grad_norm']:.2f}  {record['examples_per_second']:,.0f} ex/s"
@@ -257,13 +258,16 @@ def save(run: Run, progress: Progress) -> None:
     accelerator.wait_for_everyone()
 
 
-def agree(accelerator: Accelerator, identity: dict[str, Any], step: int) -> None:
-    """Raise a MismatchError unless every rank holds the same data, plan, recipe and cursor."""
-    everyone = gather_object([(manifest.digest(identity), step)])
+def agree(about: dict[str, Any], cursor: str) -> None:
+    """Raise a MismatchError unless every rank holds the same data, plan, recipe and cursor.
+
+    It must be the first collective call of a run: ranks that differ would hang in any other.
+    """
+    everyone = gather_object([(manifest.digest(manifest.plain(about)), cursor)])
     for rank, other in enumerate(everyone):
         if other != everyone[0]:
             raise MismatchError(
-                f"rank {rank} starts at step {other[1]} with recipe and data {other[0][:12]}, rank 0 at step "
+                f"rank {rank} starts from {other[1]} with recipe and data {other[0][:12]}, rank 0 from "
                 f"{everyone[0][1]} with {everyone[0][0][:12]}; give every node the same recipe, shards and runs folder"
             )
 
@@ -271,26 +275,28 @@ def agree(accelerator: Accelerator, identity: dict[str, Any], step: int) -> None
 def prepare(recipe: Recipe, name: str) -> Run:
     """Build every part of a stage. Everything that can be wrong with the recipe and the data is found here."""
     stage, seed = recipe.stages[name], assemble.stage_seed(recipe, name)
-    if stage.precision == "fp16" and not torch.cuda.is_available():
-        raise TrainingError(f"stages.{name}.precision: fp16 needs a GPU; use bf16 or fp32 here")
     precision = {None: None, "fp32": "no"}.get(stage.precision, stage.precision)
     accelerator = Accelerator(mixed_precision=precision)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would train in fp32
+        raise TrainingError(f"stages.{name}.precision: fp16 needs a GPU; use bf16 or fp32 here")
     rank, world = accelerator.process_index, accelerator.num_processes
     corridor = assemble.training_corridor(recipe, name, rank, world)
+    identity, folder = assemble.stage_identity(recipe, name, corridor), assemble.stage_folder(recipe, name)
+    validation = assemble.VALIDATION_SPLIT
+    known = stage.model == "student" and (assemble.signals_folder(recipe, validation)).is_dir()
+    last = checkpoint.latest(folder)
+    agree({**identity, "stage": to_dict(stage), "known": known}, "the beginning" if last is None else last.name)
     problem = shuffle_problem(corridor.plan.order, stage.batch_size)
     if problem is not None:
         accelerator.print(f"warning: {problem}", file=sys.stderr)
     module = Student(assemble.network(recipe, stage.model, assemble.first_weights(recipe, name), seed))
     model, optimizer = accelerator.prepare(module, build_optimizer(module, stage))
     online = stage.teacher == "online" and bool(signals_needed(stage.losses))
-    folder = assemble.stage_folder(recipe, name)
-    validation = assemble.VALIDATION_SPLIT
-    known = stage.model == "student" and (assemble.signals_folder(recipe, validation)).is_dir()
     return Run(
         accelerator=accelerator,
         stage=stage,
         folder=folder,
-        identity=assemble.stage_identity(recipe, name, corridor),
+        identity=identity,
         seed=seed,
         model=model,
         optimizer=optimizer,
@@ -339,7 +345,6 @@ def run_stage(recipe: Recipe, name: str) -> None:
         raw = run.optimizer.optimizer
         progress = checkpoint.load(last, run.student, raw, accelerator.scaler, run.identity)
         accelerator.print(f"{name}: goes on from {last}", flush=True)
-    agree(accelerator, run.identity, progress.step)
     train(run, progress)
     if accelerator.is_main_process:
         result = {"identity": run.identity, "steps": run.steps, "metric": run.metric, **asdict(progress)}
@@ -350,6 +355,7 @@ def run_stage(recipe: Recipe, name: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command line of this module."""
     parser = argparse.ArgumentParser(
         prog="accelerate launch kd_dist/train.py",
         description="Train one stage of a recipe, from its last checkpoint if there is one.",

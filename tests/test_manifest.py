@@ -34,6 +34,11 @@ def test_what_is_written_is_read(tmp_path):
     assert os.listdir(folder) == [FILE_NAME] == ["manifest.json"]
 
 
+def test_the_mark_of_the_format_is_always_ours(tmp_path):
+    write_manifest(tmp_path, {"version": 7, "format": "other"})
+    assert read_manifest(tmp_path) == {"format": "kd_dist", "version": 1}
+
+
 def test_the_bytes_are_sorted_ascii_and_end_with_a_newline(tmp_path):
     write_manifest(tmp_path, CONTENT)
     first = (tmp_path / FILE_NAME).read_bytes()

@@ -1,4 +1,4 @@
-"""plan.py against slow references written here from its documentation, against golden values, and against statistics."""
+"""plan.py against slow references written here from its documentation, golden values, and statistics."""
 
 import math
 import subprocess
@@ -17,7 +17,7 @@ from kd_dist.plan import Order, Plan, Sequential, mix, permute, shuffle_problem,
 WORD = 2**64
 
 
-# --- References: plain Python integers and lists, one example at a time -------------------------------------------------
+# --- References: plain Python integers and lists, one example at a time ---------------------------
 
 
 def slow_mix(*values):
@@ -87,7 +87,7 @@ orders = st.builds(
 )
 
 
-# --- mix ----------------------------------------------------------------------------------------------------------------
+# --- mix ------------------------------------------------------------------------------------------
 
 
 def test_mix_is_splitmix64():
@@ -95,6 +95,7 @@ def test_mix_is_splitmix64():
     assert int(mix(1234567)) == 6457827717110365317
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-(2**80), 2**80), min_size=1, max_size=5))
 def test_mix_equals_the_reference(values):
     assert int(mix(*values)) == slow_mix(*values)
@@ -112,9 +113,10 @@ def test_mix_depends_on_the_order_and_the_number_of_values():
     assert len({int(mix(1, 2)), int(mix(2, 1)), int(mix(1)), int(mix(1, 2, 0)), int(mix(0, 1, 2))}) == 5
 
 
-# --- permute ------------------------------------------------------------------------------------------------------------
+# --- permute --------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 700), key=st.integers(0, WORD - 1))
 def test_permute_is_a_bijection(n, key):
     image = permute(np.arange(n), n, key)
@@ -122,7 +124,7 @@ def test_permute_is_a_bijection(n, key):
     assert sorted(image.tolist()) == list(range(n))
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 2**40).flatmap(lambda n: st.tuples(st.integers(0, n - 1), st.just(n))), st.integers(0, WORD - 1))
 def test_permute_equals_the_reference(index_and_n, key):
     index, n = index_and_n
@@ -147,7 +149,7 @@ def test_permute_takes_sizes_and_keys_per_element():
     assert permute(np.empty(0, np.int64), 0, 1).shape == (0,)
 
 
-@pytest.mark.parametrize(("index", "n"), [(-1, 5), (5, 5), (0, 0), (0, 2**40 + 1), (np.array([0, 3]), np.array([9, 3]))])
+@pytest.mark.parametrize(("index", "n"), [(-1, 5), (5, 5), (0, 0), (0, 2**40 + 1), ([0, 3], [9, 3])])
 def test_permute_refuses_what_it_cannot_do(index, n):
     with pytest.raises(ValueError, match=r"index must be in range\(n\), and n at most 2\*\*40"):
         permute(index, n, 1)
@@ -193,7 +195,7 @@ def test_the_statistic_sees_a_poor_permutation():
     assert excess(pair_counts(shift, (shift + 1) % 100, 100)) > 100
 
 
-# --- Order --------------------------------------------------------------------------------------------------------------
+# --- Order ----------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -204,12 +206,13 @@ def test_order_equals_the_reference(order, epoch):
     assert list(zip(ids.tolist(), lanes.tolist(), strict=True)) == slow_order(order, epoch)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(order=orders, epoch=st.integers(0, 1000))
 def test_order_is_a_permutation_of_the_examples(order, epoch):
     assert sorted(whole(order, epoch).tolist()) == list(range(order.examples))
 
 
+@settings(deadline=None)
 @given(order=orders, epoch=st.integers(0, 9), data=st.data())
 def test_positions_may_be_asked_in_any_order_and_alone(order, epoch, data):
     if order.examples == 0:
@@ -232,7 +235,11 @@ GOLDEN = [
     (Order(10, 1, 64, 256, 0), 1, [2, 9, 5, 6, 1, 7, 4, 8, 3, 0]),
     (Order(20, 3, 2, 6, 7), 3, [3, 1, 5, 0, 9, 19, 11, 2, 4, 15, 10, 17, 7, 16, 14, 18, 13, 6, 12, 8]),
     (Order(16, 4, 4, 4, -1), 0, [15, 0, 6, 8, 13, 3, 4, 9, 12, 1, 7, 10, 14, 2, 5, 11]),
-    (Order(25, 4, 3, 5, 2**63), 12, [0, 23, 6, 8, 22, 24, 9, 15, 5, 10, 12, 4, 11, 20, 7, 18, 14, 2, 13, 16, 21, 19, 3, 1, 17]),
+    (
+        Order(25, 4, 3, 5, 2**63),
+        12,
+        [0, 23, 6, 8, 22, 24, 9, 15, 5, 10, 12, 4, 11, 20, 7, 18, 14, 2, 13, 16, 21, 19, 3, 1, 17],
+    ),
 ]
 
 
@@ -258,7 +265,7 @@ def test_seed_and_epoch_each_give_another_order():
 
 
 def test_every_example_is_equally_likely_at_every_position_when_blocks_are_single():
-    epochs, n = 20_000, 7
+    epochs, n = 3000, 7
     order = Order(n, 1, 3, 2, 5)
     ids = np.array([whole(order, epoch) for epoch in range(epochs)])
     for position in range(n):
@@ -310,6 +317,7 @@ def test_order_refuses_a_negative_number_of_examples():
     [
         (10**6, 10_000, {}, (26, 64, 26 * 256)),  # 256 KiB holds 26 examples
         (20_000, 10_000, {}, (4, 64, 4 * 256)),  # 4096 blocks are worth more than large ones
+        (8191, 10_000, {}, (1, 64, 256)),
         (1797, 300, {}, (1, 64, 256)),
         (10**6, 10**6, {}, (1, 64, 256)),  # one example is more than 256 KiB
         (0, 0, {}, (1, 64, 256)),
@@ -340,7 +348,7 @@ def test_plan_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# --- Quality of the shuffle ---------------------------------------------------------------------------------------------
+# --- Quality of the shuffle -----------------------------------------------------------------------
 
 
 def test_too_few_blocks_in_play_are_refused():
@@ -354,8 +362,8 @@ def test_too_few_blocks_in_play_are_refused():
 
 def test_few_blocks_in_play_are_worth_a_warning():
     assert shuffle_problem(Order(10_000, 8, 4, 16, 0), 8) == (
-        "data: lanes 4 x window 16 / block 8 keep 8.0 blocks in play, less than 4 times the 8 examples of a global batch, "
-        "a poor shuffle; set data.window to 64 or more, or make data.block smaller"
+        "data: lanes 4 x window 16 / block 8 keep 8.0 blocks in play, less than 4 times the 8 examples of a global "
+        "batch, a poor shuffle; set data.window to 64 or more, or make data.block smaller"
     )
     assert shuffle_problem(Order(10_000, 8, 4, 16, 0), 2) is None
 
@@ -367,6 +375,7 @@ def test_an_ideal_shuffle_is_never_a_problem():
     assert shuffle_problem(Order.default(0, 0, 0), 32) is None
 
 
+@settings(deadline=None)
 @given(
     st.builds(Order, st.integers(1, 5000), st.integers(1, 50), st.integers(1, 20), st.integers(1, 300), st.just(0)),
     st.integers(1, 600),
@@ -392,24 +401,24 @@ def class_spread(ids, classes, batch_size):
 def test_batches_are_as_mixed_as_shuffle_problem_says(ratio, low, high):
     """Blocks of one class each are the worst case. The second row shows that the statistic sees a poor shuffle."""
     block, lanes, batch_size = 16, 64, 256
-    examples = block * batch_size * 64 + 5
+    examples = block * batch_size * 32 + 5
     random = np.random.default_rng(0)
     classes = np.repeat(random.integers(0, 10, examples // block + 1), block)[:examples]
     ideal = np.mean([class_spread(random.permutation(examples), classes, batch_size) for _ in range(4)])
     order = Order(examples, block, lanes, ratio * batch_size * block // lanes, seed=0)
     assert order.blocks_in_play == ratio * batch_size
-    ours = np.mean([class_spread(whole(order, epoch), classes, batch_size) for epoch in range(4)])
+    ours = np.mean([class_spread(whole(order, epoch), classes, batch_size) for epoch in range(2)])
     assert low < ours / ideal < high
 
 
 def test_the_end_of_an_epoch_is_as_mixed_as_the_rest():
-    """A window of one block at the end of each lane would fill the last batches from as few blocks as there are lanes."""
+    """A last window of one block in each lane would fill the last batches from no more blocks than there are lanes."""
     order = Order(4 * 8 * (64 + 1), 8, 4, 8 * 64, 0)  # 65 blocks in each lane, 64 in a window
     last = whole(order)[-32:] // 8
     assert len(np.unique(last)) > 24
 
 
-# --- Sequential ---------------------------------------------------------------------------------------------------------
+# --- Sequential -----------------------------------------------------------------------------------
 
 
 def test_sequential_is_the_identity():
@@ -420,7 +429,7 @@ def test_sequential_is_the_identity():
     assert Plan(Sequential(10), 4, 2, 1).share(2, 1, 0).tolist() == [9]
 
 
-# --- Plan ---------------------------------------------------------------------------------------------------------------
+# --- Plan -----------------------------------------------------------------------------------------
 
 
 def step_of(plan, step):
@@ -429,7 +438,7 @@ def step_of(plan, step):
     return np.concatenate(shares).tolist()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     order=orders.filter(lambda order: order.examples > 0),
     batch_size=st.integers(1, 130),
@@ -469,6 +478,7 @@ def test_a_step_is_its_run_of_positions_sorted_by_lane():
         ids, lanes = order.at(epoch, list(run))
         by_lane = [int(one) for lane in range(4) for one in ids[lanes == lane]]
         assert plan.share(step, 0, 0).tolist() == by_lane
+        assert plan.step_examples(step).tolist() == ids.tolist()
 
 
 def test_4096_ranks_with_16_workers_deliver_every_example_once():
@@ -495,12 +505,11 @@ def test_4096_busy_ranks_share_a_step():
 
 
 def test_ranks_read_different_blocks():
-    """With whole lanes to each rank, no block is read by two: 1/8 of the data each, and each block read in one place."""
+    """With whole lanes to each rank, no block is read by two of them."""
     order = Order(64 * 40 * 10, 10, 64, 400, 0)  # 64 lanes of 40 blocks
     plan = Plan(order, 128, 8, 1)
-    blocks = [
-        {int(one) // 10 for step in range(plan.steps_per_epoch) for one in plan.share(step, rank, 0)} for rank in range(8)
-    ]
+    steps = range(plan.steps_per_epoch)
+    blocks = [{int(one) // 10 for step in steps for one in plan.share(step, rank, 0)} for rank in range(8)]
     assert [len(one) for one in blocks] == [320] * 8
     assert len(set().union(*blocks)) == 2560
 
@@ -538,9 +547,10 @@ def test_plan_refuses_steps_and_shares_that_do_not_exist():
             plan.share(0, rank, micro)
 
 
-# --- view_number --------------------------------------------------------------------------------------------------------
+# --- view_number ----------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(views=st.integers(1, 12), cycle=st.integers(0, 20), seed=st.integers(-(2**70), 2**70))
 def test_each_cycle_shows_every_view_once(views, cycle, seed):
     numbers = [view_number(np.arange(30), cycle * views + turn, views, seed) for turn in range(views)]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_dist import choose
-from kd_dist.errors import ModelError, RecipeError
+from kd_dist.errors import ModelError
 
 
 class Built(NamedTuple):
@@ -138,13 +138,3 @@ def weights_digest(network: Network) -> str:
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
         digest.update(array.view(-1).view(torch.uint8).numpy() if array.numel() else b"")
     return digest.hexdigest()
-
-
-def check_model_name(model: str) -> None:
-    """Raise a RecipeError unless the name is `family/name` of a known family or `package.module:factory`."""
-    if ":" in model:
-        return
-    family, slash, name = model.partition("/")
-    if not slash or not name:
-        raise RecipeError(f"'{model}' must be '<family>/<name>' or 'package.module:factory'")
-    choose.entry(FAMILIES, "model family", family)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torchmetrics
 import torchmetrics.classification
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from kd_dist.batch import Example
@@ -31,10 +31,14 @@ def check_label(label: Any, classes: int) -> int:
 
 
 def decode_image(payload: bytes | memoryview) -> np.ndarray:
-    """Encoded image -> (H, W, 3) uint8 RGB. Raises DataError when it is damaged or has too many pixels."""
+    """Encoded image -> (H, W, 3) uint8 RGB. Raises DataError when it is damaged, too large or not 8 bits deep."""
     try:
         with Image.open(io.BytesIO(payload)) as image:
+            if image.mode[0] in "IF":  # Pillow would clip it to 255
+                raise DataError(f"the image has pixels of mode {image.mode}, not of 8 bits; convert it to 8 bits")
             return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError as error:  # its own words hold an address, other bytes in every run's manifest
+        raise DataError("the image is of no known format, or its first bytes are damaged") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"the image cannot be decoded ({error})") from error
 

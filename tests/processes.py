@@ -1,0 +1,173 @@
+"""Real processes for tests, and a small experiment for them to work on.
+
+A process comes from a fork server that has torch imported, so it starts in moments; it shares nothing with the test.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from conftest import CLASSES, MODEL, RECIPE, picture
+from PIL import Image
+
+from kd_dist.errors import one_sentence
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["kd_dist.train", "kd_dist.cache_teacher", "kd_dist.journey", "kd_dist.cli"])
+PATIENCE = 120  # seconds; nothing here takes a tenth of it on an idle machine
+PICTURES = {"train": 7, "val": 3, "test": 4}  # of each class
+
+NETWORKS = '''
+
+class Noisy(nn.Sequential):
+    """A network that sleeps before it speaks, or breaks on bright pictures."""
+
+    def __init__(self, *parts, seconds=0.0, limit=2.0):
+        super().__init__(*parts)
+        self.seconds, self.limit = seconds, limit
+
+    def forward(self, images):
+        time.sleep(self.seconds)
+        bright = images.mean(dim=(1, 2, 3)) > self.limit
+        return super().forward(images) * torch.where(bright, torch.nan, 1.0)[:, None]
+
+
+def slow(classes, width=4, seconds=0.1):
+    return Noisy(*network(classes, width), seconds=seconds)
+
+
+def fragile(classes, width=4, limit=0.7):
+    return Noisy(*network(classes, width), limit=limit)
+
+
+def dropping(classes, width=4):
+    return nn.Sequential(nn.Dropout(0.2), *network(classes, width)[:-1], nn.Dropout(0.5), nn.Linear(4 * width, classes))
+
+
+def normed(classes, width=4):
+    return nn.Sequential(nn.BatchNorm2d(3), *network(classes, width))
+'''
+
+
+class Ended(NamedTuple):
+    """A process that is over."""
+
+    status: int  # negative: killed by that signal
+    output: str  # stdout and stderr
+
+
+class Started(NamedTuple):
+    """A process that runs."""
+
+    process: multiprocessing.Process
+    log: Path
+
+    def wait(self) -> Ended:
+        self.process.join(PATIENCE)
+        if self.process.is_alive():
+            self.kill()
+            raise AssertionError(f"still running after {PATIENCE} s; it said: {self.log.read_text()}")
+        return Ended(self.process.exitcode, self.log.read_text())
+
+    def kill(self) -> Ended:
+        """SIGKILL, for it and for whatever it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join()
+        return Ended(self.process.exitcode, self.log.read_text())
+
+
+def _work(function: Callable, arguments: Sequence, folder: Path, log: Path, environment: dict[str, str]) -> None:
+    """What a new process does."""
+    import torch
+
+    os.setsid()
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(handle, stream)
+    os.environ.update({"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no", **environment})
+    torch.set_num_threads(1)
+    with one_sentence():
+        function(*arguments)
+
+
+def start(function: Callable, *arguments, folder: Path, log: str = "log.txt", **environment: str) -> Started:
+    """Call `function(*arguments)` in a process of its own, in `folder`, as a command does."""
+    path = folder / log
+    path.touch()
+    process = CONTEXT.Process(target=_work, args=(function, arguments, folder, path, environment))
+    process.start()
+    return Started(process, path)
+
+
+def run(function: Callable, *arguments, folder: Path) -> Ended:
+    """The same, to its end."""
+    return start(function, *arguments, folder=folder).wait()
+
+
+def done(ended: Ended) -> str:
+    """What a process said that has ended well."""
+    assert ended.status == 0, ended
+    return ended.output
+
+
+def ranks(function: Callable, each: Iterable[list[str]], folder: Path) -> list[Ended]:
+    """Call `function(arguments)` in one distributed process for each arguments, as a launcher does."""
+    each = list(each)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": len(each), "LOCAL_WORLD_SIZE": len(each), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = []
+    for rank, arguments in enumerate(each):
+        environment = {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        started.append(start(function, arguments, folder=folder, log=f"rank-{rank}.txt", **environment))
+    return [one.wait() for one in started]
+
+
+def wait_until(happened: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < end, f"{PATIENCE} s have gone by and {what} has not happened"
+        time.sleep(0.005)
+
+
+def sentence(ended: Ended) -> str:
+    """The one line that a failed command may say, without its `error: `."""
+    assert ended.status not in (0, None), ended
+    assert "Traceback" not in ended.output, ended.output
+    lines = [line for line in ended.output.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, ended.output
+    return lines[0].removeprefix("error: ")
+
+
+def laboratory(folder: Path, networks: str = NETWORKS) -> Path:
+    """A user's folder: `tiny.yaml`, `tiny_model.py`, and `pictures/` with 21, 9 and 12 pictures in its splits.
+
+    The first picture of class red in `train` is white, brighter than any other view can be.
+    """
+    for split, count in PICTURES.items():
+        for label, name in enumerate(CLASSES):
+            place = folder / "pictures" / split / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                picture(label, 100 * len(split) + number).save(place / f"{number:02d}.png")
+    Image.new("RGB", (10, 12), "white").save(folder / "pictures" / "train" / "red" / "00.png")
+    (folder / "tiny_model.py").write_text("import time\n\nimport torch\n" + MODEL + networks)
+    (folder / "tiny.yaml").write_text(RECIPE)
+    return folder
+
+
+def contents(folder: Path, *patterns: str) -> dict[str, bytes]:
+    """Every file below a folder, or those that fit a pattern, by relative path."""
+    found = {path for pattern in patterns or ("**/*",) for path in folder.glob(pattern) if path.is_file()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(found)}

@@ -1,0 +1,95 @@
+"""Each warning fires when it should and stays silent when it should."""
+
+import pytest
+
+from kd_dist.monitor import WINDOW, warnings
+
+LIMITS = {"stagnation_epochs": 3, "retention_target": 0.9, "oscillation": 0.5, "logit_limit": 100.0}
+
+
+def history(losses=None, retention=None, logit_max=5.0) -> list[dict]:
+    count = len(losses or retention)
+    losses, retention = losses or [1.0] * count, retention or [None] * count
+    return [
+        {"loss": loss, "retention": kept, "logit_max": logit_max} for loss, kept in zip(losses, retention, strict=True)
+    ]
+
+
+def said(*arguments, **options) -> list[str]:
+    return warnings(history(*arguments, **options), **LIMITS)
+
+
+def test_nothing_to_say():
+    assert warnings([], **LIMITS) == []
+    assert said([2.3, 1.7, 1.2, 0.9, 0.7, 0.6, 0.5, 0.45]) == []
+
+
+def test_stagnation_is_said():
+    assert said(retention=[0.5, 0.7, 0.7, 0.6, 0.65]) == [
+        "retention has not passed 70.0% for 3 epochs, the target is 90.0%; try a larger student, more views or another "
+        "temperature"
+    ]
+
+
+@pytest.mark.parametrize(
+    "retention",
+    [
+        [0.7, 0.7, 0.6],  # not 3 epochs after a first one
+        [0.5, 0.7, 0.7, 0.6, 0.71],  # it moves
+        [0.5, 0.91, 0.7, 0.6, 0.65],  # the target was reached
+        [0.5, 0.9, 0.7, 0.6, 0.65],  # exactly
+        [None, None, 0.7, None, 0.6],  # too few are known
+    ],
+)
+def test_stagnation_is_not_said(retention):
+    assert said(retention=retention) == []
+
+
+def test_epochs_without_retention_do_not_count():
+    assert len(said(retention=[0.7, None, 0.7, None, 0.6, 0.6])) == 1
+
+
+def test_oscillation_is_said_of_the_last_epochs_alone():
+    swing = [3.0, 0.5] * (WINDOW // 2)
+    [sentence] = said([1.0, 1.0, *swing])
+    assert sentence.startswith("the loss oscillates: its spread over 6 epochs is 71% of its mean; lower the learning")
+    assert said([*swing, *[1.0] * WINDOW]) == []
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [3.0, 0.5] * 2,  # too few epochs
+        [1.0, 0.9] * 3,  # small
+        [9.0, 5.0, 3.0, 1.0, 0.5, 0.2],  # a large spread, but it falls
+        [0.2, 0.5, 1.0, 3.0, 5.0, 9.0],
+        [9.0, 5.0, 6.0, 1.0, 0.5, 0.2],  # with one bump
+    ],
+)
+def test_oscillation_is_not_said(losses):
+    assert said(losses) == []
+
+
+def test_a_loss_around_zero_is_no_division_by_zero():
+    assert len(said([1.0, -1.0] * 3)) == 1
+    assert said([0.0] * 6) == []
+
+
+@pytest.mark.parametrize(("logit_max", "shown"), [(100.5, "100"), (4e7, "4e+07"), (float("inf"), "inf")])
+def test_large_logits_are_said(logit_max, shown):
+    assert said([1.0], logit_max=logit_max) == [
+        f"logits reach {shown}, beyond the limit of 100; lower the learning rate or raise the weight decay"
+    ]
+
+
+def test_nan_logits_are_said():
+    assert said([1.0], logit_max=float("nan"))[0].startswith("logits reach nan, beyond")
+
+
+def test_logits_at_the_limit_and_of_earlier_epochs_are_not_said():
+    assert said([1.0], logit_max=100.0) == []
+    assert warnings(history([1.0], logit_max=1e6) + history([1.0]), **LIMITS) == []
+
+
+def test_all_at_once():
+    assert len(said([3.0, 0.5] * 3, [0.7] * 6, 1e6)) == 3

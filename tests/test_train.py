@@ -1,0 +1,356 @@
+"""Training: resumed runs, topologies, non-finite steps, early stopping, what is recorded. All in real processes."""
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from processes import contents, done, laboratory, ranks, run, sentence, start, wait_until
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from kd_dist import assemble, cache_teacher, journey, train
+from kd_dist.config import load
+from kd_dist.recipe import Stage
+
+pytestmark = pytest.mark.slow
+
+TRAIN, VAL = 21, 9  # examples
+PLAIN = ["train.epochs=2", "train.batch_size=8", "train.log_every=1"]  # 3 steps of 8, 8 and 5 examples an epoch
+SGD = [*PLAIN, "train.optimizer=sgd", "train.momentum=0", "train.clip=null", "train.weight_decay=0", "train.lr=0.5"]
+TIMES = {"examples_per_second", "data_wait"}  # what two equal runs may differ in
+
+
+def pack(*overrides: str) -> None:
+    journey.pack_recipe(load("tiny.yaml", overrides))
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> Path:
+    """A folder in which examples are packed, the teacher is trained and cached."""
+    folder = laboratory(tmp_path_factory.mktemp("lab"))
+    done(run(pack, folder=folder))
+    done(run(train.main, ["tiny.yaml", "--stage", "teacher"], folder=folder))
+    done(run(cache_teacher.main, ["tiny.yaml"], folder=folder))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def home(lab, monkeypatch) -> None:
+    """Every test works in the laboratory."""
+    monkeypatch.chdir(lab)
+    monkeypatch.syspath_prepend(lab)
+
+
+def arguments(runs: Path, *overrides: str, stage: str = "distill") -> list[list[str]]:
+    return [["tiny.yaml", "--stage", stage, f"runs={runs}", *overrides]]
+
+
+def trained(lab: Path, runs: Path, *overrides: str, stage: str = "distill", world: int = 1) -> Path:
+    """Train a stage to its end with so many processes; returns its folder."""
+    each = arguments(runs, *overrides, stage=stage) * world
+    ended = ranks(train.main, each, lab) if world > 1 else [run(train.main, *each, folder=lab)]
+    for one in ended:
+        done(one)
+    return runs / "tiny" / stage / "seed-0"
+
+
+def result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the newest checkpoint."""
+    return load_file(max(folder.glob("checkpoint-*")) / "model.safetensors")
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """TensorBoard's scalars: tag -> step -> value."""
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {tag: {one.step: one.value for one in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def state(folder: Path) -> dict:
+    """All that a run leaves behind but for clock times."""
+    [last] = folder.glob("checkpoint-*")
+    record = json.loads((last / "state.json").read_text())
+    for one in record["progress"]["history"]:
+        for name in TIMES:
+            del one[name]
+    return {"name": last.name, "state": record, "best": (folder / "best.safetensors").read_bytes()} | contents(
+        last, "*.safetensors"
+    )
+
+
+def assert_same_weights(one: Path, other: Path, tolerance: float) -> None:
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys() and len(mine) == 4
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
+
+
+# ---------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("stage, student, accumulate", [("distill", "dropping", 1), ("pretrain", "dropping", 2)])
+def test_ten_steps_equal_five_and_a_resume_bit_for_bit(lab, tmp_path, stage, student, accumulate):
+    words = ["train.epochs=4", f"student.model=tiny_model:{student}", f"train.accumulate={accumulate}"]
+    whole = trained(lab, tmp_path / "whole", *words, "train.max_steps=10", "train.checkpoint_every=5", stage=stage)
+    trained(lab, tmp_path / "parts", *words, "train.max_steps=5", stage=stage)
+    parts = trained(lab, tmp_path / "parts", *words, "train.max_steps=10", stage=stage)
+    one, two = state(whole), state(parts)
+    assert one["name"] == "checkpoint-00000010"
+    for name in ("name", "model.safetensors", "optimizer.safetensors"):
+        assert one[name] == two[name], name
+    # Had the masks of dropout been others, the weights would be too.
+    other = trained(lab, tmp_path / "other", *words, "train.max_steps=10", "seed=1", stage=stage).parent / "seed-1"
+    assert (other / one["name"] / "model.safetensors").read_bytes() != one["model.safetensors"]
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(lab, tmp_path):
+    words = ["train.epochs=3", "train.accumulate=2", "student.model=tiny_model:slow", "train.batch_size=4"]
+    whole = trained(lab, tmp_path / "whole", *words)
+    killed = tmp_path / "killed"
+    folder = killed / "tiny" / "distill" / "seed-0"
+    for reached in ("checkpoint-00000006", "checkpoint-00000012"):
+        child = start(train.main, *arguments(killed, *words), folder=lab)
+        wait_until((folder / reached).is_dir, f"{reached} of a run")
+        assert child.kill().status == -9
+        assert not (folder / "result.json").exists()
+    assert "goes on from" in done(run(train.main, *arguments(killed, *words), folder=lab))
+    assert state(whole) == state(folder)
+
+
+def test_a_torn_checkpoint_folder_is_not_taken_for_a_whole_one(lab, tmp_path):
+    folder = trained(lab, tmp_path / "a", "train.max_steps=3")
+    shutil.copytree(folder / "checkpoint-00000003", folder / "checkpoint-00000004.tmp")
+    (folder / "checkpoint-00000004.tmp" / "state.json").write_text("{")
+    assert "checkpoint-00000003" in done(run(train.main, *arguments(tmp_path / "a", "train.max_steps=6"), folder=lab))
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-00000006"]
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_and_names_both_values(lab, tmp_path):
+    trained(lab, tmp_path, "train.max_steps=2", "train.lr=0.01")
+    said = sentence(run(train.main, *arguments(tmp_path, "train.max_steps=4", "train.lr=0.02"), folder=lab))
+    assert "was made with stage.lr = 0.01, the recipe says 0.02" in said
+
+
+def test_a_run_resumes_in_another_topology(lab, tmp_path):
+    """One process, then two processes, then accumulation: the cursor counts steps, whoever makes them."""
+    whole = trained(lab, tmp_path / "whole", *SGD, "train.max_steps=6")
+    trained(lab, tmp_path / "parts", *SGD, "train.max_steps=2")
+    trained(lab, tmp_path / "parts", *SGD, "train.max_steps=4", world=2)
+    parts = trained(lab, tmp_path / "parts", *SGD, "train.max_steps=6", "train.accumulate=4")
+    assert_same_weights(whole, parts, 2e-6)
+
+
+# ---------------------------------------------------------------------------------------------- topologies
+
+
+def test_the_loss_curve_is_the_same_for_every_topology(lab, tmp_path):
+    """Shares of 8, 8 and 5 examples over 1, 2, 3 or 4 parts; with 20 in a batch, the tail leaves parts empty."""
+    compared = 0
+    for batch_size in (8, 20):
+        words = [*SGD, f"train.batch_size={batch_size}"]
+        alone = trained(lab, tmp_path / f"alone-{batch_size}", *words)
+        curve = scalars(alone)
+        assert len(curve["train/loss"]) == 2 * math.ceil(TRAIN / batch_size)
+        for world, accumulate in ((1, 2), (2, 1), (2, 2), (3, 1)):
+            if batch_size % accumulate:
+                continue
+            runs = tmp_path / f"{batch_size}-{world}-{accumulate}"
+            other = trained(lab, runs, *words, f"train.accumulate={accumulate}", world=world)
+            theirs = scalars(other)
+            for tag in ("train/loss", "train/kd", "train/cross_entropy", "train/grad_norm", "epoch/val_nll"):
+                assert theirs[tag] == pytest.approx(curve[tag], rel=2e-5, abs=3e-6), (tag, runs.name)
+            assert_same_weights(alone, other, 2e-6)
+            compared += 1
+    assert compared == 8
+
+
+def test_a_masked_tail_has_the_gradient_of_one_process(lab, tmp_path):
+    """A batch of 20 leaves a step of one example: of four parts three are empty, and each forwards a filler row."""
+    words = [*SGD, "train.batch_size=20", "train.epochs=1", "train.accumulate=1"]
+    before = trained(lab, tmp_path / "before", *words, "train.max_steps=1")
+    alone = trained(lab, tmp_path / "alone", *words)
+    spread = trained(lab, tmp_path / "spread", *words, "train.accumulate=2", world=2)
+    for name, start_value in weights(before).items():
+        mine, theirs = weights(alone)[name] - start_value, weights(spread)[name] - start_value
+        assert mine.norm() > 1e-3, name  # one example moves the weights
+        assert (mine - theirs).norm() / mine.norm() < 1e-5, name
+
+
+def test_filler_rows_leave_batch_norm_alone(lab, tmp_path):
+    """Two processes, of which one has an empty share: its statistics would turn towards the filler's."""
+    words = [*SGD, "train.epochs=1", "train.batch_size=1", "train.max_steps=1", "student.model=tiny_model:normed"]
+    one = weights(trained(lab, tmp_path / "one", *words))
+    two = weights(trained(lab, tmp_path / "two", *words, "train.accumulate=1", "train.batch_size=1", world=2))
+    statistics = [name for name in one if name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    assert len(statistics) == 3
+    changed = [name for name in statistics if not torch.equal(one[name], two[name])]
+    # Rank 0, whose statistics are kept, has the empty share: it saw no batch at all.
+    assert one["network.backbone.0.num_batches_tracked"] == 1 and two["network.backbone.0.num_batches_tracked"] == 0
+    assert len(changed) == 3
+
+
+# ---------------------------------------------------------------------------------------------- precision
+
+
+def test_fp16_needs_a_gpu_whoever_asks_for_it(lab, tmp_path):
+    said = sentence(run(train.main, *arguments(tmp_path, "train.precision=fp16"), folder=lab))
+    assert said == "stages.distill.precision: fp16 needs a GPU; use bf16 or fp32 here"
+    launcher = start(train.main, *arguments(tmp_path), folder=lab, ACCELERATE_MIXED_PRECISION="fp16")
+    assert "fp16 needs a GPU; use bf16 or fp32" in sentence(launcher.wait())
+
+
+def test_bf16_trains_close_to_fp32(lab, tmp_path):
+    exact = scalars(trained(lab, tmp_path / "fp32", *SGD, "train.precision=fp32"))["train/loss"]
+    rough = scalars(trained(lab, tmp_path / "bf16", *SGD, "train.precision=bf16"))["train/loss"]
+    assert rough != exact
+    assert rough == pytest.approx(exact, rel=0.05)
+
+
+# ---------------------------------------------------------------------------------------------- non-finite steps
+
+FRAGILE = [*PLAIN, "student.model=tiny_model:fragile", "views.brightness=0.2"]
+WHITE = "red/00"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_non_finite_step_is_skipped_on_every_rank_and_names_its_cause(lab, tmp_path, world):
+    words = [*FRAGILE, "train.epochs=1", "train.batch_size=21"]  # one step, with the white picture in it
+    ended = ranks(train.main, arguments(tmp_path, *words) * world, lab)
+    output = "".join(done(one) for one in ended)
+    causes = [line for line in output.splitlines() if "not finite on rank" in line]
+    assert len(causes) == 1 and causes[0].startswith("step 0 is skipped: loss, cross_entropy, kd not finite on rank")
+    assert WHITE in causes[0] or causes[0].endswith("...")
+    folder = tmp_path / "tiny" / "distill" / "seed-0"
+    assert result(folder)["skipped"] == 1
+    recipe = load(lab / "tiny.yaml", ["student.model=tiny_model:fragile"])
+    untouched = assemble.network(recipe, "student", None, recipe.seed).backbone.state_dict()
+    for name, value in weights(folder).items():
+        assert torch.equal(value, untouched[name.removeprefix("network.backbone.")]), name
+
+
+def test_training_goes_on_after_a_skipped_step(lab, tmp_path):
+    output = done(run(train.main, *arguments(tmp_path, *FRAGILE, "train.batch_size=1"), folder=lab))
+    skipped = [line for line in output.splitlines() if "is skipped" in line]
+    assert len(skipped) == 2 and all(line.endswith(f"keys: {WHITE}") for line in skipped)  # once an epoch
+    folder = tmp_path / "tiny" / "distill" / "seed-0"
+    assert result(folder)["skipped"] == 2 and result(folder)["streak"] == 0
+    assert all(math.isfinite(record["loss"]) for record in result(folder)["history"])
+    assert scalars(folder)["train/skipped"][2 * TRAIN] == 2
+
+
+def test_ten_non_finite_steps_in_a_row_stop_the_run_and_keep_its_checkpoint(lab, tmp_path):
+    broken = ["student.options={limit: 0.0}", "train.epochs=4"]
+    said = sentence(run(train.main, *arguments(tmp_path, *FRAGILE, *broken), folder=lab))
+    assert said.startswith("step 9: 10 steps in a row had a non-finite gradient; lower the learning rate")
+    folder = tmp_path / "tiny" / "distill" / "seed-0"
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-00000009"]
+    assert not (folder / "result.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------- ranks that differ
+
+
+@pytest.mark.parametrize(
+    "different",
+    ["seed=1", "train.lr=0.02", "train.log_every=2", "train.max_steps=1", "student.options={width: 3}"],
+)
+def test_ranks_with_different_recipes_stop_within_seconds(lab, tmp_path, different):
+    mine = arguments(tmp_path, "train.log_every=1")[0]
+    began = time.monotonic()
+    ended = ranks(train.main, [mine, [*mine, different]], lab)
+    assert time.monotonic() - began < 60
+    for one in ended:
+        assert "rank 1 starts from the beginning with recipe and data" in sentence(one)
+        assert "give every node the same recipe, shards and runs folder" in one.output
+
+
+def test_a_rank_with_an_older_checkpoint_is_refused(lab, tmp_path):
+    for number, steps in enumerate((2, 4)):
+        trained(lab, tmp_path / str(number), f"train.max_steps={steps}")
+    each = [arguments(tmp_path / str(number), "train.max_steps=6")[0] for number in range(2)]
+    for one in ranks(train.main, each, lab):
+        said = sentence(one)
+        assert "rank 1 starts from checkpoint-00000004" in said and "rank 0 from checkpoint-00000002" in said
+
+
+# ---------------------------------------------------------------------------------------------- what is recorded
+
+
+def test_early_stopping_and_the_best_epoch(lab, tmp_path):
+    words = ["train.epochs=12", "train.lr=0.6", "train.clip=null", "evaluate.metric=nll", "train.patience=2"]
+    stopped = trained(lab, tmp_path / "stopped", *words, stage="pretrain")
+    about = result(stopped)
+    history, best = about["history"], about["best_epoch"]
+    values = [record["val_nll"] for record in history]
+    assert len(history) < 12 and about["step"] == 3 * len(history)  # it did stop
+    assert best == len(history) - 3 == int(np.argmin(values)) and about["best"] == values[best]
+    # The best weights are those that the run had at the end of that epoch.
+    until = trained(lab, tmp_path / "until", *words, f"train.max_steps={3 * (best + 1)}", stage="pretrain")
+    kept = load_file(stopped / "best.safetensors")
+    assert len(kept) == 4
+    for name, value in weights(until).items():
+        assert torch.equal(value, kept[name.removeprefix("network.backbone.")]), name
+    assert not torch.equal(weights(stopped)["network.backbone.0.weight"], kept["0.weight"])
+    # Nothing is left to do, and a second start finds that out.
+    assert done(run(train.main, *arguments(tmp_path / "stopped", *words, stage="pretrain"), folder=lab))
+    assert len(result(stopped)["history"]) == len(history)
+
+
+def test_tensorboard_holds_every_scalar(lab, tmp_path):
+    words = [*PLAIN, "train.warmup_epochs=1", "train.losses.kd.weight={linear: {start: 1.0, end: 0.0}}"]
+    folder = trained(lab, tmp_path, *words)
+    found, stage = scalars(folder), load("tiny.yaml", words, "distill").stages["distill"]
+    terms = {"loss", "cross_entropy", "kd"}
+    rates = {"lr", "grad_norm", "logit_max", "examples_per_second", "data_wait"}
+    compared = {"val_accuracy", "val_nll", "teacher_accuracy", "retention"}
+    assert {f"train/{name}" for name in terms | rates | {"skipped", "weight/cross_entropy", "weight/kd"}} | {
+        f"epoch/{name}" for name in terms | rates | compared | {"epoch", "step"}
+    } == set(found)
+    assert list(found["train/loss"]) == [1, 2, 3, 4, 5, 6] and list(found["epoch/retention"]) == [3, 6]
+    for step in range(6):
+        at = {name: values[step + 1] for name, values in found.items() if name.startswith("train/")}
+        assert at["train/lr"] == pytest.approx(train.learning_rate(step, stage, 3))
+        # The schedule is applied: the weight falls from 1 to 0 over two epochs, within them too.
+        assert at["train/weight/kd"] == pytest.approx(1 - step / 6) and at["train/weight/cross_entropy"] == 0.5
+        weighed = 0.5 * at["train/cross_entropy"] + at["train/weight/kd"] * at["train/kd"]
+        assert at["train/loss"] == pytest.approx(weighed, rel=1e-5)
+        assert at["train/examples_per_second"] > 0 and 0 <= at["train/data_wait"] <= 1
+        assert at["train/grad_norm"] > 0
+
+
+def test_the_teacher_and_the_retention_are_recorded(lab, tmp_path):
+    history = result(trained(lab, tmp_path))["history"]
+    reported = json.loads((lab / "shards/tiny/val/teacher/manifest.json").read_text())["teacher_report"]["accuracy"]
+    for record in history:
+        assert record["teacher_accuracy"] == pytest.approx(reported) and reported > 0
+        assert record["retention"] == pytest.approx(record["val_accuracy"] / reported)
+        assert record["val_accuracy"] * VAL == pytest.approx(round(record["val_accuracy"] * VAL))
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
+    stage = Stage(losses={}, epochs=4, batch_size=1, lr=0.1, warmup_epochs=1.5, min_lr=0.01)
+    values = [train.learning_rate(step, stage, 10) for step in range(41)]
+    assert values[:15] == pytest.approx([0.1 * (step + 1) / 15 for step in range(15)])
+    assert values[15] == pytest.approx(0.1) and values[40] == pytest.approx(0.01)
+    half = 15 + 25 / 2
+    assert (train.learning_rate(int(half), stage, 10) + train.learning_rate(int(half) + 1, stage, 10)) / 2 == (
+        pytest.approx(0.055)
+    )
+    assert all(later < earlier for earlier, later in zip(values[15:], values[16:], strict=False))
+
+
+def test_an_evaluation_counts_every_example_once_on_any_number_of_processes(lab, tmp_path):
+    one = result(trained(lab, tmp_path / "one", *SGD))["history"]
+    four = result(trained(lab, tmp_path / "four", *SGD, world=4))["history"]  # 9 examples: 2, 2, 2 and 3
+    assert len(one) == 2
+    for name in ("val_accuracy", "val_nll", "teacher_accuracy", "retention"):
+        assert [record[name] for record in four] == pytest.approx([record[name] for record in one], rel=1e-5), name
