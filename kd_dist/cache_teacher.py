@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from kd_dist import assemble, manifest
+from kd_dist import assemble, guard, manifest
 from kd_dist.config import load
 from kd_dist.data import Decode, Shards, read_examples
 from kd_dist.errors import ShardError, one_sentence
@@ -321,6 +321,7 @@ def cache_teacher(recipe: Recipe) -> None:
     """Run the recipe's teacher over every split that it needs and report what it said."""
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # ranks finish their last shards far apart
     accelerator = Accelerator(kwargs_handlers=[patient])
+    guard.check_world(accelerator.num_processes)
     for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
         backend.allow_tf32 = False
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True

@@ -21,9 +21,11 @@ def evaluate(
     """
     metrics = task.metrics(classes).to(device)
     for batch in batches:
+        empty = not batch.valid.any()
         batch = to_device(batch, device)
         logits = predict(batch)
-        metrics.update(logits[batch.valid].float(), batch.targets[batch.valid])
+        if not empty:  # torchmetrics refuses zero rows
+            metrics.update(logits[batch.valid].float(), batch.targets[batch.valid])
     return {name: float(value) for name, value in metrics.compute().items()}
 
 

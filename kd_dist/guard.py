@@ -1,5 +1,7 @@
-"""Non-finite steps: agree, skip, say what it was, stop when it does not pass."""
+"""What must not pass in silence: processes that do not know of each other, and non-finite steps (agree, skip, say what
+it was, stop when it does not pass)."""
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +11,19 @@ from kd_dist.errors import TrainingError
 from kd_dist.meter import Share
 
 LIMIT = 10  # non-finite steps in a row before the run stops
+
+
+def check_world(processes: int) -> None:
+    """Raise a TrainingError unless the launcher started as many processes as `processes`, which know of each other.
+
+    Without a GPU Accelerate takes each of several processes for the only one: all would write the same files.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != processes:
+        raise TrainingError(
+            f"the launcher started {started} processes, of which this one knows {processes}; to use several without a "
+            "GPU, set ACCELERATE_USE_CPU=true and launch with --multi_gpu"
+        )
 
 
 def is_finite(grad_norm: Tensor) -> bool:

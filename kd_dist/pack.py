@@ -55,6 +55,8 @@ def pack(
     for split in required:
         if not splits.get(split):
             raise DataError(f"data.source {source}: no example for split '{split}'; it has {sorted(splits)}")
+    for items in splits.values():  # before anything is written
+        refuse_twins(items)
     manifests = {}
     for split, items in sorted(splits.items()):
         content = {**identity, "split": split, "class_names": list(listing.classes), "listing": listing_digest(items)}
@@ -127,9 +129,10 @@ def refuse_twins(items: Iterable[Item]) -> None:
     """Raise a DataError when two items of a split would share a key."""
     names: dict[str, str] = {}
     for item in items:
-        other = names.setdefault(item_key(item), item.name)
-        if other is not item.name:
-            raise DataError(f"'{other}' and '{item.name}' would share the key '{item_key(item)}'; rename one of them")
+        key = item_key(item)
+        if key in names:
+            raise DataError(f"'{names[key]}' and '{item.name}' would share the key '{key}'; rename one of them")
+        names[key] = item.name
 
 
 def pack_split(folder: Path, items: list[Item], content: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +142,6 @@ def pack_split(folder: Path, items: list[Item], content: dict[str, Any]) -> dict
         there = manifest.read_manifest(folder)
         refuse_other(folder, {name: there.get(name) for name in content}, content)
     manifest.write_manifest(folder, {**content, "complete": False})
-    refuse_twins(items)
     size = content["shard_size"]
     paths = [shard_path(folder, STEM, number) for number in range(-(-len(items) // size))]
     workers = min(8, os.cpu_count() or 1)  # decoding releases the interpreter lock
@@ -153,7 +155,11 @@ def pack_split(folder: Path, items: list[Item], content: dict[str, Any]) -> dict
     shards = [Shard(path) for path in paths]
     quarantined = [row for shard in shards for row in shard.notes["quarantined"]]
     if quarantined and not any(len(shard) for shard in shards):
-        raise DataError(f"{folder}: every example is quarantined, the first is {quarantined[0]}; correct the data")
+        first = quarantined[0]
+        raise DataError(
+            f"{folder}: every example is quarantined, the first is '{first['name']}': {first['reason']}; correct the "
+            f"data, delete the folder and pack again"
+        )
     final = {
         **content,
         "complete": True,

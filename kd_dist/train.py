@@ -277,6 +277,7 @@ def prepare(recipe: Recipe, name: str) -> Run:
     stage, seed = recipe.stages[name], assemble.stage_seed(recipe, name)
     precision = {None: None, "fp32": "no"}.get(stage.precision, stage.precision)
     accelerator = Accelerator(mixed_precision=precision)
+    guard.check_world(accelerator.num_processes)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would train in fp32
         raise TrainingError(f"stages.{name}.precision: fp16 needs a GPU; use bf16 or fp32 here")
     rank, world = accelerator.process_index, accelerator.num_processes

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import NamedTuple
 from conftest import CLASSES, MODEL, RECIPE, picture
 from PIL import Image
 
+from kd_dist import cli
 from kd_dist.errors import one_sentence
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -24,6 +26,7 @@ CONTEXT.set_forkserver_preload(["kd_dist.train", "kd_dist.cache_teacher", "kd_di
 PATIENCE = 120  # seconds; nothing here takes a tenth of it on an idle machine
 PICTURES = {"train": 7, "val": 3, "test": 4}  # of each class
 
+IMPORTS = "import os\nimport time\nfrom pathlib import Path\n\nimport torch\n"
 NETWORKS = '''
 
 class Noisy(nn.Sequential):
@@ -51,6 +54,18 @@ def dropping(classes, width=4):
     return nn.Sequential(nn.Dropout(0.2), *network(classes, width)[:-1], nn.Dropout(0.5), nn.Linear(4 * width, classes))
 
 
+class Witness(nn.Sequential):
+    """A network that leaves a trace of the process it ran in."""
+
+    def forward(self, images):
+        Path(f"rank-{os.environ.get('RANK')}-of-{os.environ.get('WORLD_SIZE')}").touch()
+        return super().forward(images)
+
+
+def witness(classes, width=8):
+    return Witness(*network(classes, width))
+
+
 def normed(classes, width=4):
     return nn.Sequential(nn.BatchNorm2d(3), *network(classes, width))
 '''
@@ -60,53 +75,64 @@ class Ended(NamedTuple):
     """A process that is over."""
 
     status: int  # negative: killed by that signal
-    output: str  # stdout and stderr
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
 
 
 class Started(NamedTuple):
     """A process that runs."""
 
     process: multiprocessing.Process
-    log: Path
+    streams: list[Path]  # what takes its stdout and stderr
 
     def wait(self) -> Ended:
+        """Its end."""
         self.process.join(PATIENCE)
         if self.process.is_alive():
-            self.kill()
-            raise AssertionError(f"still running after {PATIENCE} s; it said: {self.log.read_text()}")
-        return Ended(self.process.exitcode, self.log.read_text())
+            raise AssertionError(f"still running after {PATIENCE} s: {self.kill()}")
+        return self._ended()
 
     def kill(self) -> Ended:
         """SIGKILL, for it and for whatever it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.join()
-        return Ended(self.process.exitcode, self.log.read_text())
+        return self._ended()
+
+    def _ended(self) -> Ended:
+        return Ended(self.process.exitcode, *(path.read_text() for path in self.streams))
 
 
-def _work(function: Callable, arguments: Sequence, folder: Path, log: Path, environment: dict[str, str]) -> None:
+def _work(
+    function: Callable, arguments: Sequence, folder: Path, streams: list[Path], environment: dict[str, str]
+) -> None:
     """What a new process does."""
     import torch
 
     os.setsid()
     os.chdir(folder)
     sys.path.insert(0, str(folder))
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(handle, stream)
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_WRONLY), number)
     os.environ.update({"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no", **environment})
     torch.set_num_threads(1)
     with one_sentence():
         function(*arguments)
 
 
-def start(function: Callable, *arguments, folder: Path, log: str = "log.txt", **environment: str) -> Started:
+def start(function: Callable, *arguments, folder: Path, **environment: str) -> Started:
     """Call `function(*arguments)` in a process of its own, in `folder`, as a command does."""
-    path = folder / log
-    path.touch()
-    process = CONTEXT.Process(target=_work, args=(function, arguments, folder, path, environment))
+    place = Path(tempfile.mkdtemp(prefix="said-", dir=folder.parent))
+    streams = [place / "stdout", place / "stderr"]
+    for path in streams:
+        path.touch()
+    process = CONTEXT.Process(target=_work, args=(function, arguments, folder, streams, environment))
     process.start()
-    return Started(process, path)
+    return Started(process, streams)
 
 
 def run(function: Callable, *arguments, folder: Path) -> Ended:
@@ -120,6 +146,12 @@ def done(ended: Ended) -> str:
     return ended.output
 
 
+def kd_dist(*words: str) -> None:
+    """The `kd-dist` command, for a process to be."""
+    sys.argv = ["kd-dist", *words]
+    cli.main()
+
+
 def ranks(function: Callable, each: Iterable[list[str]], folder: Path) -> list[Ended]:
     """Call `function(arguments)` in one distributed process for each arguments, as a launcher does."""
     each = list(each)
@@ -130,7 +162,7 @@ def ranks(function: Callable, each: Iterable[list[str]], folder: Path) -> list[E
     started = []
     for rank, arguments in enumerate(each):
         environment = {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        started.append(start(function, arguments, folder=folder, log=f"rank-{rank}.txt", **environment))
+        started.append(start(function, arguments, folder=folder, **environment))
     return [one.wait() for one in started]
 
 
@@ -150,7 +182,7 @@ def sentence(ended: Ended) -> str:
     return lines[0].removeprefix("error: ")
 
 
-def laboratory(folder: Path, networks: str = NETWORKS) -> Path:
+def laboratory(folder: Path) -> Path:
     """A user's folder: `tiny.yaml`, `tiny_model.py`, and `pictures/` with 21, 9 and 12 pictures in its splits.
 
     The first picture of class red in `train` is white, brighter than any other view can be.
@@ -162,7 +194,7 @@ def laboratory(folder: Path, networks: str = NETWORKS) -> Path:
             for number in range(count):
                 picture(label, 100 * len(split) + number).save(place / f"{number:02d}.png")
     Image.new("RGB", (10, 12), "white").save(folder / "pictures" / "train" / "red" / "00.png")
-    (folder / "tiny_model.py").write_text("import time\n\nimport torch\n" + MODEL + networks)
+    (folder / "tiny_model.py").write_text(IMPORTS + MODEL + NETWORKS)
     (folder / "tiny.yaml").write_text(RECIPE)
     return folder
 

@@ -36,7 +36,7 @@ LONGER = {("train.py", "train"): 80}  # the loop is one flat function
 
 CHOSEN_ONLY = {"librosa", "deepspeed", "onnx", "timm", "sklearn", "webdataset", "matplotlib"}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-ABOUT_NO_MODULE = {"architecture"}  # tests of the whole
+ABOUT_NO_MODULE = {"architecture", "parity"}  # tests of the whole
 
 SOURCES = {path: ast.parse(path.read_text(), str(path)) for path in sorted(PACKAGE.rglob("*.py"))}
 MODULES = {
@@ -182,4 +182,4 @@ def test_every_test_file_is_named_after_what_it_tests():
     names = {name.rpartition(".")[2] for name in MODULES}
     files = [path.stem.removeprefix("test_") for path in sorted(TESTS.glob("test_*.py"))]
     assert len(files) >= 20
-    assert set(files) - names == ABOUT_NO_MODULE
+    assert set(files) - names <= ABOUT_NO_MODULE

@@ -1,5 +1,7 @@
 """Metrics over a split: the same however it is cut into batches, and no row counts twice."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -21,37 +23,38 @@ def predict(batch: Batch) -> torch.Tensor:
     return batch.images.float().mean(dim=(2, 3)).flip(1) / 16
 
 
-def evaluated(recipe, split: str, batch_size: int, world: int = 1) -> list[dict[str, float]]:
-    """The metrics of each rank's batches by themselves."""
-    found = []
-    for rank in range(world):
-        corridor = assemble.evaluation_corridor(recipe, split, rank, world, cached=False)
-        plan = Plan(Sequential(len(corridor.examples)), batch_size, world, 1)
-        corridor = assemble.Corridor(**{**vars(corridor), "plan": plan})
-        found.append(evaluate(predict, batches(corridor, 0, len(corridor), 0, pin=False), 3, CPU))
-    return found
+def share(recipe, split: str, batch_size: int, rank: int = 0, world: int = 1) -> list[Batch]:
+    """All batches of a rank when `batch_size` examples make a step."""
+    corridor = assemble.evaluation_corridor(recipe, split, rank, world, cached=False)
+    plan = Plan(Sequential(len(corridor.examples)), batch_size, world, 1)
+    corridor = dataclasses.replace(corridor, plan=plan)
+    return list(batches(corridor, 0, len(corridor), 0, pin=False))
+
+
+def evaluated(recipe, split: str, batch_size: int) -> dict[str, float]:
+    return evaluate(predict, share(recipe, split, batch_size), 3, CPU)
 
 
 def by_hand(recipe, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Targets and logits of a split, each example decoded and fed by itself."""
     corridor = assemble.evaluation_corridor(recipe, split, 0, 1, cached=False)
     examples = read_examples(corridor.examples, np.arange(len(corridor.examples)), corridor.decode)
-    single = assemble.Corridor(**{**vars(corridor), "plan": Plan(Sequential(len(examples)), 1, 1, 1)})
-    return np.array([example.target for example in examples]), torch.cat([predict(batch) for batch in single]).numpy()
+    logits = torch.cat([predict(batch) for batch in share(recipe, split, 1)])
+    return np.array([example.target for example in examples]), logits.numpy()
 
 
 def test_a_split_agrees_with_scikit_learn(packed):
     targets, logits = by_hand(packed, "train")
-    [found] = evaluated(packed, "train", 8)
+    found = evaluated(packed, "train", 8)
     p = torch.from_numpy(logits).double().softmax(1).numpy()
     assert 20 < len(targets) < 40
     assert found["accuracy"] == pytest.approx(accuracy_score(targets, logits.argmax(1)), abs=1e-7)
-    assert 0.5 < found["accuracy"]
+    assert found["accuracy"] > 0.5
     assert found["nll"] == pytest.approx(log_loss(targets, p, labels=range(3)), rel=1e-12)
 
 
 def test_the_size_of_a_batch_changes_nothing(packed):
-    results = [evaluated(packed, "train", size)[0] for size in (1, 3, 7, 8, 1000)]
+    results = [evaluated(packed, "train", size) for size in (1, 3, 7, 8, 1000)]
     for other in results[1:]:
         assert other["accuracy"] == results[0]["accuracy"]
         assert other["nll"] == pytest.approx(results[0]["nll"], rel=1e-13)
@@ -60,22 +63,20 @@ def test_the_size_of_a_batch_changes_nothing(packed):
 def test_ranks_and_their_empty_shares_add_up_to_the_whole(packed):
     """5 ranks over batches of 4: in every step at least one has only a filler row, which must not count."""
     targets, _ = by_hand(packed, "val")
-    rows, right = [], []
-    for rank in range(5):
-        corridor = assemble.evaluation_corridor(packed, "val", rank, 5, cached=False)
-        corridor = assemble.Corridor(**{**vars(corridor), "plan": Plan(Sequential(len(targets)), 4, 5, 1)})
-        share = list(corridor)
-        rows.append(sum(int(batch.valid.sum()) for batch in share))
-        assert any(not batch.valid.any() for batch in share) or rank > 0
-        right.append(evaluate(predict, share, 3, CPU)["accuracy"] * rows[-1] if rows[-1] else 0.0)
+    shares = [share(packed, "val", 4, rank, 5) for rank in range(5)]
+    rows = [sum(int(batch.valid.sum()) for batch in one) for one in shares]
+    right = [
+        evaluate(predict, one, 3, CPU)["accuracy"] * count for one, count in zip(shares, rows, strict=True) if count
+    ]
+    assert all(len(one) == len(shares[0]) for one in shares)
+    assert sum(not batch.valid.any() for one in shares for batch in one) >= len(shares[0])
     assert sum(rows) == len(targets)
-    [whole] = evaluated(packed, "val", 8)
+    whole = evaluated(packed, "val", 8)
     assert sum(right) / len(targets) == pytest.approx(whole["accuracy"], abs=1e-6)
 
 
 def test_a_filler_row_is_not_counted(packed):
-    corridor = assemble.evaluation_corridor(packed, "val", 0, 1, cached=False)
-    [batch] = list(corridor)
+    [batch] = share(packed, "val", 100)
     # A filler that would be wrong: another class than its pixels show, in its own batch.
     filler = Batch(
         batch.keys[:1], batch.images[:1], (batch.targets[:1] + 1) % 3, torch.zeros(1, dtype=torch.bool), 1, None
@@ -84,7 +85,6 @@ def test_a_filler_row_is_not_counted(packed):
 
 
 def test_nothing_is_recorded_for_a_gradient(packed):
-    corridor = assemble.evaluation_corridor(packed, "val", 0, 1, cached=False)
     head = nn.Linear(3, 3)
     seen = []
 
@@ -92,12 +92,12 @@ def test_nothing_is_recorded_for_a_gradient(packed):
         seen.append(head(predict(batch)))
         return seen[-1]
 
-    evaluate(with_head, list(corridor), 3, CPU)
+    evaluate(with_head, share(packed, "val", 4), 3, CPU)
     assert seen and not any(logits.requires_grad for logits in seen)
 
 
 def test_half_precision_logits_are_measured_in_full(packed):
-    [batch] = list(assemble.evaluation_corridor(packed, "val", 0, 1, cached=False))
+    [batch] = share(packed, "val", 100)
     half = predict(batch).bfloat16()
     expected = torch.nn.functional.cross_entropy(half.double(), batch.targets)
     found = evaluate(lambda one: half, [batch], 3, CPU)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kd_dist.errors import TrainingError
-from kd_dist.guard import LIMIT, check_streak, diagnose, is_finite
+from kd_dist.guard import LIMIT, check_streak, check_world, diagnose, is_finite
 from kd_dist.meter import Share
 
 NAN, INF = float("nan"), float("inf")
@@ -12,6 +12,20 @@ NAN, INF = float("nan"), float("inf")
 
 def share(keys: tuple[str, ...] = ("a", "b"), **terms: float) -> Share:
     return Share({name: torch.tensor(value) for name, value in terms.items()}, torch.tensor(1.0), keys, 0.0)
+
+
+@pytest.mark.parametrize("started", [None, "1", "4"])
+def test_processes_that_know_of_each_other_pass(monkeypatch, started):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if started is not None:
+        monkeypatch.setenv("WORLD_SIZE", started)
+    check_world(int(started or 1))
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="^the launcher started 2 processes, of which this one knows 1; .*USE_CPU"):
+        check_world(1)
 
 
 @pytest.mark.parametrize(("norm", "finite"), [(0.0, True), (1e30, True), (INF, False), (-INF, False), (NAN, False)])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 from sklearn.metrics import accuracy_score, log_loss
 
@@ -155,7 +155,7 @@ LABEL = b'{"label":1}'
         ({"png": PNG, "json": b"\xff"}, "'utf-8' codec can't decode"),
         ({"png": PNG, "json": b'{"label":3}'}, "label 3 is outside 0..2"),
         ({"png": PNG, "json": b'{"label":NaN}'}, "label nan is not a whole number"),
-        ({"png": PNG[:-20], "json": LABEL}, "the image cannot be decoded"),
+        ({"png": PNG[:60], "json": LABEL}, "the image cannot be decoded"),
     ],
 )
 def test_an_example_that_cannot_be_used(members, sentence):
@@ -198,7 +198,7 @@ def test_accuracy_is_over_examples_and_not_over_classes():
     assert measured(logits, targets, [])["accuracy"] == 0.75
 
 
-@pytest.mark.parametrize("cuts", [[1], [50, 100, 150], [0, 199], list(range(1, 200))])
+@pytest.mark.parametrize("cuts", [[1], [50, 100, 150], [3, 199], list(range(1, 200))])
 def test_metrics_do_not_depend_on_the_batches(cuts):
     logits, targets = rows()
     whole, parts = measured(logits, targets, []), measured(logits, targets, cuts)
@@ -218,10 +218,11 @@ def test_what_a_teacher_said():
     logits, targets = rows(count=300, classes=5)
     logits[:30] *= 20
     p = softmax(logits.astype(np.float64), axis=1)
+    log_p = log_softmax(logits.astype(np.float64), axis=1)  # log_loss would clip what is below 2e-16
     report = teacher_report(teacher_sums(logits, targets))
     assert report["rows"] == 300
     assert report["accuracy"] == accuracy_score(targets, logits.argmax(1))
-    assert report["nll"] == pytest.approx(log_loss(targets, p, labels=range(5)), rel=1e-9)
+    assert report["nll"] == pytest.approx(-log_p[np.arange(300), targets].mean(), rel=1e-9)
     assert report["entropy"] == pytest.approx(entropy(p, axis=1).mean(), rel=1e-9)
     assert report["saturated"] == (p.max(1) > 0.99).mean() > 0
     assert report["labelled_per_class"] == np.bincount(targets, minlength=5).tolist()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from kd_dist import choose
+from kd_dist.errors import DataError
 
 
 class Item(NamedTuple):
@@ -40,4 +41,7 @@ def list_items(name: str, root: str | None, options: dict[str, Any]) -> Listing:
     function = source_function(name)
     given = {**options, **({} if root is None else {"root": root})}
     choose.check_options(function, given)
-    return function(**given)
+    listing = function(**given)
+    if not isinstance(listing, Listing):
+        raise DataError(f"data.source {name}: returned {type(listing).__name__}, not a kd_dist.sources.Listing")
+    return listing

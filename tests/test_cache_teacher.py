@@ -1,0 +1,301 @@
+"""The cache: the same bytes however it was made, complete or refused, readable by others, honest about bad rows."""
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from accelerate import Accelerator
+from PIL import Image
+from processes import contents, done, laboratory, run, sentence, start, wait_until
+from safetensors.torch import save_file
+
+from kd_dist import assemble, cache_teacher, journey, manifest, train
+from kd_dist.config import load
+from kd_dist.errors import MismatchError, ShardError
+from kd_dist.models import Network
+from kd_dist.recipe import Recipe
+from kd_dist.shards import Shard
+from kd_dist.signals import CODECS, LogitsCodec
+from kd_dist.views import VIEW_DTYPE, canonical, draw, replay
+
+TRAIN, VAL = 21, 9  # examples
+RANDOM = "teacher.weights=null"  # a teacher that needs no training
+SPLITS = ("train", "val", "test")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """A user's folder with packed examples, which is also the working directory."""
+    laboratory(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tiny_model", raising=False)
+    journey.pack_recipe(load("tiny.yaml"))
+    return tmp_path
+
+
+def cached(recipe: Recipe, split: str = "train") -> dict:
+    """Cache one split in this process; returns the manifest."""
+    return cache_teacher.cache_split(recipe, split, assemble.teacher_network(recipe), Accelerator(cpu=True))
+
+
+def rows(recipe: Recipe, split: str = "train") -> dict[str, np.ndarray]:
+    """Every example's rows (V,), read with NumPy alone."""
+    found = {}
+    for path in sorted(assemble.signals_folder(recipe, split).glob("*.tar")):
+        shard = Shard(path)
+        for place in range(len(shard)):
+            [payload] = shard.read(place).values()
+            found[shard.key(place)] = np.load(io.BytesIO(payload), allow_pickle=False)
+    return found
+
+
+def live(recipe: Recipe, key: str, views: np.ndarray) -> np.ndarray:
+    """What the teacher says about these views (V,) of a picture, straight from the raw file."""
+    image = np.asarray(Image.open(f"pictures/train/{key}.png").convert("RGB"))
+    pixels = np.stack([replay(image, view, recipe.views.shape) for view in views])
+    teacher: Network = assemble.teacher_network(recipe)
+    with torch.inference_mode():
+        return teacher(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy()
+
+
+def shifted(logits: np.ndarray) -> np.ndarray:
+    return logits - logits.max(axis=1, keepdims=True)
+
+
+# ---------------------------------------------------------------------------------------------- what is stored
+
+# Largest error of z - max(z) that a codec may make on the logits of a tiny network, which are below 4.
+ERRORS = {"fp32": 1e-6, "fp16": 4 * 2**-11, "uint8": 0.5001 * 4 / 255}
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_every_codec_stores_what_the_live_teacher_says(home, codec, batch_size):
+    """42 rows in shards of 16, 16 and 10: a batch of 7 ends inside an example, one of 64 holds a whole shard."""
+    recipe = load("tiny.yaml", [RANDOM, f"cache.logits={codec}", f"cache.batch_size={batch_size}"])
+    about = cached(recipe)
+    stored, decode = rows(recipe), LogitsCodec(codec, 3).decode
+    assert len(stored) == TRAIN == about["examples"] and len(about["shards"]) == 3
+    policy, worst = assemble.view_policy(recipe), 0.0
+    for key, own in stored.items():
+        image = np.asarray(Image.open(f"pictures/train/{key}.png").convert("RGB"))
+        assert [view.tolist() for view in own["view"]] == [
+            draw(policy, key, number, image.shape[:2]).tolist() for number in range(2)
+        ]
+        error = np.abs(shifted(decode(own)) - shifted(live(recipe, key, own["view"]))).max()
+        worst = max(worst, float(error))
+    assert worst < ERRORS[codec]
+    # The manifest states the error that was measured here.
+    assert about["codec_error"]["logits"]["max_abs"] == pytest.approx(worst, abs=1e-6)
+    assert about["codec_error"]["logits"]["count"] == 2 * TRAIN
+
+
+def test_the_validation_split_has_the_canonical_view_alone(home):
+    recipe = load("tiny.yaml", [RANDOM])
+    assert cached(recipe, "val")["views"] == {"canonical": True, "count": 1, "size": [8, 8]}
+    stored = rows(recipe, "val")
+    assert len(stored) == VAL
+    expected = canonical(assemble.view_policy(recipe), (12, 10))
+    assert all(len(own) == 1 and own["view"][0] == expected for own in stored.values())
+
+
+def test_two_classes_store_one_margin(home):
+    shutil.rmtree("shards")
+    for split in SPLITS:
+        shutil.rmtree(home / "pictures" / split / "blue")
+    recipe = load("tiny.yaml", [RANDOM, "task.classes=2"])
+    journey.pack_recipe(recipe)
+    about, stored = cached(recipe), rows(recipe)
+    assert len(stored) == 14
+    dtype = next(iter(stored.values())).dtype
+    assert dtype.names == ("row_crc", "view", "input_crc", "margin") and dtype["margin"] == np.dtype("<f2")
+    assert dtype["view"] == VIEW_DTYPE and about["row_bytes"] == dtype.itemsize == 36
+    assert set(about["exact_losses"]) == {"cross_entropy", "kd", "kd_binary"}
+    for key, own in stored.items():
+        logits = live(recipe, key, own["view"])
+        assert own["margin"] == pytest.approx(logits[:, 1] - logits[:, 0], abs=2e-3)
+
+
+def test_the_teacher_report_counts_and_measures(home):
+    recipe = load("tiny.yaml", [RANDOM, "cache.logits=fp32"])
+    said = cached(recipe)["teacher_report"]
+    assert said["rows"] == 2 * TRAIN and said["labelled_per_class"] == [14, 14, 14]
+    right, nll, entropy = 0, 0.0, 0.0
+    for key, own in rows(recipe).items():
+        label = ("blue", "green", "red").index(key.split("/")[0])
+        log_p = torch.log_softmax(torch.from_numpy(own["logits"].astype(np.float64)), dim=1).numpy()
+        right += int((log_p.argmax(axis=1) == label).sum())
+        nll -= float(log_p[:, label].sum())
+        entropy -= float((np.exp(log_p) * log_p).sum())
+    assert said["accuracy"] == pytest.approx(right / 42)
+    assert said["nll"] == pytest.approx(nll / 42, rel=1e-5) and said["entropy"] == pytest.approx(entropy / 42, rel=1e-5)
+    assert sum(said["predicted_per_class"]) == 42
+
+
+def test_stock_webdataset_reads_examples_and_signals(home):
+    recipe = load("tiny.yaml", [RANDOM])
+    cached(recipe)
+    stored = rows(recipe)
+    urls = [str(path) for path in sorted(Path("shards/tiny/train").glob("*.tar"))]
+    examples = {one["__key__"]: one for one in webdataset.WebDataset(urls, shardshuffle=False).decode("pil")}
+    urls = [str(path) for path in sorted(Path("shards/tiny/train/teacher").glob("*.tar"))]
+    signals = {one["__key__"]: one for one in webdataset.WebDataset(urls, shardshuffle=False).decode()}
+    assert list(examples) == list(signals) and len(examples) == TRAIN
+    for key, one in examples.items():
+        assert np.array_equal(np.asarray(one["png"]), np.asarray(Image.open(f"pictures/train/{key}.png")))
+        assert one["json"]["label"] == ("blue", "green", "red").index(key.split("/")[0])
+        there = signals[key]["teacher.npy"]
+        assert there.dtype == stored[key].dtype and len(there) == 2
+        assert all(np.array_equal(there[name], stored[key][name]) for name in there.dtype.names)
+
+
+# ---------------------------------------------------------------------------------------------- bad rows
+
+
+def test_rows_that_are_not_finite_are_quarantined_and_listed(home):
+    """The white picture, and it alone, makes this teacher say NaN."""
+    words = [RANDOM, "teacher.model=tiny_model:fragile", "teacher.options={}"]
+    recipe = load("tiny.yaml", words)
+    about = cached(recipe)
+    reason = "the teacher's logits of views [0, 1] are not finite or too large for a row"
+    assert about["quarantined"] == [{"key": "red/00", "reason": reason}]
+    assert about["teacher_report"]["rows"] == 2 * (TRAIN - 1) and about["codec_error"]["logits"]["count"] == 40
+    assert not rows(recipe)["red/00"]["logits"].any() and len(rows(recipe)) == TRAIN
+    warning = f"warning: 1 examples are quarantined; the first: 'red/00', {reason}"
+    assert warning in cache_teacher.summary("train", about)
+
+
+def test_a_logit_too_large_for_fp16_is_quarantined_and_fp32_keeps_it(home):
+    """One weight makes the margin between two classes 1e5 for every picture."""
+    (home / "loud.py").write_text(
+        "from torch import nn, stack\n\n\nclass Loud(nn.Module):\n    def forward(self, x):\n"
+        "        m = x.mean(dim=(1, 2, 3))\n        return stack([m * 0, m, (m > 0.7) * 1e5], dim=1)\n\n\n"
+        "def network(classes):\n    return Loud()\n"
+    )
+    words = [RANDOM, "teacher.model=loud:network", "teacher.options={}"]
+    assert [row["key"] for row in cached(load("tiny.yaml", words))["quarantined"]] == ["red/00"]
+    words += ["cache.logits=fp32", "teacher.name=exact"]
+    assert cached(load("tiny.yaml", words))["quarantined"] == []
+
+
+def test_a_teacher_that_says_nothing_finite_is_an_error(home):
+    words = [RANDOM, "teacher.model=tiny_model:fragile", "teacher.options={limit: -1.0}"]
+    with pytest.raises(ShardError, match="the teacher's logits are not finite for any example; check its weights and"):
+        cached(load("tiny.yaml", words))
+    assert not manifest.read_manifest("shards/tiny/train/teacher")["complete"]
+
+
+# ---------------------------------------------------------------------------------------------- done, or of another
+
+
+def test_a_finished_cache_is_left_alone(home):
+    recipe = load("tiny.yaml", [RANDOM])
+    cached(recipe)
+    folder = assemble.signals_folder(recipe, "train")
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert cached(recipe)["examples"] == TRAIN
+    assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()} and len(times) == 7
+
+
+@pytest.mark.parametrize(
+    "change, place, there, here",
+    [
+        ("cache.logits=uint8", "codec.logits", "'fp16'", "'uint8'"),
+        ("views.count=3", "views.count", "2", "3"),
+        ("views.flip=0.25", "views.flip", "0.5", "0.25"),
+        ("views.seed=1", "views.seed", "0", "1"),
+        ("cache.batch_size=9", "execution.batch_size", "8", "9"),
+        ("teacher.options={width: 6}", "teacher.options.width", "8", "6"),
+        ("teacher.mean=[0.5, 0.5, 0.5]", "teacher.mean", "None", r"\[0.5, 0.5, 0.5\]"),
+    ],
+)
+def test_a_cache_of_another_recipe_is_refused_and_names_both_values(home, change, place, there, here):
+    cached(load("tiny.yaml", [RANDOM]))
+    with pytest.raises(MismatchError, match=f"was made with {place} = {there}, the recipe says {here}; restore"):
+        cached(load("tiny.yaml", [RANDOM, change]))
+
+
+def test_a_cache_of_other_weights_is_refused_and_names_both_digests(home):
+    digests = {}
+    for seed in (1, 2):
+        recipe = load("tiny.yaml", [RANDOM, f"teacher.seed={seed}"])
+        save_file(assemble.teacher_network(recipe).backbone.state_dict(), f"{seed}.safetensors")
+        digests[seed] = assemble.file_digest(Path(f"{seed}.safetensors"))
+    cached(load("tiny.yaml", ["teacher.weights=1.safetensors"]))
+    other = load("tiny.yaml", ["teacher.weights=2.safetensors"])
+    sentence = f"was made with teacher.weights_sha256 = '{digests[1]}', the recipe says '{digests[2]}'"
+    with pytest.raises(MismatchError, match=sentence):
+        cached(other)
+    # Training says so too, and `run` before it would skip the cache as done.
+    with pytest.raises(MismatchError, match=f"{digests[1]}', the recipe has '{digests[2]}'; restore"):
+        assemble.training_corridor(other, "distill", 0, 1)
+
+
+def test_examples_that_were_packed_anew_make_the_cache_stale(home):
+    recipe = load("tiny.yaml", [RANDOM])
+    cached(recipe)
+    shutil.move("shards/tiny/train/teacher", "kept")
+    shutil.rmtree("shards")
+    Image.new("RGB", (10, 12), "black").save("pictures/train/red/00.png")
+    journey.pack_recipe(recipe)
+    shutil.move("kept", "shards/tiny/train/teacher")
+    with pytest.raises(MismatchError, match="was made with examples_fingerprint = '[0-9a-f]{64}', the recipe says '"):
+        cached(recipe)
+    with pytest.raises(MismatchError, match="was made from examples [0-9a-f]{12}, .*train now holds [0-9a-f]{12}"):
+        assemble.training_corridor(recipe, "distill", 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------- however it is made
+
+
+@pytest.mark.slow
+def test_one_process_and_two_write_the_same_bytes(home):
+    """Batches of 7 rows, two processes of a real `accelerate launch`; the teacher leaves a trace of where it ran."""
+    words = [RANDOM, "cache.batch_size=7", "teacher.model=tiny_model:witness"]
+    done(run(cache_teacher.main, ["tiny.yaml", *words], folder=home))
+    alone = contents(home / "shards")
+    assert len(alone) == (3 + 2 + 2) * 2 * 2 + 2 * 3  # tar and index of each shard, of examples and signals; manifests
+    for split in SPLITS:
+        shutil.rmtree(home / "shards" / "tiny" / split / "teacher")
+    done(run(journey.launch, ["-m", "kd_dist.cache_teacher", "tiny.yaml", *words], 2, folder=home))
+    assert {path.name for path in home.glob("rank-*")} == {"rank-None-of-None", "rank-0-of-2", "rank-1-of-2"}
+    assert contents(home / "shards") == alone
+
+
+@pytest.mark.slow
+def test_a_killed_extraction_goes_on_and_ends_with_the_same_bytes(home):
+    words = [RANDOM, "teacher.model=tiny_model:slow", "teacher.options={}", "cache.batch_size=4"]
+    done(run(cache_teacher.main, ["tiny.yaml", *words], folder=home))
+    whole = contents(home / "shards")
+    folder = home / "shards" / "tiny" / "train" / "teacher"
+    for split in SPLITS:
+        shutil.rmtree(home / "shards" / "tiny" / split / "teacher")
+    kept: dict[str, int] = {}
+    for number in range(2):
+        child = start(cache_teacher.main, ["tiny.yaml", *words], folder=home)
+        wait_until((folder / f"signals-{number:06d}.idx").is_file, f"shard {number}")
+        assert child.kill().status == -9
+        assert not manifest.read_manifest(folder)["complete"]
+        assert not (folder / f"signals-{number + 1:06d}.idx").exists()
+        for name, time in kept.items():
+            assert (folder / name).stat().st_mtime_ns == time, f"{name} was written again"
+        kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("signals-*.idx")}
+    done(run(cache_teacher.main, ["tiny.yaml", *words], folder=home))
+    assert contents(home / "shards") == whole
+
+
+@pytest.mark.slow
+def test_a_half_made_cache_is_refused_in_one_sentence(home):
+    recipe = load("tiny.yaml", [RANDOM])
+    cached(recipe)
+    path = home / "shards" / "tiny" / "train" / "teacher" / manifest.FILE_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), "complete": False}))
+    said = sentence(run(train.main, ["tiny.yaml", "--stage", "distill", RANDOM], folder=home))
+    assert said.endswith("/teacher: not finished; run the command that makes it once more, it goes on where it was")

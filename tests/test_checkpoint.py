@@ -1,0 +1,299 @@
+"""A checkpoint brings everything back bit for bit, or says why not; there is always one to go on from."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from kd_dist import checkpoint
+from kd_dist.checkpoint import Progress, latest, load, save, save_weights, write_atomic
+from kd_dist.errors import TrainingError
+
+IDENTITY = {"stage": {"lr": 0.1, "losses": {"kd": {"temperature": 4}}}, "seed": 0}
+PROGRESS = Progress(3, 1, 0, 0.75, 0, [{"epoch": 0, "loss": 0.1 + 0.2, "val_accuracy": 0.75, "retention": None}])
+
+
+def model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2))
+
+
+def adamw(module: nn.Module) -> torch.optim.Optimizer:
+    groups = [{"params": [v for v in module.parameters() if v.ndim > 1], "weight_decay": 0.05}]
+    groups += [{"params": [v for v in module.parameters() if v.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-2)
+
+
+def momentum(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=1e-2, momentum=0.9)
+
+
+def plain_sgd(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=1e-2, momentum=0.0)
+
+
+OPTIMIZERS = [adamw, momentum, plain_sgd]
+
+
+def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        loss = module(torch.randn(8, 3, 8, 8, generator=generator)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def sha(module: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Of every bit of the weights and of the optimiser's state."""
+    digest = hashlib.sha256()
+    state = optimizer.state_dict()
+    entries = [*module.state_dict().items()]
+    entries += [(f"{number}.{name}", value) for number, one in state["state"].items() for name, value in one.items()]
+    for name, value in sorted(entries, key=lambda entry: entry[0]):
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
+    digest.update(json.dumps(state["param_groups"], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+Saved = tuple[Path, nn.Module, torch.optim.Optimizer]
+
+
+def saved(folder: Path, step: int = 3, make=adamw, identity: dict = IDENTITY) -> Saved:
+    module = model()
+    optimizer = make(module)
+    train(module, optimizer, range(step))
+    progress = Progress(**{**vars(PROGRESS), "step": step})
+    save(folder, module, optimizer, None, progress, identity)
+    return latest(folder), module, optimizer
+
+
+def loaded(path: Path, identity: dict = IDENTITY, make=adamw, module: nn.Module | None = None) -> Progress:
+    module = module or model(1)
+    return load(path, module, make(module), None, identity)
+
+
+# ------------------------------------------------------------------------------------------------ round trip
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+@pytest.mark.parametrize("step", [0, 3])
+def test_everything_comes_back_bit_for_bit(tmp_path, make, step):
+    path, module, optimizer = saved(tmp_path, step, make)
+    other = model(1)
+    its = make(other)
+    for group in its.param_groups:
+        group["lr"] = 7.0
+    progress = load(path, other, its, None, IDENTITY)
+    assert progress == Progress(**{**vars(PROGRESS), "step": step})
+    assert sha(other, its) == sha(module, optimizer)
+    train(module, optimizer, range(3, 6))
+    before = sha(other, its)
+    train(other, its, range(3, 6))
+    assert sha(other, its) == sha(module, optimizer) != before
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_saving_what_was_loaded_writes_the_same_bytes(tmp_path, make):
+    path, _, _ = saved(tmp_path / "a", make=make)
+    module = model(1)
+    optimizer = make(module)
+    progress = load(path, module, optimizer, None, IDENTITY)
+    save(tmp_path / "b", module, optimizer, None, progress, IDENTITY)
+    files = sorted(one.name for one in path.iterdir())
+    assert files == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    for name in files:
+        assert (path / name).read_bytes() == (tmp_path / "b" / path.name / name).read_bytes()
+
+
+def test_a_loss_scaler_comes_back(tmp_path):
+    module = model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=7)
+    save(tmp_path, module, adamw(module), scaler, PROGRESS, IDENTITY)
+    other = torch.amp.GradScaler("cpu")
+    load(latest(tmp_path), module, adamw(module), other, IDENTITY)
+    assert other.state_dict() == scaler.state_dict()
+
+
+def test_a_run_that_had_no_scaler_can_go_on_with_one(tmp_path):
+    path, _, _ = saved(tmp_path)
+    module, scaler = model(), torch.amp.GradScaler("cpu", init_scale=8.0)
+    load(path, module, adamw(module), scaler, IDENTITY)
+    assert scaler.state_dict()["scale"] == 8.0
+
+
+def test_tied_weights_are_saved(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.other.weight = self.one.weight
+
+    module = Tied()
+    save(tmp_path, module, adamw(module), None, PROGRESS, IDENTITY)
+    fresh = Tied()
+    load(latest(tmp_path), fresh, adamw(fresh), None, IDENTITY)
+    assert torch.equal(fresh.other.weight, module.one.weight)
+
+
+def test_weights_alone(tmp_path):
+    module = model().half()
+    module[0].weight.data = module[0].weight.data.to(memory_format=torch.channels_last)
+    save_weights(module, tmp_path / "best.safetensors")
+    state = load_file(tmp_path / "best.safetensors")
+    assert state.keys() == module.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in module.state_dict().items())
+    assert [path.name for path in tmp_path.iterdir()] == ["best.safetensors"]
+
+
+def test_a_small_text_is_replaced_whole(tmp_path):
+    path = tmp_path / "result.json"
+    for text in ("first", "ä"):
+        write_atomic(path, text)
+        assert path.read_text() == text
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "\ud800")
+    assert path.read_text() == "ä"
+
+
+# ------------------------------------------------------------------------------------------------ what is none
+
+
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors", "optimizer.safetensors"])
+def test_a_torn_checkpoint(tmp_path, name):
+    path, _, _ = saved(tmp_path)
+    file = path / name
+    whole = file.read_bytes()
+    for size in (0, 7, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(TrainingError, match=rf"(?s)^{path}: cannot be read \(.+\); delete it to start the stage a"):
+            loaded(path)
+    file.unlink()
+    with pytest.raises(TrainingError, match=f"^{path}: cannot be read .*No such file"):
+        loaded(path)
+
+
+@pytest.mark.parametrize(
+    ("identity", "sentence"),
+    [
+        (
+            {**IDENTITY, "seed": 1},
+            "was made with seed = 0, the recipe says 1; restore the recipe, ",
+        ),
+        (
+            {**IDENTITY, "stage": {"lr": 0.1, "losses": {"kd": {"temperature": 2}}}},
+            "was made with stage.losses.kd.temperature = 4, the recipe says 2;",
+        ),
+        ({"seed": 0}, "the recipe says '(absent)'; restore"),
+        ({**IDENTITY, "views": 8}, "was made with views = '(absent)', the recipe says 8;"),
+    ],
+)
+def test_a_checkpoint_of_another_run(tmp_path, identity, sentence):
+    path, _, _ = saved(tmp_path)
+    module = model(1)
+    before = sha(module, adamw(module))
+    with pytest.raises(TrainingError, match=f"^{path}: .*{re.escape(sentence)}"):
+        loaded(path, identity, module=module)
+    assert sha(module, adamw(module)) == before  # refused before anything is changed
+
+
+@pytest.mark.parametrize("version", [2, None])
+def test_a_checkpoint_of_another_version(tmp_path, version):
+    path, _, _ = saved(tmp_path)
+    record = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**record, "version": version}))
+    with pytest.raises(TrainingError, match=f"^{path}: has version {version}, this kd_dist reads 1; upgrade kd_dist$"):
+        loaded(path)
+
+
+def test_a_checkpoint_of_a_model_whose_code_has_changed(tmp_path):
+    path, _, _ = saved(tmp_path)
+    other = nn.Sequential(*model()[:3], nn.Linear(4 * 36, 5))
+    with pytest.raises(TrainingError, match=f"^{path}: its weights are of another model .*size mismatch for 3.weight"):
+        loaded(path, module=other)
+
+
+# ------------------------------------------------------------------------------------------------ one is always there
+
+
+def test_no_checkpoint(tmp_path):
+    assert latest(tmp_path) is None
+    assert latest(tmp_path / "absent") is None
+    (tmp_path / "checkpoint-00000009.tmp").mkdir()
+    (tmp_path / "best.safetensors").touch()
+    assert latest(tmp_path) is None
+
+
+def test_the_newest_alone_is_kept_and_remains_of_a_kill_are_removed(tmp_path):
+    saved(tmp_path, 3)
+    (tmp_path / "checkpoint-00000004.tmp").mkdir()
+    (tmp_path / "checkpoint-00000120.tmp").mkdir()
+    (tmp_path / "checkpoint-00000120.tmp" / "rest").touch()
+    assert latest(tmp_path).name == "checkpoint-00000003"
+    saved(tmp_path, 120)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000120"]
+    assert loaded(latest(tmp_path)).step == 120
+
+
+def test_the_same_step_again(tmp_path):
+    saved(tmp_path, 3, momentum)
+    path, module, optimizer = saved(tmp_path, 3, adamw)
+    assert loaded(path).step == 3
+    assert [one.name for one in tmp_path.iterdir()] == ["checkpoint-00000003"]
+
+
+def test_a_save_that_fails_leaves_the_older_one(tmp_path):
+    saved(tmp_path, 3)
+    with pytest.raises(TypeError):
+        saved(tmp_path, 5, identity={"not": {"JSON"}})
+    assert latest(tmp_path).name == "checkpoint-00000003"
+    assert loaded(latest(tmp_path)).step == 3
+
+
+STAGES = ["mkdir", "save_file", "fsync", "rename", "rmtree"]
+
+
+@pytest.mark.parametrize("call", STAGES)
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, call):
+    """A process is killed just before its first, second, ... call of one kind, until it lives to the end."""
+    survived = kills = 0
+    while not survived:
+        folder = tmp_path / str(kills)
+        saved(folder, 3)
+        child = os.fork()
+        if child == 0:
+            owner = {"mkdir": Path, "save_file": checkpoint, "fsync": os, "rename": os, "rmtree": shutil}[call]
+            stop_before(owner, call, kills)
+            saved(folder, 5)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        survived = status == 0
+        assert survived or os.WTERMSIG(status) == signal.SIGKILL
+        found = loaded(latest(folder))
+        assert found.step in ((5,) if survived else (3, 5))
+        saved(folder, 6)
+        assert [path.name for path in folder.iterdir()] == ["checkpoint-00000006"]
+        kills += not survived
+    assert kills >= 1
+
+
+def stop_before(owner, name: str, count: int) -> None:
+    """Let this process be killed when it is about to make call number `count` of `owner.name`."""
+    real, made = getattr(owner, name), []
+
+    def call(*arguments, **options):
+        if len(made) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        made.append(name)
+        return real(*arguments, **options)
+
+    setattr(owner, name, call)

@@ -1,0 +1,243 @@
+"""The command line: every command explains itself, and whatever goes wrong is one sentence."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import picture
+from processes import contents, done, kd_dist, laboratory, run, sentence
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from kd_dist import assemble, cache_teacher, train
+from kd_dist.cli import app
+from kd_dist.config import load
+
+ROW = {"role", "stage", "seed", "name", "metric", "value", "parameters", "macs", "latency_ms"}
+
+SOURCE = '''\
+"""A user's own source: eight pictures a split, some with a label that is no number."""
+
+import functools
+import io
+
+from conftest import picture
+from kd_dist.sources import Item, Listing
+
+
+def read(label, number):
+    buffer = io.BytesIO()
+    picture(label, number).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def source(broken=1):
+    items = [
+        Item(f"{split}-{number}", split, "png", float("nan") if number < broken else number % 3,
+             functools.partial(read, number % 3, number))
+        for split in ("train", "val", "test") for number in range(8)
+    ]
+    return Listing(("blue", "green", "red"), items)
+
+
+def wrong():
+    return {}
+'''
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A user's folder with packed examples, a trained teacher, its cache and a distilled student."""
+    folder = laboratory(tmp_path_factory.mktemp("made") / "home")
+    done(run(kd_dist, "pack", "tiny.yaml", folder=folder))
+    done(run(train.main, ["tiny.yaml", "--stage", "teacher"], folder=folder))
+    done(run(cache_teacher.main, ["tiny.yaml"], folder=folder))
+    done(run(train.main, ["tiny.yaml", "--stage", "distill"], folder=folder))
+    return folder
+
+
+@pytest.fixture
+def home(made, tmp_path, monkeypatch) -> Path:
+    """A copy of it to work on and to damage."""
+    shutil.copytree(made, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+    return tmp_path / "home"
+
+
+# ---------------------------------------------------------------------------------------------- help
+
+
+def commands() -> list[str]:
+    return [one.name or one.callback.__name__.replace("_", "-") for one in app.registered_commands]
+
+
+def test_help_of_each_command_shows_an_example():
+    assert {"run", "pack", "train", "cache-teacher", "evaluate"} <= set(commands())
+    top = CliRunner().invoke(app, ["--help"])
+    assert top.exit_code == 0
+    for name in commands():
+        shown = CliRunner().invoke(app, [name, "--help"])
+        assert shown.exit_code == 0 and f"Example: kd-dist {name} " in shown.output, shown.output
+        assert name in top.output
+
+
+@pytest.mark.parametrize("main", [train.main, cache_teacher.main])
+def test_help_of_what_is_launched_shows_an_example(main, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "example: accelerate launch " in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.slow
+def test_a_recipe_that_cannot_be_meant(home):
+    text = Path("tiny.yaml").read_text()
+    Path("misspelt.yaml").write_text(text.replace("shard_size", "shard_sise"))
+    cases = [
+        (["misspelt.yaml"], "misspelt.yaml:6: data: unknown key 'shard_sise'; did you mean 'shard_size'?"),
+        (["absent.yaml"], "absent.yaml: the recipe cannot be read: No such file or directory"),
+        (["tiny.yaml", "views.sise=9"], "command line: views: unknown key 'sise'; did you mean 'size'?"),
+        (["tiny.yaml", "teacher.weights=none.pt"], "command line: teacher.weights: no file 'none.pt'; give a file, "),
+        (["tiny.yaml", "student.model=tiny"], "command line: student.model: 'tiny' is not a model; write timm/<name>"),
+    ]
+    before = contents(home)
+    for words, expected in cases:
+        assert sentence(run(kd_dist, "run", *words, folder=home)).startswith(expected)
+    assert contents(home) == before  # found before anything was done
+
+
+@pytest.mark.slow
+def test_models_and_sources_that_are_not_there(home):
+    shutil.rmtree("shards")
+    cases = [
+        (["data.root=nowhere"], "data.root: nowhere: no such folder; set data.root to"),
+        (["data.source=none:source"], "'none:source': no module 'none' can be imported; run from the folder"),
+        (["task.classes=4"], "data.source image_folder: has 3 classes, the recipe's task.classes says 4"),
+    ]
+    for words, expected in cases:
+        assert sentence(run(kd_dist, "pack", "tiny.yaml", *words, folder=home)).startswith(expected)
+    assert not Path("shards").exists()
+
+
+@pytest.mark.slow
+def test_a_corrupt_picture_is_quarantined_and_the_others_are_packed(home):
+    shutil.rmtree("shards")
+    for number in range(3):
+        picture(2, number).save(f"pictures/train/red/jpeg-{number}.jpg")
+    broken = Path("pictures/train/red/jpeg-1.jpg")
+    broken.write_bytes(broken.read_bytes()[:-200])
+    ended = run(kd_dist, "pack", "tiny.yaml", "--json", folder=home)
+    assert "quarantined 'red/jpeg-1.jpg': the image cannot be decoded (" in done(ended)
+    made = json.loads(ended.stdout)  # nothing but JSON there
+    assert {split: one["examples"] for split, one in made.items()} == {"train": 23, "val": 9, "test": 12}
+    assert [row["key"] for row in made["train"]["quarantined"]] == ["red/jpeg-1"]
+    assert made["train"].items() <= json.loads(Path("shards/tiny/train/manifest.json").read_text()).items()
+    assert done(run(kd_dist, "pack", "tiny.yaml", folder=home)).count("quarantined 'red/jpeg-1.jpg'") == 1
+
+
+@pytest.mark.slow
+def test_labels_that_are_not_numbers_from_a_source_of_the_users_own(home):
+    shutil.rmtree("shards")
+    Path("mine").mkdir()
+    Path("mine/own.py").write_text(SOURCE)
+    words = ["tiny.yaml", "data.source=mine.own:source", "data.root=null"]
+    refused = sentence(run(kd_dist, "pack", "tiny.yaml", "data.source=mine.own:wrong", "data.root=null", folder=home))
+    assert refused == "data.source mine.own:wrong: returned dict, not a kd_dist.sources.Listing"
+    refused = sentence(run(kd_dist, "pack", *words, "data.options={brokn: 8}", folder=home))
+    assert refused == "unknown option 'brokn'; did you mean 'broken'?"
+    said = done(run(kd_dist, "pack", *words, folder=home))
+    assert said.count("quarantined 'train-0': label nan is not a whole number") == 1
+    assert "pack train: 7 examples" in said
+    shutil.rmtree("shards")
+    refused = sentence(run(kd_dist, "pack", *words, "data.options={broken: 8}", folder=home))
+    assert "every example is quarantined, the first is" in refused and "label nan is not a whole number" in refused
+
+
+@pytest.mark.slow
+def test_a_truncated_tar(home):
+    """Through the real launcher, whose own traceback must not follow the sentence."""
+    tar = Path("shards/tiny/train/data-000001.tar")
+    tar.write_bytes(tar.read_bytes()[:-512])
+    shutil.rmtree("runs/tiny/distill")
+    ended = run(kd_dist, "train", "tiny.yaml", "--stage", "distill", folder=home)
+    assert ended.status == 1
+    assert sentence(ended).startswith(f"{tar}: the tar has ")
+    assert not Path("runs/tiny/distill/seed-0/result.json").exists()
+
+
+@pytest.mark.slow
+def test_a_cache_of_another_teacher(home):
+    recipe = load("tiny.yaml")
+    weights = assemble.weights_file(recipe, recipe.teacher.weights)
+    there = json.loads(Path("shards/tiny/train/teacher/manifest.json").read_text())["teacher"]["weights_sha256"]
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    here = assemble.file_digest(weights)
+    shutil.rmtree("runs/tiny/distill")
+    for function, words in (
+        (kd_dist, ["cache-teacher", "tiny.yaml"]),
+        (train_stage, ["tiny.yaml", "distill"]),
+    ):
+        said = sentence(run(function, *words, folder=home))
+        assert f"was made with teacher.weights_sha256 = '{there}', the recipe has '{here}'; restore the recipe" in said
+
+
+def train_stage(recipe: str, stage: str) -> None:
+    train.main([recipe, "--stage", stage])
+
+
+@pytest.mark.slow
+def test_stages_out_of_order(home):
+    shutil.rmtree("runs")
+    said = sentence(run(cache_teacher.main, ["tiny.yaml"], folder=home))
+    assert said.endswith("best.safetensors: no such weights file; train the stage that makes it, or correct the path")
+    said = sentence(run(kd_dist, "train", "tiny.yaml", "--stage", "distil", folder=home))
+    assert said == "command line: unknown stage 'distil'; did you mean 'distill'?"
+    shutil.rmtree("shards")
+    assert "no example shards; run `kd-dist pack` first" in sentence(
+        run(train_stage, "tiny.yaml", "pretrain", folder=home)
+    )
+
+
+# ---------------------------------------------------------------------------------------------- what goes right
+
+
+@pytest.mark.slow
+def test_evaluate_prints_json_and_nothing_else(home):
+    ended = run(kd_dist, "evaluate", "tiny.yaml", "--json", folder=home)
+    done(ended)
+    rows = json.loads(ended.stdout)
+    assert [(row["role"], row["stage"]) for row in rows] == [("teacher", "teacher"), ("student_kd", "distill")]
+    assert all(set(row) == ROW for row in rows)
+    assert all(0 <= row["value"] <= 1 and row["metric"] == "accuracy" for row in rows)
+    again = run(kd_dist, "evaluate", "tiny.yaml", "--json", folder=home)
+    assert json.loads(again.stdout) == rows  # not measured twice, latency included
+    other = json.loads(run(kd_dist, "evaluate", "tiny.yaml", "evaluate.metric=nll", "--json", folder=home).stdout)
+    assert all(row["metric"] == "nll" and row["value"] > 0 for row in other)
+    table = done(run(kd_dist, "evaluate", "tiny.yaml", folder=home))
+    assert "student + KD" in table and "tiny_model:network" in table
+
+
+@pytest.mark.slow
+def test_train_says_that_a_stage_is_done(home):
+    before = contents(home, "runs/**/*")
+    said = done(run(kd_dist, "train", "tiny.yaml", "--stage", "distill", folder=home))
+    assert said == "distill (seed-0): done before\n"
+    assert contents(home, "runs/**/*") == before and len(before) > 8
+
+
+@pytest.mark.slow
+def test_two_processes_of_the_real_launcher_train_as_one(home):
+    """Both end with the same losses, and there were two: Accelerate's own `--cpu` quietly starts one."""
+    words = ["--stage", "pretrain", "student.model=tiny_model:witness"]
+    done(run(kd_dist, "train", "tiny.yaml", *words, "runs=one", folder=home))
+    said = done(run(kd_dist, "train", "tiny.yaml", *words, "runs=two", "--num-processes", "2", folder=home))
+    assert said.count("pretrain: done after 6 steps") == 1
+    one, two = (json.loads(Path(f"{runs}/tiny/pretrain/seed-0/result.json").read_text()) for runs in ("one", "two"))
+    for name in ("loss", "grad_norm", "val_nll", "teacher_accuracy"):
+        mine, theirs = ([record[name] for record in result["history"]] for result in (one, two))
+        assert mine == pytest.approx(theirs, rel=1e-5) and len(mine) == 2
+    assert {path.name for path in home.glob("rank-*")} == {"rank-None-of-None", "rank-0-of-2", "rank-1-of-2"}

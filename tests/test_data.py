@@ -1,0 +1,332 @@
+"""The corridor over real packed shards: every example once, in one order, with its own signals, or an error."""
+
+import functools
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from processes import laboratory
+
+from kd_dist import assemble, cache_teacher, journey, manifest
+from kd_dist.batch import Batch, Example
+from kd_dist.config import load
+from kd_dist.data import CHECK_ONE_IN, Corridor, Shards, SignalShards, batches
+from kd_dist.errors import DataError, MismatchError, ShardError
+from kd_dist.plan import Plan
+from kd_dist.views import input_crc
+
+TRAIN = 21  # examples, in shards of 8, 8 and 5
+VIEWS = 3
+RECIPE = ["teacher.weights=null", f"views.count={VIEWS}"]
+FRAGILE = [*RECIPE, "teacher.model=tiny_model:fragile", "teacher.options={}", "teacher.name=fragile"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A user's folder with packed examples and two caches, one of a teacher that fails on the white picture."""
+    folder = laboratory(tmp_path_factory.mktemp("data"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        patch.delitem(sys.modules, "tiny_model", raising=False)
+        journey.pack_recipe(load("tiny.yaml"))
+        for words in (RECIPE, FRAGILE):
+            recipe = load("tiny.yaml", words)
+            for split in ("train", "val"):
+                cache_teacher.cache_split(recipe, split, assemble.teacher_network(recipe), Accelerator(cpu=True))
+    return folder
+
+
+@pytest.fixture
+def home(made, tmp_path, monkeypatch) -> Path:
+    """A copy of it to damage, as the working directory."""
+    folder = tmp_path / "home"
+    shutil.copytree(made, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def corridor(made, monkeypatch) -> Corridor:
+    """The distill stage's corridor for one process."""
+    monkeypatch.chdir(made)
+    return assemble.training_corridor(load("tiny.yaml", RECIPE), "distill", 0, 1)
+
+
+def spread(corridor: Corridor, batch_size: int, world: int, accumulate: int, epochs: int = 2) -> list[Corridor]:
+    """The same corridor for each rank of another topology."""
+    plan = Plan(corridor.plan.order, batch_size, world, accumulate)
+    return [replace(corridor, plan=plan, rank=rank, epochs=epochs) for rank in range(world)]
+
+
+def steps(ranks: list[Corridor]) -> Iterator[list[Batch]]:
+    """The micro-batches of each step, over all ranks in order."""
+    accumulate = ranks[0].plan.accumulate
+    for start in range(0, len(ranks[0]), accumulate):
+        yield [rank[start + micro] for rank in ranks for micro in range(accumulate)]
+
+
+def joined(shares: list[Batch]) -> tuple[tuple[str, ...], bytes]:
+    """The valid rows of a step: keys, and all their bytes."""
+    valid = [one for one in shares if one.valid.all()]
+    rows = [torch.cat([one.images.flatten(1).double(), one.targets[:, None], one.signals.logits], 1) for one in valid]
+    return tuple(key for one in valid for key in one.keys), torch.cat(rows).numpy().tobytes()
+
+
+def bytes_of(batch: Batch) -> tuple:
+    tensors = (batch.images, batch.targets, batch.valid, batch.signals.logits)
+    return batch.keys, batch.total, *(tensor.numpy().tobytes() for tensor in tensors)
+
+
+# ---------------------------------------------------------------------------------------------- which examples
+
+
+@pytest.mark.parametrize("batch_size, block", [(1, 1), (6, 4), (8, 1), (8, 4), (21, 1), (64, 4)])
+def test_every_example_once_an_epoch_and_one_order_for_every_topology(corridor, batch_size, block):
+    order = replace(corridor.plan.order, block=block, lanes=3, window=2 * block)
+    corridor = replace(corridor, plan=replace(corridor.plan, order=order))
+    first = [joined(shares) for shares in steps(spread(corridor, batch_size, 1, 1))]
+    per_epoch = -(-TRAIN // batch_size)
+    assert len(first) == 2 * per_epoch
+    for epoch in range(2):
+        keys = [key for keys, _ in first[epoch * per_epoch : (epoch + 1) * per_epoch] for key in keys]
+        assert len(keys) == TRAIN and sorted(keys) == sorted(all_keys(corridor))
+    assert [keys for keys, _ in first[:per_epoch]] != [keys for keys, _ in first[per_epoch:]]  # another order
+    for world, accumulate in ((2, 1), (1, 3), (3, 2), (5, 1), (30, 1)):
+        ranks = spread(corridor, batch_size, world, accumulate)
+        assert len({len(rank) for rank in ranks}) == 1  # every rank makes as many steps
+        assert [joined(shares) for shares in steps(ranks)] == first, (world, accumulate)
+
+
+def all_keys(corridor: Corridor) -> list[str]:
+    examples = corridor.examples
+    return [key for number in range(len(examples.paths)) for key in examples.shard(number).keys]
+
+
+@pytest.mark.parametrize("world, accumulate", [(1, 1), (2, 1), (4, 2), (13, 1)])
+def test_an_empty_share_is_one_filler_row_and_totals_count_the_whole_step(corridor, world, accumulate):
+    fillers = 0
+    for number, shares in enumerate(steps(spread(corridor, 10, world, accumulate))):
+        expected = (10, 10, 1)[number % 3]
+        assert {one.total for one in shares} == {expected}
+        assert sum(int(one.valid.sum()) for one in shares) == expected
+        for one in shares:
+            assert one.valid.all() or (len(one.valid) == 1 and not one.valid.item())
+            assert len(one.keys) == len(one.images) == len(one.targets) == len(one.signals.logits) > 0
+            fillers += not one.valid.all()
+    parts = world * accumulate
+    assert fillers == 2 * ((parts - 1) + 2 * max(0, parts - 10))
+
+
+def test_quarantined_examples_are_left_out_and_totals_are_smaller(corridor):
+    """The white picture has no signals of the fragile teacher; of two ranks, one meets it each epoch."""
+    own = assemble.training_corridor(load("tiny.yaml", FRAGILE), "distill", 0, 1)
+    assert [row["key"] for row in own.signals.manifest["quarantined"]] == ["red/00"]
+    for batch_size, world in ((8, 2), (1, 1), (21, 3)):
+        seen, totals = Counter(), 0
+        for shares in steps(spread(own, batch_size, world, 1)):
+            valid = [one for one in shares if one.valid.all()]
+            seen.update(key for one in valid for key in one.keys)
+            totals += shares[0].total if valid else 0
+            if valid:
+                assert {one.total for one in shares} == {sum(len(one.keys) for one in valid)}
+        assert "red/00" not in seen and set(seen.values()) == {2} and len(seen) == TRAIN - 1
+        assert totals == 2 * (TRAIN - 1)
+    # A step of nothing but quarantined examples has a filler row on every rank, and a total that divides.
+    alone = [shares[0] for shares in steps(spread(own, 1, 1, 1)) if not shares[0].valid.all()]
+    assert len(alone) == 2 and all(one.total == 1 and len(one.keys) == 1 for one in alone)
+
+
+# ---------------------------------------------------------------------------------------------- which views
+
+
+def test_each_epoch_shows_another_view_through_all_of_them(corridor):
+    [whole] = spread(corridor, TRAIN, 1, 1, epochs=2 * VIEWS)
+    cycles = [{}, {}]
+    for epoch in range(2 * VIEWS):
+        batch = whole[epoch]
+        for key, image in zip(batch.keys, batch.images, strict=True):
+            crc = input_crc(image.permute(1, 2, 0).numpy())
+            cycles[epoch // VIEWS].setdefault(key, []).append(crc)
+    stored = {}
+    for number in range(len(corridor.signals.paths)):
+        for place, key in enumerate(corridor.signals.shard(number).keys):
+            ids = np.full(VIEWS, int(corridor.signals.starts[number]) + place)
+            stored[key] = sorted(corridor.signals.rows(ids, np.arange(VIEWS))["input_crc"].tolist())
+    assert len(stored) == TRAIN and len({tuple(crcs) for crcs in stored.values()}) == TRAIN
+    for shown in cycles:
+        assert {key: sorted(crcs) for key, crcs in shown.items()} == stored
+    assert cycles[0] != cycles[1]  # in another order
+
+
+def test_the_logits_are_those_of_the_view_that_is_shown(corridor):
+    teacher = assemble.teacher_network(load("tiny.yaml", RECIPE))
+    [whole] = spread(corridor, TRAIN, 1, 1, epochs=VIEWS)
+    for epoch in range(VIEWS):
+        batch = whole[epoch]
+        with torch.inference_mode():
+            logits = teacher(batch.images)
+        logits = logits - logits.max(dim=1, keepdim=True).values
+        torch.testing.assert_close(batch.signals.logits, logits, rtol=0, atol=4 * 2**-11)
+
+
+def test_without_a_teacher_every_epoch_has_a_fresh_view_and_evaluation_has_one(made, monkeypatch):
+    monkeypatch.chdir(made)
+    recipe = load("tiny.yaml", RECIPE)
+    alone = replace(assemble.training_corridor(recipe, "pretrain", 0, 1), epochs=4 * VIEWS)
+    assert alone.signals is None
+    shown = Counter(
+        (key, input_crc(image.permute(1, 2, 0).numpy()))
+        for batch in map(alone.__getitem__, range(len(alone)))
+        for key, image in zip(batch.keys, batch.images, strict=True)
+        if key != "red/00"  # white whatever is cut out of it
+    )
+    assert len(shown) == 4 * VIEWS * (TRAIN - 1) and set(shown.values()) == {1}
+    judged = assemble.evaluation_corridor(recipe, "val", 0, 1, cached=True)
+    [batch] = [judged[number] for number in range(len(judged))]
+    assert len(batch.keys) == 9 and list(batch.keys) == all_keys(judged)
+
+
+# ---------------------------------------------------------------------------------------------- the loader
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_and_resuming_change_nothing(corridor, workers):
+    [_, mine] = spread(corridor, 8, 2, 2)
+    whole = [bytes_of(mine[cursor]) for cursor in range(len(mine))]
+    assert len(whole) == 2 * 3 * 2 and len(set(whole)) == len(whole)
+    for cursor in (0, 5, 11, 12):
+        assert [bytes_of(one) for one in batches(mine, cursor, len(mine), workers, pin=False)] == whole[cursor:]
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+def brightened(key: str, members: dict, decode, only: str) -> Example:
+    """A decoder of another version: one pixel of one picture is a level brighter."""
+    example = decode(key, members)
+    if key != only:
+        return example
+    image = example.image.copy()
+    image[6, 5, 0] ^= 8
+    return example._replace(image=image)
+
+
+def test_other_pixels_are_found_and_name_the_example_and_the_versions(corridor):
+    """Each example is checked in one epoch of sixteen, so sixteen epochs of any view that shows the pixel find it."""
+    other = functools.partial(brightened, decode=corridor.decode, only="green/03")
+    [whole] = spread(replace(corridor, decode=other), TRAIN, 1, 1, epochs=CHECK_ONE_IN * VIEWS)
+    found = []
+    for epoch in range(len(whole)):
+        try:
+            whole[epoch]
+        except MismatchError as error:
+            found.append(str(error))
+    assert 1 <= len(found) <= VIEWS  # an example is checked once in sixteen epochs
+    version = manifest.versions()["pillow"]
+    for text in found:
+        assert text.startswith("example 'green/03': its pixels have CRC ") and "the teacher saw " in text
+        assert f"(Pillow {version} then, Pillow {version} now); run `kd-dist verify`" in text
+
+
+def change(path: Path, offset: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+def drain(corridor: Corridor) -> int:
+    return sum(len(corridor[cursor].keys) for cursor in range(len(corridor)))
+
+
+def fresh() -> Corridor:
+    return assemble.training_corridor(load("tiny.yaml", RECIPE), "distill", 0, 1)
+
+
+def test_a_truncated_tar_is_refused(home):
+    for path in ("shards/tiny/train/data-000001.tar", "shards/tiny/train/teacher/signals-000001.tar"):
+        whole = Path(path).read_bytes()
+        Path(path).write_bytes(whole[:-512])
+        with pytest.raises(ShardError, match=f"{path}: the tar has {len(whole) - 512} bytes but its index says"):
+            drain(fresh())
+        Path(path).write_bytes(whole)
+    assert drain(fresh()) == 2 * TRAIN
+
+
+def test_a_changed_byte_is_refused_and_named(home):
+    examples = Shards(Path("shards/tiny/train")).shard(1)
+    offset, size = examples.member(2, "png")
+    change(examples.path, offset + size // 2)
+    with pytest.raises(ShardError, match=f"data-000001.tar: example '{examples.key(2)}' is damaged: the CRC32 of its"):
+        drain(fresh())
+    change(examples.path, offset + size // 2)
+
+    signals = fresh().signals
+    offset, _ = signals.shard(1).member(2, "teacher.npy")
+    change(signals.paths[1], offset + signals.header + signals.dtype.itemsize - 1 + signals.dtype.itemsize)
+    key = signals.shard(1).key(2)
+    with pytest.raises(ShardError, match=f"signals-000001.tar: '{key}' view 1: row 0 of those read is damaged"):
+        drain(replace(fresh(), epochs=VIEWS))
+
+
+def test_signals_of_other_examples_are_refused(home):
+    train, val = Path("shards/tiny/train/teacher"), Path("shards/tiny/val/teacher")
+    train.rename("kept")
+    val.rename(train)
+    with pytest.raises(MismatchError, match="teacher: was made from examples [0-9a-f]{12}, shards/tiny/train now"):
+        fresh()
+
+
+def test_swapped_shards_are_refused(home):
+    folder = Path("shards/tiny/train/teacher")
+    for ending in ("tar", "idx"):
+        one, other = folder / f"signals-000000.{ending}", folder / f"signals-000001.{ending}"
+        one.rename(folder / "kept")
+        other.rename(one)
+        (folder / "kept").rename(other)
+    with pytest.raises(ShardError, match=r"its index holds 8 examples with sha256 [0-9a-f]{12}, the manifest 8 with "):
+        drain(fresh())
+
+
+def test_signals_in_another_order_are_refused(home):
+    """A folder that says of itself that it is right, but whose examples stand elsewhere."""
+    folder = Path("shards/tiny/train/teacher")
+    about = manifest.read_manifest(folder)
+    about["shards"][:2] = about["shards"][1::-1]
+    manifest.write_manifest(folder, about)
+    with pytest.raises(MismatchError, match=r"signals-00000\d.tar: example \d is '.*', in .*data-.*.tar it is '.*'"):
+        drain(fresh())
+
+
+def test_a_folder_that_is_not_finished_or_not_there_is_refused(home):
+    folder = Path("shards/tiny/train")
+    manifest.write_manifest(folder, {**manifest.read_manifest(folder), "complete": False})
+    with pytest.raises(ShardError, match="shards/tiny/train: not finished; run the command that makes it once more"):
+        fresh()
+    shutil.rmtree(folder)
+    with pytest.raises(DataError, match="shards/tiny/train: no example shards; run `kd-dist pack` first"):
+        fresh()
+
+
+def test_a_cache_that_is_not_there_is_refused_only_where_it_is_needed(home):
+    shutil.rmtree("shards/tiny/train/teacher")
+    with pytest.raises(DataError, match="train/teacher: no cached signals; run `kd-dist cache-teacher` first"):
+        fresh()
+    recipe = load("tiny.yaml", RECIPE)
+    assert drain(assemble.training_corridor(recipe, "pretrain", 0, 1)) == 2 * TRAIN
+    assert isinstance(assemble.signals(recipe, "val", assemble.examples(recipe, "val")), SignalShards)
+
+
+def test_examples_of_another_number_of_classes_are_refused(home):
+    recipe = load("tiny.yaml", [*RECIPE, "task.classes=4"])
+    with pytest.raises(MismatchError, match="train: was packed with 3 classes, task.classes is 4; correct the recipe"):
+        assemble.examples(recipe, "train")

@@ -1,0 +1,210 @@
+"""`kd-dist run` from raw pictures to the report: with a user's own packages, twice, and killed on the way."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+from processes import Ended, contents, done, kd_dist, laboratory, run, sentence, start, wait_until
+
+from kd_dist import assemble
+
+pytestmark = pytest.mark.slow
+
+MODELS = '''\
+"""A user's own models, in a package whose name kd_dist has too. They take their time with a batch."""
+
+import time
+
+from torch import nn
+
+
+class Slow(nn.Sequential):
+    def forward(self, images):
+        time.sleep(0.1 if len(images) > 1 else 0)
+        return super().forward(images)
+
+
+def network(classes, width=4):
+    return Slow(
+        nn.Conv2d(3, width, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(4 * width, classes),
+    )
+'''
+
+SOURCE = '''\
+"""A user's own source, in a package whose name kd_dist has a module of. It reads from a slow disk."""
+
+import functools
+import time
+
+from kd_dist.sources.image_folder import image_folder
+
+
+def read(kept):
+    time.sleep(0.05)
+    return kept()
+
+
+def pictures(root):
+    listing = image_folder(root)
+    return listing._replace(items=[one._replace(read=functools.partial(read, one.read)) for one in listing.items])
+'''
+
+# What a report must say of each model, and what of it cannot be the same twice.
+ROW = {"role", "name", "metric", "value", "seed", "parameters", "macs", "latency_ms"}
+RUNS = "runs/tiny/{}/seed-{}"
+
+
+def make(folder: Path) -> Path:
+    """A user's folder with `models/` and `data/` packages of their own."""
+    laboratory(folder)
+    (folder / "tiny_model.py").unlink()
+    for name, module, text in (("models", "mine", MODELS), ("data", "own", SOURCE)):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").touch()
+        (folder / name / f"{module}.py").write_text(text)
+    recipe = (folder / "tiny.yaml").read_text()
+    recipe = recipe.replace("tiny_model:network", "models.mine:network").replace("image_folder", "data.own:pictures")
+    (folder / "tiny.yaml").write_text(recipe.replace("epochs: 2", "epochs: 3"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, Ended]:
+    """An uninterrupted run with two seeds."""
+    folder = make(tmp_path_factory.mktemp("whole") / "home")
+    return folder, run(kd_dist, "run", "tiny.yaml", "--seeds", "2", folder=folder)
+
+
+def reported(folder: Path) -> dict:
+    return json.loads((folder / "runs" / "tiny" / "report.json").read_text())
+
+
+def same(rows: list[dict]) -> list[dict]:
+    """Rows of a report without the clock's part of them."""
+    return [{name: value for name, value in row.items() if name != "latency_ms"} for row in rows]
+
+
+def test_a_run_with_the_users_own_packages_ends_with_a_report(whole):
+    folder, ended = whole
+    said = done(ended)
+    models = reported(folder)["models"]
+    assert [(row["role"], row["stage"], row["seed"]) for row in models] == [
+        ("teacher", "teacher", 0),
+        ("student_alone", "pretrain", 0),
+        ("student_kd", "distill", 0),
+        ("student_alone", "pretrain", 1),
+        ("student_kd", "distill", 1),
+    ]
+    # conv 3*w*9 + w, linear 4*w*classes + classes; the convolution makes 4 x 4 positions
+    sizes = {"teacher": 8, "student_alone": 2, "student_kd": 2}
+    for row in models:
+        width = sizes[row["role"]]
+        assert set(row) >= ROW
+        assert row["parameters"] == 28 * width + 12 * width + 3
+        assert row["macs"] == 27 * width * 16 + 12 * width
+        assert row["name"] == "models.mine:network" and row["metric"] == "accuracy"
+        assert 0 <= row["value"] <= 1 and row["latency_ms"] > 0
+    page = (folder / "runs" / "tiny" / "report.md").read_text()
+    assert "| student + KD | models.mine:network | distill | 2 |" in page
+    assert "`distill` against `pretrain`: " in page and "`distill` against `pretrain`: " in said
+    assert (folder / "runs" / "tiny" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_values_are_those_of_the_best_weights_on_the_test_split(whole, monkeypatch):
+    folder, _ = whole
+    monkeypatch.chdir(folder)
+    for row in reported(folder)["models"]:
+        weights = folder / RUNS.format(row["stage"], row["seed"]) / "best.safetensors"
+        record = json.loads((weights.parent / "evaluation-test.json").read_text())
+        assert record["weights_sha256"] == assemble.file_digest(weights)
+        assert record["metrics"]["accuracy"] == row["value"]
+        assert row["value"] * 12 == pytest.approx(round(row["value"] * 12))  # of 12 pictures
+
+
+def test_two_seeds_give_a_mean_and_an_interval(whole):
+    folder, _ = whole
+    content = reported(folder)
+    assert [(row["role"], row["seeds"]) for row in content["summary"]] == [
+        ("teacher", 1),
+        ("student_alone", 2),
+        ("student_kd", 2),
+    ]
+    for row in content["summary"]:
+        values = [one["value"] for one in content["models"] if one["stage"] == row["stage"]]
+        assert row["mean"] == pytest.approx(statistics.fmean(values))
+        if row["seeds"] == 1:
+            assert row["interval"] is None
+        else:  # Student's t with one degree of freedom: 12.706
+            assert row["interval"] == pytest.approx(12.7062 * statistics.stdev(values) / math.sqrt(2), rel=1e-4)
+    [gain] = content["gains"]
+    assert (gain["stage"], gain["against"], gain["seeds"]) == ("distill", "pretrain", 2)
+    means = {row["stage"]: row["mean"] for row in content["summary"]}
+    assert gain["mean"] == pytest.approx(means["distill"] - means["pretrain"])
+    # The two seeds are two runs.
+    one, other = (folder / RUNS.format("distill", seed) / "best.safetensors" for seed in (0, 1))
+    assert one.read_bytes() != other.read_bytes()
+
+
+def test_a_second_run_does_nothing(whole):
+    folder, _ = whole
+    reports = {"report.json", "report.md", "curves.png"}  # written again, from the same results
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in reports]
+    files = [path for path in files if "__pycache__" not in path.parts]
+    before, first = {path: path.stat().st_mtime_ns for path in files}, reported(folder)
+    said = done(run(kd_dist, "run", "tiny.yaml", "--seeds", "2", folder=folder))
+    assert said.count("done before") == 6  # five stages and the cache
+    assert {path: path.stat().st_mtime_ns for path in files} == before and len(files) > 50
+    assert reported(folder) == first
+
+
+def test_a_changed_recipe_does_not_pass_for_the_finished_one(whole):
+    folder, _ = whole
+    before = contents(folder, "runs/**/*", "shards/**/*")
+    cases = [
+        ("stages.distill.lr=0.02", "made with stage.lr = 0.01, the recipe says 0.02; restore the recipe"),
+        ("views.flip=0.1", "views.flip = 0.5, the recipe "),
+        ("data.shard_size=9", "made with shard_size = 8, the recipe says 9; restore the recipe"),
+    ]
+    for override, expected in cases:
+        assert expected in sentence(run(kd_dist, "run", "tiny.yaml", override, folder=folder))
+    assert contents(folder, "runs/**/*", "shards/**/*") == before
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_report(whole, tmp_path):
+    """SIGKILL, as a power cut would, while it packs, trains the teacher, caches and distils."""
+    folder = make(tmp_path / "home")
+    shards = folder / "shards" / "tiny"
+    moments = [
+        (shards / "train" / "data-000001.idx", lambda: not manifest_says_complete(shards / "train")),
+        (folder / RUNS.format("teacher", 0) / "checkpoint-00000003", lambda: not has_result(folder, "teacher")),
+        (
+            shards / "train" / "teacher" / "signals-000000.idx",
+            lambda: not manifest_says_complete(shards / "train/teacher"),
+        ),
+        (folder / RUNS.format("distill", 0) / "checkpoint-00000006", lambda: not has_result(folder, "distill")),
+    ]
+    for path, in_the_middle in moments:
+        child = start(kd_dist, "run", "tiny.yaml", folder=folder)
+        wait_until(path.exists, f"{path.name} of a run")
+        ended = child.kill()
+        assert ended.status == -9 and in_the_middle(), ended
+    done(run(kd_dist, "run", "tiny.yaml", folder=folder))
+    uninterrupted, _ = whole
+    expected = [row for row in reported(uninterrupted)["models"] if row["seed"] == 0]
+    assert same(reported(folder)["models"]) == same(expected) and len(expected) == 3
+    assert contents(shards) == contents(uninterrupted / "shards" / "tiny")
+    for stage in ("teacher", "pretrain", "distill"):
+        place = RUNS.format(stage, 0)
+        assert contents(folder / place, "*.safetensors") == contents(uninterrupted / place, "*.safetensors")
+    assert not list(folder.rglob("*.tmp"))
+
+
+def manifest_says_complete(folder: Path) -> bool:
+    return json.loads((folder / "manifest.json").read_text())["complete"]
+
+
+def has_result(folder: Path, stage: str) -> bool:
+    return (folder / RUNS.format(stage, 0) / "result.json").exists()

@@ -1,0 +1,288 @@
+"""Models by name, their preprocessing, their weights, and what each cannot be."""
+
+import os
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from kd_dist import choose
+from kd_dist.errors import ModelError, RecipeError
+from kd_dist.models import FAMILIES, Built, Network, build_network, load_weights, read_weights, weights_digest
+
+IMAGES = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+class Means(nn.Module):
+    """The channels' means as logits: shows what reached the model."""
+
+    def forward(self, images):
+        return images.mean(dim=(2, 3))
+
+
+class Shape(nn.Module):
+    """The height of its input as the first of two logits."""
+
+    def forward(self, images):
+        return torch.full((len(images), 2), float(images.shape[-1]))
+
+
+class Answer(nn.Module):
+    """Always the same answer, whatever that is."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, images):
+        return self.value
+
+
+def network(backbone: nn.Module, classes: int = 3, image_size: int | None = None, mean=(0.0,) * 3, std=(1.0,) * 3):
+    return Network(Built(backbone, mean, std), classes, image_size, "own:model")
+
+
+def tiny(seed: int = 0, width: int = 4) -> Network:
+    torch.manual_seed(seed)
+    return build_network("tiny_model:network", 3, options={"width": width})
+
+
+# ------------------------------------------------------------------------------------------------ preprocessing
+
+
+def test_bytes_and_fractions_are_the_same_image():
+    model = network(Means())
+    assert torch.equal(model(IMAGES), model(IMAGES.float() / 255))
+    torch.testing.assert_close(model(IMAGES), IMAGES.double().mean(dim=(2, 3)).float() / 255)
+
+
+def test_the_model_owns_its_normalisation():
+    mean, std = (0.5, 0.25, 0.1), (0.5, 0.25, 2.0)
+    expected = (IMAGES.double().mean(dim=(2, 3)) / 255 - torch.tensor(mean)) / torch.tensor(std)
+    torch.testing.assert_close(network(Means(), mean=mean, std=std)(IMAGES).double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_images_are_resized_to_the_models_own_size():
+    assert network(Shape(), 2, image_size=6)(IMAGES)[0, 0] == 6
+    assert network(Shape(), 2, image_size=None)(IMAGES)[0, 0] == 8
+    flat = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
+    torch.testing.assert_close(network(Means(), image_size=5)(flat), torch.full((1, 3), 100 / 255))
+
+
+def test_a_smaller_image_is_averaged_and_not_sampled():
+    board = torch.zeros(1, 3, 16, 16)
+    board[..., ::2] = 1  # without antialiasing every second column would vanish
+    seen = []
+    model = network(Means(), image_size=8)
+    model.backbone.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    model(board)
+    assert (seen[0][..., 2:-2] - 0.5).abs().max() < 0.1
+
+
+def test_the_normalisation_is_no_weight():
+    """Weights stay plain weights of the architecture."""
+    assert list(network(nn.Linear(2, 2), mean=(0.5,) * 3).state_dict()) == ["backbone.weight", "backbone.bias"]
+
+
+# ------------------------------------------------------------------------------------------------ outputs
+
+
+def test_one_output_of_a_two_class_task_is_a_margin():
+    z = torch.tensor([[2.0], [-1.0], [0.0], [30.0], [-30.0]])
+    logits = network(Answer(z), 2)(IMAGES)
+    assert torch.equal(logits, torch.cat([torch.zeros(5, 1), z], dim=1))
+    torch.testing.assert_close(logits.softmax(1)[:, 1:], torch.sigmoid(z))
+
+
+@pytest.mark.parametrize(("shape", "classes"), [((5, 1), 3), ((5, 4), 3), ((5,), 2), ((4, 3), 3), ((5, 3, 1), 3)])
+def test_logits_of_another_shape(shape, classes):
+    sentence = f"own:model: gives logits of shape {shape} for 5 images, but the task has {classes} classes: expected"
+    with pytest.raises(ModelError, match=f"^{re.escape(sentence)} {re.escape(f'(5, {classes})')}$"):
+        network(Answer(torch.zeros(shape)), classes)(IMAGES)
+
+
+@pytest.mark.parametrize(("answer", "kind"), [((torch.zeros(5, 3),), "tuple"), ({"logits": 1}, "dict"), (None, "None")])
+def test_an_output_that_is_no_tensor(answer, kind):
+    with pytest.raises(ModelError, match=f"^own:model: returns {kind}.*, not one tensor of logits$"):
+        network(Answer(answer))(IMAGES)
+
+
+# ------------------------------------------------------------------------------------------------ by name
+
+
+def test_every_family_can_be_imported():
+    assert len(FAMILIES) >= 1
+    for path in FAMILIES.values():
+        assert callable(choose.imported(path))
+
+
+def test_a_users_own_model(experiment):
+    model = build_network("tiny_model:network", 3, options={"width": 5}, image_size=16, mean=(0.5,) * 3)
+    assert model(IMAGES).shape == (5, 3)
+    assert model.backbone[0].out_channels == 5
+    assert (model.image_size, model.label) == (16, "tiny_model:network")
+    assert (model.mean.flatten().tolist(), model.std.flatten().tolist()) == ([0.5] * 3, [1.0] * 3)
+    assert not tiny().mean.any()  # it gets images in [0, 1] as they are
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "sentence"),
+    [
+        ("tiny_model:netwok", {}, RecipeError, r"module 'tiny_model' has no 'netwok'; did you mean 'network'\?"),
+        ("tiny_mode:network", {}, RecipeError, "no module 'tiny_mode' can be imported; run from the folder that"),
+        ("tiny_model:__doc__", {}, RecipeError, "'__doc__' is not a function or class that could be called"),
+        ("tiny_model:network", {"widht": 2}, RecipeError, r"unknown option 'widht'; did you mean 'width'\?"),
+        ("tiny_model:network", {"classes": 2}, RecipeError, "unknown option 'classes'"),
+        ("odd_model:nothing", {}, ModelError, "^odd_model:nothing: returned dict, not a torch.nn.Module$"),
+        ("tim/resnet18", {}, RecipeError, r"unknown model family 'tim'; did you mean 'timm'\?"),
+        ("resnet18", {}, RecipeError, "unknown model family 'resnet18'; known: "),
+        ("timm/resnet10", {}, ModelError, r"^timm/resnet10: timm has no such model; did you mean 'resnet10t'\?$"),
+        ("timm/qqq", {}, ModelError, r"^timm/qqq: timm has no such model; known: (\w+, ){30}and [\d,]+ more$"),
+        ("timm/resnet10t", {"widht": 1}, ModelError, r"^timm/resnet10t: cannot be built with {'widht': 1}: .*'widht'"),
+    ],
+)
+def test_a_model_that_cannot_be_built(experiment, model, options, error, sentence):
+    (experiment / "odd_model.py").write_text("def nothing(classes):\n    return {}\n")
+    with pytest.raises(error, match=sentence):
+        build_network(model, 3, options=options)
+
+
+def test_timm_models_bring_their_own_normalisation():
+    resnet = build_network("timm/resnet10t", 7, options={}).eval()
+    assert resnet(IMAGES.repeat(1, 1, 4, 4)).shape == (5, 7)
+    assert resnet.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 3}
+    vit = build_network("timm/vit_tiny_patch16_224", 2, options=options, image_size=32, std=(1.0, 2.0, 4.0)).eval()
+    assert vit(IMAGES).shape == (5, 2)
+    assert (vit.mean.flatten().tolist(), vit.std.flatten().tolist()) == ([0.5] * 3, [1.0, 2.0, 4.0])
+
+
+def test_pretrained_weights_without_a_network(monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="^timm/resnet10t: its pretrained weights cannot be fetched .*; give a"):
+        build_network("timm/resnet10t", 3, options={}, pretrained=True)
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
+def test_a_torch_file(experiment, wrapper):
+    one, other = tiny(0), tiny(1)
+    assert not torch.equal(one(IMAGES), other(IMAGES))
+    state = one.backbone.state_dict()
+    torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, "w.pth")
+    load_weights(other, "w.pth")
+    assert torch.equal(one(IMAGES), other(IMAGES))
+
+
+def test_a_safetensors_file(experiment):
+    one, other = tiny(0), tiny(1)
+    save_file(one.backbone.state_dict(), "w.safetensors")
+    load_weights(other, "w.safetensors")
+    assert torch.equal(one(IMAGES), other(IMAGES))
+
+
+def test_weights_of_another_model(experiment):
+    model = tiny()
+    state = model.backbone.state_dict()
+    cases = {
+        "lacks": ({"0.weight": state["0.weight"]}, "lacks '0.bias' and 2 more; give the weights of this model"),
+        "more": ({**state, "x": torch.ones(1)}, "has 'x' and 0 more that the model lacks; give"),
+        "both": (
+            {f"net.{name}": value for name, value in state.items()},
+            "lacks '0.bias' and 3 more; has 'net.0.bias'",
+        ),
+        "bent": ({**state, "4.bias": torch.ones(9)}, r"'4.bias' is \(9,\), the model's \(3,\); give"),
+        "none": ({}, "lacks '0.bias' and 3 more"),
+    }
+    before = weights_digest(model)
+    for name, (content, sentence) in cases.items():
+        save_file(content, f"{name}.safetensors")
+        with pytest.raises(ModelError, match=f"^{name}.safetensors: does not fit tiny_model:network: {sentence}"):
+            load_weights(model, f"{name}.safetensors")
+    assert weights_digest(model) == before
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    for path in (tmp_path / "w.pth", tmp_path):
+        with pytest.raises(ModelError, match=f"^{path}: no such weights file; train the stage that makes it, or corr"):
+            read_weights(path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_torn_weights(experiment, kind):
+    state, path = tiny().backbone.state_dict(), experiment / f"w.{kind}"
+    save_file(state, path) if kind == "safetensors" else torch.save(state, path)
+    whole = path.read_bytes()
+    assert read_weights(path).keys() == state.keys()
+    for size in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ModelError, match=rf"^{path}: cannot be read as weights \(.*\); copy or make the file"):
+            read_weights(path)
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("sprung",)
+
+
+def test_code_in_a_torch_file_is_not_executed(experiment):
+    torch.save({"model": tiny().backbone.state_dict(), "extra": Trap()}, "w.pth")
+    with pytest.raises(ModelError, match=r"^w.pth: cannot be read as weights"):
+        read_weights("w.pth")
+    assert not os.path.exists("sprung")
+    torch.load("w.pth", weights_only=False)
+    assert os.path.exists("sprung")  # the trap works
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"weight": torch.ones(1), "epoch": 3}, torch.ones(3)])
+def test_a_torch_file_of_something_else(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=r"w.pth: holds no plain state dict; save model.state_dict\(\) and give that"):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_the_digest_is_of_the_weights_alone(experiment):
+    one, other = tiny(0), tiny(1)
+    assert weights_digest(one) != weights_digest(other)
+    for name in ("w.pth", "w.safetensors"):
+        state = dict(reversed(one.backbone.state_dict().items()))
+        torch.save(state, name) if name.endswith("pth") else save_file(state, name)
+        load_weights(other, name)
+        assert weights_digest(one) == weights_digest(other)
+        weight = other.backbone[0].weight.data
+        weight[0, 0, 0, 0] = torch.nextafter(weight[0, 0, 0, 0], torch.tensor(9.0))
+        assert weights_digest(one) != weights_digest(other)
+
+
+def test_the_digest_sees_names_shapes_types_and_counters():
+    def digest(**tensors) -> str:
+        backbone = nn.Module()
+        for name, value in tensors.items():
+            backbone.register_buffer(name, value)
+        return weights_digest(network(backbone))
+
+    zeros = torch.zeros(4)
+    states = [
+        {"a": zeros},
+        {"b": zeros},
+        {"a": zeros.view(2, 2)},
+        {"a": zeros.int()},
+        {"a": zeros, "count": torch.tensor(3)},
+        {"a": zeros, "count": torch.tensor(4)},
+        {"a": zeros.bfloat16()},
+        {"a": torch.zeros(0)},
+        {"a": torch.tensor([True])},
+        {},
+    ]
+    assert len({digest(**state) for state in states}) == len(states)
+    turned = torch.arange(6.0).view(2, 3).t()
+    assert digest(a=turned) == digest(a=turned.contiguous())  # the layout in memory is none of it

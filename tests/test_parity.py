@@ -1,0 +1,117 @@
+"""A student that learns from shards gets the loss and the gradient that it would get from the live teacher."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODEL
+from processes import done, run
+from safetensors.torch import load_file
+
+from kd_dist import cache_teacher, journey, train
+from kd_dist.config import load
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+CODECS = ("fp32", "fp16", "uint8")
+RECIPE = """\
+name: tiny
+task: {classes: 10}
+data: {source: digits, splits: {train: 0.2, val: 0.1, test: 0.7}, shard_size: 128, workers: 0}
+evaluate: {split: val}
+views: {count: 3, size: 12, crop_scale: [0.5, 1], brightness: 0.3, contrast: 0.3}
+teacher: {model: "tiny_model:network", options: {width: 24}, weights: stage:teacher}
+student: {model: "tiny_model:network", options: {width: 6}}
+stages:
+  teacher: {model: teacher, losses: {cross_entropy: {}}, epochs: 12, batch_size: 16, lr: 1e-2}
+  distill: {losses: {kd: {temperature: 4}}, epochs: 1, batch_size: 64, lr: 0.1, optimizer: sgd, momentum: 0,
+            weight_decay: 0, clip: null}
+"""
+
+
+def prepare(*overrides: str) -> None:
+    """Pack, and run the teacher once for each codec, each time under another name."""
+    journey.pack_recipe(load("tiny.yaml", overrides))
+    train.main(["tiny.yaml", "--stage", "teacher"])
+    for codec in CODECS:
+        cache_teacher.main(["tiny.yaml", f"teacher.name=teacher-{codec}", f"cache.logits={codec}"])
+
+
+def gradients(to: str, overrides: list[str]) -> None:
+    """Save the loss and the gradient of the first steps of a stage, made by the loop's own parts."""
+    run = train.prepare(load("tiny.yaml", overrides, "distill"), "distill")
+    stream, kept = train.read_ahead(run, 0), {}
+    run.model.train()
+    for step in range(STEPS):
+        batch, _ = next(stream)
+        _, loss, _ = train.forward(run, batch, epoch=0.0)
+        run.model.zero_grad()
+        run.accelerator.backward(loss)
+        kept[step] = loss.detach(), torch.cat([p.grad.flatten().clone() for p in run.student.parameters()])
+    torch.save(kept, to)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("parity")
+    (folder / "tiny_model.py").write_text(MODEL)
+    (folder / "tiny.yaml").write_text(RECIPE)
+    done(run(prepare, folder=folder))
+    return folder
+
+
+def compare(lab: Path, to: Path, codec: str, *overrides: str) -> tuple[float, float, float]:
+    """Worst over the steps: relative difference of the loss and of the gradient, and the gradients' cosine."""
+    found = []
+    for source in ("cached", "online"):
+        words = [f"teacher.name=teacher-{codec}", f"cache.logits={codec}", f"train.teacher={source}", *overrides]
+        done(run(gradients, str(to / source), words, folder=lab))
+        found.append(torch.load(to / source, weights_only=True))
+    cached, online = found
+    losses, differences, cosines = [], [], []
+    for step in range(STEPS):
+        (mine, gradient), (exact, reference) = cached[step], online[step]
+        assert reference.norm() > 1e-3 and exact > 1e-3  # there is something to compare
+        losses.append(float(abs(mine - exact) / exact))
+        differences.append(float((gradient - reference).norm() / reference.norm()))
+        cosines.append(float(torch.cosine_similarity(gradient.double(), reference.double(), dim=0)))
+    return max(losses), max(differences), min(cosines)
+
+
+LIMITS = {"fp32": (1e-5, 1e-5, 0.999999), "fp16": (1e-3, 2e-3, 0.9999), "uint8": (5e-3, 2e-2, 0.999)}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("temperature", [1, 4])
+def test_loss_and_gradient_from_shards_are_those_of_the_live_teacher(lab, tmp_path, codec, temperature):
+    loss, gradient, cosine = compare(lab, tmp_path, codec, f"train.losses.kd.temperature={temperature}")
+    print(f"{codec} T={temperature}: loss {loss:.1e}, gradient {gradient:.1e}, 1 - cosine {1 - cosine:.1e}")
+    most_loss, most_gradient, least_cosine = LIMITS[codec]
+    assert loss < most_loss and gradient < most_gradient and cosine > least_cosine
+    if codec != "fp32":
+        assert gradient > 1e-7  # it is lossy: had the teacher answered both times, nothing would differ
+
+
+def test_another_view_would_not_pass(lab, tmp_path):
+    """The same comparison with an online teacher that sees other views: what a mistake in the replay would measure."""
+    words = ["teacher.name=teacher-fp32", "cache.logits=fp32"]
+    for source, seed in (("cached", 0), ("online", 1)):
+        more = [f"train.teacher={source}", f"views.seed={seed}"]
+        done(run(gradients, str(tmp_path / source), [*words, *more], folder=lab))
+    (_, mine), (_, other) = (torch.load(tmp_path / one, weights_only=True)[0] for one in ("cached", "online"))
+    assert torch.cosine_similarity(mine, other, dim=0) < 0.999
+
+
+def test_whole_runs_end_with_the_same_weights(lab, tmp_path):
+    teacher = lab / "runs" / "tiny" / "teacher" / "seed-0" / "best.safetensors"
+    words = ["teacher.name=teacher-fp32", "cache.logits=fp32", f"teacher.weights={teacher}", "train.epochs=3"]
+    ends = {}
+    for source in ("cached", "online"):
+        more = [f"train.teacher={source}", f"runs={tmp_path / source}"]
+        done(run(train.main, ["tiny.yaml", "--stage", "distill", *words, *more], folder=lab))
+        [last] = (tmp_path / source / "tiny" / "distill" / "seed-0").glob("checkpoint-*")
+        ends[source] = load_file(last / "model.safetensors")
+    assert len(ends["cached"]) == 4
+    for name, value in ends["cached"].items():
+        assert (value - ends["online"][name]).norm() / value.norm() < 1e-5, name

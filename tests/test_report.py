@@ -1,0 +1,224 @@
+"""The numbers of a report, and the page, table and picture that show them."""
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from scipy import stats
+from torch import nn
+
+from kd_dist.models import Built, Network
+from kd_dist.report import (
+    LATENCY_RUNS,
+    gain_sentence,
+    gains,
+    headings,
+    interval,
+    markdown,
+    measure,
+    summarise,
+    table,
+    write,
+)
+
+
+def row(role: str, stage: str, seed: int, value: float, metric: str = "accuracy", **other) -> dict:
+    cost = {"name": f"timm/{role}", "parameters": 1000, "macs": 2000, "latency_ms": 1.5}
+    return {"role": role, "stage": stage, "seed": seed, "metric": metric, "value": value, **cost, **other}
+
+
+THREE = [
+    row("student_kd", "distill", 0, 0.84),
+    row("student_kd", "distill", 1, 0.86),
+    row("student_kd", "distill", 2, 0.80, latency_ms=9.0),
+    row("student_alone", "pretrain", 0, 0.80),
+    row("student_alone", "pretrain", 1, 0.83),
+    row("student_alone", "pretrain", 2, 0.77),
+    row("teacher", "teacher", 0, 0.90),
+]
+
+
+# ------------------------------------------------------------------------------------------------ cost
+
+
+class Calls(nn.Module):
+    """A known convolution and a known linear layer; remembers how it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 8 * 6, 5)
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append((images.shape, self.training, torch.get_num_threads(), torch.is_inference_mode_enabled()))
+        return self.head(self.conv(images).flatten(1))
+
+
+def test_parameters_and_macs_of_known_layers():
+    backbone = Calls()
+    network = Network(Built(backbone, (0.5,) * 3, (0.5,) * 3), 5, None, "calls")
+    cost = measure(network, (8, 6))
+    assert cost["parameters"] == (3 * 4 * 9 + 4) + (192 * 5 + 5)
+    assert cost["macs"] == 8 * 6 * 4 * 27 + 192 * 5
+    assert 0 < cost["latency_ms"] < 1000
+    assert len(backbone.seen) == 1 + LATENCY_RUNS
+    assert set(backbone.seen) == {(torch.Size((1, 3, 8, 6)), False, 1, True)}
+
+
+def test_measuring_gives_the_threads_back():
+    class Broken(nn.Module):
+        def forward(self, images):
+            raise KeyError
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        measure(Network(Built(Calls(), (0.0,) * 3, (1.0,) * 3), 5, None, "calls"), (8, 6))
+        assert torch.get_num_threads() == 2
+        with pytest.raises(KeyError):
+            measure(Network(Built(Broken(), (0.0,) * 3, (1.0,) * 3), 5, None, "broken"), (8, 6))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize("values", [[0.8, 0.9], [0.71, 0.74, 0.69], [1.0, 1.0, 1.0], np.arange(30.0).tolist()])
+def test_the_interval_agrees_with_scipy(values):
+    mean, half = interval(values)
+    error = stats.sem(values)
+    assert mean == pytest.approx(np.mean(values))
+    if error == 0:
+        assert half == 0
+    else:
+        low, high = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=error)
+        assert (mean - half, mean + half) == pytest.approx((low, high))
+
+
+def test_one_value_has_no_interval():
+    assert interval([0.5]) == (0.5, None)
+
+
+def test_the_interval_holds_the_truth_in_19_of_20_cases():
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(4000):
+        mean, half = interval(random.normal(size=3).tolist())
+        held += abs(mean) <= half
+    assert 0.94 < held / 4000 < 0.96
+
+
+def test_a_summary_has_a_row_for_each_stage_teacher_first():
+    rows = summarise(THREE)
+    assert [(one["role"], one["stage"], one["seeds"]) for one in rows] == [
+        ("teacher", "teacher", 1),
+        ("student_alone", "pretrain", 3),
+        ("student_kd", "distill", 3),
+    ]
+    assert [one["mean"] for one in rows] == pytest.approx([0.9, 0.8, 2.5 / 3])
+    assert [one["interval"] is None for one in rows] == [True, False, False]
+    assert rows[2]["interval"] == pytest.approx(interval([0.84, 0.86, 0.80])[1])
+    assert rows[2]["latency_ms"] == 1.5  # the median over the seeds
+    assert [one["retention"] for one in rows] == pytest.approx([1.0, 0.8 / 0.9, 2.5 / 3 / 0.9])
+
+
+def test_stages_of_a_role_keep_their_order():
+    models = [row("student_kd", name, 0, 0.5) for name in ("z", "a", "m")]
+    assert [one["stage"] for one in summarise(models)] == ["z", "a", "m"]
+
+
+def test_retention_of_nll_is_the_teachers_share():
+    models = [row("teacher", "teacher", 0, 0.2, "nll"), row("student_kd", "distill", 0, 0.25, "nll")]
+    assert [one["retention"] for one in summarise(models)] == pytest.approx([1.0, 0.8])
+
+
+def test_without_a_teacher_nothing_is_retained():
+    assert [one["retention"] for one in summarise(THREE[:6])] == [None, None]
+
+
+def test_gains_are_over_the_same_seeds():
+    [gain] = gains(THREE)
+    mean, half = interval([0.04, 0.03, 0.03])
+    assert (gain["stage"], gain["against"], gain["seeds"]) == ("distill", "pretrain", 3)
+    assert (gain["mean"], gain["interval"]) == (pytest.approx(mean), pytest.approx(half))
+    [less] = gains([*THREE[:1], *THREE[3:6]])
+    assert (less["seeds"], less["mean"], less["interval"]) == (1, pytest.approx(0.04), None)
+
+
+def test_gains_of_every_pair_and_of_none():
+    models = [row("student_kd", name, 0, 0.5) for name in ("a", "b")]
+    models += [row("student_alone", name, 0, 0.25) for name in ("c", "d", "e")]
+    assert [(one["stage"], one["against"]) for one in gains(models)] == [
+        ("a", "c"), ("a", "d"), ("a", "e"), ("b", "c"), ("b", "d"), ("b", "e"),
+    ]  # fmt: skip
+    assert {one["mean"] for one in gains(models)} == {0.25}
+    assert gains(models[:2]) == gains(models[2:]) == gains([]) == []
+    assert gains([row("student_kd", "a", 0, 0.5), row("student_alone", "c", 1, 0.25)]) == []  # no seed in common
+
+
+def test_a_gain_in_words():
+    [gain] = gains(THREE)
+    words = gain_sentence(gain, "accuracy")
+    assert words == "`distill` against `pretrain`: +0.0333 accuracy (± 0.0143, 95 % over 3 seeds)."
+    worse = {**gain, "mean": -0.01, "interval": None}
+    assert gain_sentence(worse, "nll") == "`distill` against `pretrain`: -0.0100 nll (one seed)."
+
+
+# ------------------------------------------------------------------------------------------------ what is shown
+
+
+def test_the_page_holds_every_row_and_gain():
+    page = markdown(summarise(THREE), gains(THREE), "pets", "test")
+    lines = page.splitlines()
+    assert lines[0] == "# pets"
+    assert "Measured on the `test` split" in page
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert len(cells) == 2 + 3
+    assert {len(line) for line in cells} == {len(headings("accuracy"))}
+    distill = dict(zip(cells[0], cells[4], strict=True))
+    assert distill["accuracy"] == "0.8333 ± 0.0759"
+    assert "92.6%" in distill.values() and "distill" in " ".join(distill.values())
+    assert "0.9000" in cells[2] and "100.0%" in cells[2]
+    assert gain_sentence(gains(THREE)[0], "accuracy") in lines
+    assert "![curves](curves.png)" in lines
+
+
+def test_the_table_shows_what_the_page_shows():
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(table(summarise(THREE), "pets"))
+    shown = console.export_text()
+    assert re.search(r"distill.*0\.8333 ± 0\.0759.*92\.6%", shown)
+    assert all(heading in shown for heading in headings("accuracy"))
+
+
+def test_what_is_written(tmp_path):
+    history = [{"step": 5 * (n + 1), "loss": 1 / (n + 1), "val_accuracy": n / 3} for n in range(3)]
+    histories = {"pretrain seed-0": history, "distill seed-0": history[:1], "teacher seed-0": history}
+    rows = write(tmp_path, "pets", "test", THREE, histories)
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content == {"split": "test", "models": THREE, "summary": rows, "gains": gains(THREE)}
+    assert rows == summarise(THREE)
+    assert (tmp_path / "report.md").read_text() == markdown(rows, gains(THREE), "pets", "test")
+    curves = Image.open(tmp_path / "curves.png")
+    assert curves.size == (1200, 480)
+    assert len(np.unique(np.asarray(curves.convert("L")))) > 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "report.json", "report.md"]
+
+
+def test_the_picture_shows_the_histories(tmp_path):
+    pictures = []
+    for value in (0.2, 0.9):
+        history = [{"step": 5, "loss": value, "val_nll": 0.3}, {"step": 10, "loss": 0.1, "val_nll": value}]
+        models = [row("teacher", "teacher", 0, 0.5, "nll")]
+        write(tmp_path, "pets", "test", models, {"teacher seed-0": history})
+        pictures.append(np.asarray(Image.open(tmp_path / "curves.png").convert("L")))
+    half = pictures[0].shape[1] // 2
+    assert not np.array_equal(pictures[0][:, :half], pictures[1][:, :half])
+    assert not np.array_equal(pictures[0][:, half:], pictures[1][:, half:])
