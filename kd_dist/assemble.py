@@ -176,6 +176,11 @@ def views_identity(recipe: Recipe, split: str) -> dict[str, Any]:
     return manifest.plain({"canonical": False, "count": views, **vars(view_policy(recipe))})
 
 
+def is_online(stage: Stage) -> bool:
+    """Whether a live teacher speaks in the training loop."""
+    return stage.teacher == "online" and bool(signals_needed(stage.losses))
+
+
 def training_corridor(recipe: Recipe, name: str, rank: int, world: int) -> Corridor:
     """The batches of a training stage, from stored signals, for an online teacher, or for no teacher at all.
 
@@ -235,6 +240,7 @@ def stage_identity(recipe: Recipe, name: str, corridor: Corridor) -> dict[str, A
             "order": manifest.plain(vars(corridor.plan.order)),
             "examples": corridor.examples.fingerprint,
             "signals": None if corridor.signals is None else corridor.signals.fingerprint,
+            "online_teacher": teacher_identity(recipe) if is_online(stage) else None,
         }
     )
 

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from kd_dist import assemble, manifest, report
 from kd_dist.checkpoint import write_atomic
-from kd_dist.config import load
+from kd_dist.config import load, to_dict
 from kd_dist.data import batches
+from kd_dist.errors import DataError
 from kd_dist.evaluation import evaluate
 from kd_dist.pack import pack
 from kd_dist.recipe import Recipe
@@ -103,21 +104,26 @@ def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
             continue
         record = folder / f"evaluation-{split}.json"
         digest = assemble.file_digest(weights)
+        section = getattr(recipe, stage.model)
+        corridor = assemble.evaluation_corridor(recipe, split, 0, 1, cached=False)
+        identity = {"weights": digest, "examples": corridor.examples.fingerprint, "model": to_dict(section)}
+        identity["views"] = assemble.views_identity(recipe, split)
         known = json.loads(record.read_text()) if record.is_file() else {}
-        if known.get("weights_sha256") != digest:
-            section = getattr(recipe, stage.model)
+        if known.get("identity") != manifest.plain(identity):
             network = assemble.network(recipe, stage.model, str(weights), recipe.seed).eval()
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             network.to(device)
-            corridor = assemble.evaluation_corridor(recipe, split, 0, 1, cached=False)
             stream = batches(corridor, 0, len(corridor), 0, pin=False)
             values = evaluate(lambda batch, net=network: net(batch.images), stream, recipe.task.classes, device)
-            known = {"weights_sha256": digest, "metrics": values, "name": section.model}
+            known = {"identity": identity, "metrics": values, "name": section.model}
             known |= report.measure(network, recipe.views.shape)
             write_atomic(record, json.dumps(known, indent=1, sort_keys=True))
         cost = {field: known[field] for field in ("name", "parameters", "macs", "latency_ms")}
         where = {"role": assemble.role(recipe, name), "stage": name, "seed": assemble.stage_seed(recipe, name)}
         rows.append({**where, "metric": metric, "value": known["metrics"][metric], **cost})
+    if not rows:
+        folder = assemble.stage_folder(recipe, next(iter(recipe.stages))).parent.parent
+        raise DataError(f"{folder}: no stage has been trained yet; run `kd-dist run` or `kd-dist train` first")
     return rows
 
 

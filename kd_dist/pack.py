@@ -169,7 +169,7 @@ def pack_split(folder: Path, items: list[Item], content: dict[str, Any]) -> dict
         "versions": manifest.versions(),
     }
     manifest.write_manifest(folder, final)
-    return final
+    return manifest.read_manifest(folder)
 
 
 def _checked(

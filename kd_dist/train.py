@@ -34,7 +34,7 @@ from kd_dist.config import load, to_dict
 from kd_dist.data import Corridor, batches, to_device
 from kd_dist.errors import MismatchError, TrainingError, one_sentence
 from kd_dist.evaluation import agree_on_buffers, evaluate
-from kd_dist.losses import Objective, signals_needed
+from kd_dist.losses import Objective
 from kd_dist.meter import Meter, Share
 from kd_dist.models import Network
 from kd_dist.plan import mix, shuffle_problem
@@ -111,14 +111,11 @@ def train(run: Run, progress: Progress) -> None:
             }
             log(run, "train", scalars | weight_scalars(run, epoch), progress.step)
             recent = Meter(names)
-        if due(progress.step, plan.steps_per_epoch) or progress.step == run.steps:
+        epoch_over = due(progress.step, plan.steps_per_epoch) or progress.step == run.steps
+        if epoch_over:
             end_epoch(run, progress, epoch_meter.report(accelerator) | {"lr": lr, "grad_norm": float(grad_norm)})
             recent, epoch_meter = Meter(names), Meter(names)
-        if (
-            due(progress.step, plan.steps_per_epoch)
-            or due(progress.step, stage.checkpoint_every)
-            or progress.step == run.steps
-        ):
+        if epoch_over or due(progress.step, stage.checkpoint_every):
             save(run, progress)
 
 
@@ -128,7 +125,7 @@ def due(step: int, every: int | None) -> bool:
 
 
 def learning_rate(step: int, stage: Stage, steps_per_epoch: int) -> float:
-    """Linear warm-up over `warmup_epochs` to `lr`, then a cosine to `min_lr` at the last planned step."""
+    """Linear warm-up over `warmup_epochs` to `lr`, then a cosine that ends in `min_lr` one step after the last."""
     warmup, total = stage.warmup_epochs * steps_per_epoch, stage.epochs * steps_per_epoch
     if step < warmup:
         return stage.lr * (step + 1) / max(warmup, 1)
@@ -200,8 +197,7 @@ def end_epoch(run: Run, progress: Progress, means: dict[str, float]) -> None:
         record[f"teacher_{metric}"] = run.teacher_metrics[metric]
         record["retention"] = task.retention(metric, values[metric], run.teacher_metrics[metric])
     progress.history.append(record)
-    higher = task.HIGHER_IS_BETTER[metric]
-    if progress.best is None or (values[metric] > progress.best if higher else values[metric] < progress.best):
+    if task.is_better(metric, values[metric], progress.best):
         progress.best, progress.best_epoch = values[metric], len(progress.history) - 1
         if accelerator.is_main_process:
             checkpoint.save_weights(run.student.network.backbone, run.folder / assemble.BEST)
@@ -292,7 +288,7 @@ def prepare(recipe: Recipe, name: str) -> Run:
         accelerator.print(f"warning: {problem}", file=sys.stderr)
     module = Student(assemble.network(recipe, stage.model, assemble.first_weights(recipe, name), seed))
     model, optimizer = accelerator.prepare(module, build_optimizer(module, stage))
-    online = stage.teacher == "online" and bool(signals_needed(stage.losses))
+    online = assemble.is_online(stage)
     return Run(
         accelerator=accelerator,
         stage=stage,

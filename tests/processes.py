@@ -23,7 +23,7 @@ from kd_dist.errors import one_sentence
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["kd_dist.train", "kd_dist.cache_teacher", "kd_dist.journey", "kd_dist.cli"])
-PATIENCE = 120  # seconds; nothing here takes a tenth of it on an idle machine
+PATIENCE = 300  # seconds; a whole run of six launches takes about 60 on an idle machine
 PICTURES = {"train": 7, "val": 3, "test": 4}  # of each class
 
 IMPORTS = "import os\nimport time\nfrom pathlib import Path\n\nimport torch\n"

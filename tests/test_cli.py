@@ -196,6 +196,8 @@ def test_stages_out_of_order(home):
     assert said.endswith("best.safetensors: no such weights file; train the stage that makes it, or correct the path")
     said = sentence(run(kd_dist, "train", "tiny.yaml", "--stage", "distil", folder=home))
     assert said == "command line: unknown stage 'distil'; did you mean 'distill'?"
+    said = sentence(run(kd_dist, "evaluate", "tiny.yaml", folder=home))
+    assert said == "runs/tiny: no stage has been trained yet; run `kd-dist run` or `kd-dist train` first"
     shutil.rmtree("shards")
     assert "no example shards; run `kd-dist pack` first" in sentence(
         run(train_stage, "tiny.yaml", "pretrain", folder=home)
@@ -215,6 +217,9 @@ def test_evaluate_prints_json_and_nothing_else(home):
     assert all(0 <= row["value"] <= 1 and row["metric"] == "accuracy" for row in rows)
     again = run(kd_dist, "evaluate", "tiny.yaml", "--json", folder=home)
     assert json.loads(again.stdout) == rows  # not measured twice, latency included
+    blurred = run(kd_dist, "evaluate", "tiny.yaml", "student.image_size=16", "--json", folder=home)
+    macs = [row["macs"] for row in json.loads(blurred.stdout)]
+    assert macs[0] == rows[0]["macs"] and macs[1] > rows[1]["macs"]  # another input size is measured anew
     other = json.loads(run(kd_dist, "evaluate", "tiny.yaml", "evaluate.metric=nll", "--json", folder=home).stdout)
     assert all(row["metric"] == "nll" and row["value"] > 0 for row in other)
     table = done(run(kd_dist, "evaluate", "tiny.yaml", folder=home))

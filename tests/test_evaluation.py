@@ -82,6 +82,9 @@ def test_a_filler_row_is_not_counted(packed):
         batch.keys[:1], batch.images[:1], (batch.targets[:1] + 1) % 3, torch.zeros(1, dtype=torch.bool), 1, None
     )
     assert evaluate(predict, [batch, filler], 3, CPU) == evaluate(predict, [batch], 3, CPU)
+    last = torch.arange(len(batch.valid)) == len(batch.valid) - 1
+    without = Batch(batch.keys[:-1], batch.images[:-1], batch.targets[:-1], batch.valid[:-1], 1, None)
+    assert evaluate(predict, [batch._replace(valid=~last)], 3, CPU) == evaluate(predict, [without], 3, CPU)
 
 
 def test_nothing_is_recorded_for_a_gradient(packed):

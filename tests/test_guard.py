@@ -59,7 +59,5 @@ def test_when_the_cause_is_elsewhere_rank_0_alone_speaks():
 
 def test_a_streak_ends_the_run():
     check_streak(41, LIMIT - 1)
-    with pytest.raises(
-        TrainingError, match=rf"^step 42: {LIMIT} steps in a row had a non-finite gradient; lower"
-    ):
+    with pytest.raises(TrainingError, match=rf"^step 42: {LIMIT} steps in a row had a non-finite gradient; lower"):
         check_streak(42, LIMIT)

@@ -198,9 +198,7 @@ def test_keys(name, extension, key):
 def test_twins_are_refused_before_anything_is_written(experiment):
     for path in (experiment / "pictures/red").glob("*.png"):
         shutil.copy(path, path.with_suffix(".jpg"))  # some of the pairs fall into one split
-    with pytest.raises(
-        DataError, match=r"^'red/(\d+)\.\w+' and 'red/\1\.\w+' would share the key 'red/\1'; rename"
-    ):
+    with pytest.raises(DataError, match=r"^'red/(\d+)\.\w+' and 'red/\1\.\w+' would share the key 'red/\1'; rename"):
         pack_examples(load("tiny.yaml"))
     assert not (experiment / "shards").exists()
 

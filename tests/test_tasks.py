@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import struct
 import warnings
@@ -22,6 +23,7 @@ from kd_dist.tasks.classification import (
     decode_example,
     decode_image,
     encode_members,
+    is_better,
     metrics,
     retention,
     teacher_report,
@@ -262,3 +264,20 @@ def test_a_teacher_beyond_doubt_and_a_teacher_that_said_nothing():
 def test_retention_is_one_when_all_is_kept_and_less_when_not(metric, student, teacher, kept):
     assert retention(metric, student, teacher) == (None if kept is None else pytest.approx(kept))
     assert retention(metric, 0.3, 0.3) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "best", "better"),
+    [
+        ("accuracy", 0.5, None, True),
+        ("accuracy", 0.5, 0.4, True),
+        ("accuracy", 0.4, 0.4, False),
+        ("nll", 0.3, 0.4, True),
+        ("nll", 0.5, 0.4, False),
+        ("nll", math.nan, 0.4, False),
+        ("accuracy", math.nan, 0.4, False),
+        ("nll", 0.4, math.nan, True),
+    ],
+)
+def test_what_counts_as_better(metric, value, best, better):
+    assert is_better(metric, value, best) is better

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,6 +89,13 @@ class NegativeLogLikelihood(torchmetrics.Metric):
 
     def compute(self) -> Tensor:
         return self.total / self.count
+
+
+def is_better(metric: str, value: float, best: float | None) -> bool:
+    """Whether `value` beats `best`. Anything beats no value and NaN; NaN beats no number."""
+    if best is None or math.isnan(best):
+        return True
+    return value > best if HIGHER_IS_BETTER[metric] else value < best
 
 
 def retention(metric: str, student: float, teacher: float) -> float | None:
