@@ -119,7 +119,7 @@ def test_values_are_those_of_the_best_weights_on_the_test_split(whole, monkeypat
     for row in reported(folder)["models"]:
         weights = folder / RUNS.format(row["stage"], row["seed"]) / "best.safetensors"
         record = json.loads((weights.parent / "evaluation-test.json").read_text())
-        assert record["weights_sha256"] == assemble.file_digest(weights)
+        assert record["identity"]["weights"] == assemble.file_digest(weights)
         assert record["metrics"]["accuracy"] == row["value"]
         assert row["value"] * 12 == pytest.approx(round(row["value"] * 12))  # of 12 pictures
 
