@@ -66,14 +66,13 @@ def save(
     save_weights(module, temporary / "model.safetensors")
     state = optimizer.state_dict()
     tensors = {f"{number}.{name}": value for number, one in state["state"].items() for name, value in one.items()}
-    scalars = {name: value for name, value in tensors.items() if not isinstance(value, torch.Tensor)}
-    held = {name: value.detach().cpu().contiguous() for name, value in tensors.items() if name not in scalars}
-    save_file(held, temporary / "optimizer.safetensors")
+    copies = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(copies, temporary / "optimizer.safetensors")
     record = {
         "version": VERSION,
         "identity": identity,
         "progress": asdict(progress),
-        "optimizer": {"groups": state["param_groups"], "scalars": scalars},
+        "optimizer": {"groups": state["param_groups"]},
         "scaler": None if scaler is None else scaler.state_dict(),
     }
     (temporary / "state.json").write_text(json.dumps(record, sort_keys=True, indent=1))
@@ -116,7 +115,7 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, scaler
             f"restore the model's code, or delete the folder"
         ) from error
     state: dict[int, dict[str, Any]] = {}
-    for name, value in {**tensors, **record["optimizer"]["scalars"]}.items():
+    for name, value in tensors.items():
         number, key = name.split(".", 1)
         state.setdefault(int(number), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": record["optimizer"]["groups"]})

@@ -1,6 +1,7 @@
 """What can go wrong, each as one clear sentence: where, what, and what to do about it."""
 
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,15 +37,20 @@ class TrainingError(KdError):
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """For the commands: an error that a user can mend becomes one sentence on stderr and exit status 1."""
+    """For the commands: an error that a user can mend becomes one sentence on stderr and exit status 1.
+
+    Of several processes, all but the first say which one they are: often they fail for the same reason.
+    """
+    rank = os.environ.get("RANK", "0")
+    label = "error" if rank == "0" else f"error (rank {rank})"
     try:
         yield
     except KdError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"{label}: {error}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         sys.exit(
-            f"error: {error.filename or 'writing'}: {error.strerror}; make room or choose another folder, then run the "
+            f"{label}: {error.filename or 'writing'}: {error.strerror}; make room or choose another folder, then run the "
             f"same command again: finished shards and checkpoints are kept"
         )

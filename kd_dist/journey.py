@@ -81,7 +81,7 @@ def cache(recipe: Recipe, path: Path, overrides: Sequence[str], num_processes: i
 
 def launch(arguments: list[str], num_processes: int) -> None:
     """`accelerate launch` with so many processes; its exit status becomes ours."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_machines", "1"]
+    command = [sys.executable, "-m", "kd_dist.launch", "--quiet", "--num_machines", "1"]
     command += ["--num_processes", str(num_processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
     environment = dict(os.environ)
     if num_processes > 1:

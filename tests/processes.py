@@ -6,6 +6,7 @@ A process comes from a fork server that has torch imported, so it starts in mome
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -174,12 +175,12 @@ def wait_until(happened: Callable[[], bool], what: str) -> None:
 
 
 def sentence(ended: Ended) -> str:
-    """The one line that a failed command may say, without its `error: `."""
+    """The one line that a failed command may say, without its `error: ` or `error (rank 1): `."""
     assert ended.status not in (0, None), ended
     assert "Traceback" not in ended.output, ended.output
-    lines = [line for line in ended.output.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, ended.output
-    return lines[0].removeprefix("error: ")
+    said = re.findall(r"^error(?: \(rank \d+\))?: (.*)$", ended.output, re.MULTILINE)
+    assert len(said) == 1, ended.output
+    return said[0]
 
 
 def laboratory(folder: Path) -> Path:

@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent
 LAYERS = (
     ("__init__",),
     ("errors",),
-    ("choose", "batch", "progress"),
+    ("choose", "batch", "progress", "launch"),
     ("views", "plan"),
     ("shards", "signals"),
     ("manifest",),

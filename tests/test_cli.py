@@ -245,4 +245,7 @@ def test_two_processes_of_the_real_launcher_train_as_one(home):
     for name in ("loss", "grad_norm", "val_nll", "teacher_accuracy"):
         mine, theirs = ([record[name] for record in result["history"]] for result in (one, two))
         assert mine == pytest.approx(theirs, rel=1e-5) and len(mine) == 2
+    failed = run(kd_dist, "train", "tiny.yaml", *words, "runs=two", "train.lr=1", "--num-processes", "2", folder=home)
+    assert failed.status == 1 and "Traceback" not in failed.output and "Error" not in failed.output
+    assert 1 <= failed.output.count("was made with stage.lr = 0.01") <= 2
     assert {path.name for path in home.glob("rank-*")} == {"rank-None-of-None", "rank-0-of-2", "rank-1-of-2"}
