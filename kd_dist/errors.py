@@ -51,6 +51,6 @@ def one_sentence() -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         sys.exit(
-            f"{label}: {error.filename or 'writing'}: {error.strerror}; make room or choose another folder, then run the "
-            f"same command again: finished shards and checkpoints are kept"
+            f"{label}: {error.filename or 'writing'}: {error.strerror}; make room or choose another folder, then run "
+            f"the same command again: finished shards and checkpoints are kept"
         )
