@@ -76,9 +76,9 @@ class Views:
     crop_scale: tuple[Positive, Positive] = (1.0, 1.0)  # range of the crop's share of the image area
     crop_ratio: tuple[Positive, Positive] = (0.75, 1.3333)  # range of the crop's width / height
     flip: Fraction = 0.0  # probability of a left-right flip
-    brightness: NonNegative = 0.0  # x: the factor is drawn from [max(0, 1 - x), 1 + x]
-    contrast: NonNegative = 0.0  # likewise
-    saturation: NonNegative = 0.0  # likewise
+    brightness: Fraction = 0.0  # x: the factor is drawn from [1 - x, 1 + x]
+    contrast: Fraction = 0.0  # likewise
+    saturation: Fraction = 0.0  # likewise
     seed: Natural = 0
 
     @property

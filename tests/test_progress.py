@@ -58,6 +58,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
     with os.fdopen(end, "w") as stderr:
         monkeypatch.setattr("sys.stderr", stderr)
         monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "100")
         with progress("cache train", 1500, "examples") as advance:
             advance(500)
             advance(1000)
