@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+INTERRUPTED = 130  # exit status of what Ctrl-C ended
+
 
 class KdError(Exception):
     """Base of every error that a user can mend. The command line prints the sentence and exits with 1."""
@@ -45,6 +47,9 @@ def one_sentence() -> Iterator[None]:
     label = "error" if rank == "0" else f"error (rank {rank})"
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except KdError as error:
         sys.exit(f"{label}: {error}")
     except OSError as error:

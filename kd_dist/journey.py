@@ -15,7 +15,7 @@ from kd_dist import assemble, manifest, report
 from kd_dist.checkpoint import write_atomic
 from kd_dist.config import load, to_dict
 from kd_dist.data import batches
-from kd_dist.errors import DataError
+from kd_dist.errors import INTERRUPTED, DataError
 from kd_dist.evaluation import evaluate
 from kd_dist.pack import pack
 from kd_dist.recipe import Recipe
@@ -88,7 +88,10 @@ def launch(arguments: list[str], num_processes: int) -> None:
         command.append("--multi_gpu")
         if not torch.cuda.is_available():
             environment["ACCELERATE_USE_CPU"] = "true"  # with --cpu, the launcher would start ONE process
-    status = subprocess.run([*command, *arguments], env=environment).returncode
+    try:
+        status = subprocess.run([*command, *arguments], env=environment).returncode
+    except KeyboardInterrupt:  # the processes had it too, and have said so
+        raise SystemExit(INTERRUPTED) from None
     if status:
         raise SystemExit(status if status > 0 else 1)  # it has said why
 

@@ -3,6 +3,8 @@
 import logging
 import sys
 
+from kd_dist.errors import INTERRUPTED
+
 
 def main() -> None:
     """Run the launcher on `sys.argv`; exit with 1 when a process of several fails."""
@@ -14,6 +16,8 @@ def main() -> None:
         launch()
     except ChildFailedError:
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":
