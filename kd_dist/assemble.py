@@ -12,7 +12,7 @@ from kd_dist import manifest
 from kd_dist.checkpoint import refuse_other_run
 from kd_dist.config import to_dict
 from kd_dist.data import Corridor, Shards, SignalShards
-from kd_dist.errors import DataError, MismatchError
+from kd_dist.errors import DataError, MismatchError, ModelError, RecipeError
 from kd_dist.losses import signals_needed
 from kd_dist.models import Network, build_network, load_weights, weights_digest
 from kd_dist.plan import Order, Plan, Sequential
@@ -97,6 +97,13 @@ def weights_file(recipe: Recipe, reference: str | None) -> Path | None:
     return Path(reference)
 
 
+def weights_ready(recipe: Recipe, reference: str | None) -> bool:
+    """Whether what `reference` names can be loaded now: the weights of a stage only once it has ended."""
+    if reference is None or not reference.startswith(STAGE_REFERENCE):
+        return True
+    return (stage_folder(recipe, reference.removeprefix(STAGE_REFERENCE)) / RESULT).is_file()
+
+
 def first_weights(recipe: Recipe, name: str) -> str | None:
     """What a stage starts from. `teacher.weights` are what teacher stages lead to, so these start from `init` alone."""
     stage = recipe.stages[name]
@@ -106,6 +113,11 @@ def first_weights(recipe: Recipe, name: str) -> str | None:
 def network(recipe: Recipe, which: str, reference: str | None, seed: int) -> Network:
     """The `teacher` or `student` of the recipe with the weights that `reference` means; random ones follow `seed`."""
     section = getattr(recipe, which)
+    if not weights_ready(recipe, reference):
+        raise ModelError(
+            f"{reference}: the stage has not been trained to its end; run `kd-dist train --stage "
+            f"{reference.removeprefix(STAGE_REFERENCE)}` first"
+        )
     torch.manual_seed(seed)
     built = build_network(
         section.model,
@@ -120,6 +132,15 @@ def network(recipe: Recipe, which: str, reference: str | None, seed: int) -> Net
     if file is not None:
         load_weights(built, file)
     return built
+
+
+def check_models(recipe: Recipe) -> None:
+    """Build both models with random weights: a mistake is told before anything is spent."""
+    for which in ("teacher", "student"):
+        try:
+            network(recipe, which, None, recipe.seed)
+        except (ModelError, RecipeError) as error:
+            raise type(error)(f"{which}.model: {error}") from error
 
 
 def teacher_network(recipe: Recipe) -> Network:
@@ -137,7 +158,7 @@ def teacher_identity(recipe: Recipe, built: Network | None = None) -> dict[str, 
         digest = file_digest(file)
     elif file is None and built is not None:
         digest = weights_digest(built)
-    kind = "file" if file is not None else t.weights or "random"
+    kind = "file" if file is not None else t.weights or f"random, seed {t.seed}"
     described = {name: getattr(t, name) for name in ("name", "model", "options", "image_size", "mean", "std")}
     return {**described, "weights": kind, "weights_sha256": digest}
 
@@ -176,6 +197,11 @@ def views_identity(recipe: Recipe, split: str) -> dict[str, Any]:
     return manifest.plain({"canonical": False, "count": views, **vars(view_policy(recipe))})
 
 
+def reads_cache(stage: Stage) -> bool:
+    """Whether a stage learns from cached signals."""
+    return stage.teacher == "cached" and bool(signals_needed(stage.losses))
+
+
 def is_online(stage: Stage) -> bool:
     """Whether a live teacher speaks in the training loop."""
     return stage.teacher == "online" and bool(signals_needed(stage.losses))
@@ -189,8 +215,7 @@ def training_corridor(recipe: Recipe, name: str, rank: int, world: int) -> Corri
     """
     stage = recipe.stages[name]
     packed = examples(recipe, TRAINING_SPLIT)
-    taught = bool(signals_needed(stage.losses))
-    cached = taught and stage.teacher == "cached"
+    taught, cached = bool(signals_needed(stage.losses)), reads_cache(stage)
     d = recipe.data
     seed = stage_seed(recipe, name)
     order = Order.default(len(packed), packed.example_bytes(), seed, d.block, d.lanes, d.window)

@@ -300,7 +300,7 @@ def cache_split(recipe: Recipe, split: str, network: Network, accelerator: Accel
     if (work.folder / manifest.FILE_NAME).is_file():
         there = manifest.read_manifest(work.folder)
         refuse_other(work.folder, {name: there.get(name) for name in content}, content)
-        done = there if there["complete"] else None
+        done = manifest.finished(work.folder)
     accelerator.wait_for_everyone()  # every rank has read it before one changes it
     if done is not None:
         accelerator.print(f"cache {split}: done before, {done['examples']:,} examples x {work.rows} views")

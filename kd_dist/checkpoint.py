@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialized
 from torch import nn
 
 from kd_dist.errors import TrainingError
@@ -50,7 +51,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     # Each a copy of its own: safetensors refuses tensors that share memory, as tied weights do.
     copies = {name: value.detach().cpu().clone().contiguous() for name, value in module.state_dict().items()}
-    save_file(copies, temporary)
+    temporary.write_bytes(serialized(copies))  # not save_file: on a full disk it raises no OSError
     _flush(temporary)
     os.replace(temporary, path)
 
@@ -67,7 +68,7 @@ def save(
     state = optimizer.state_dict()
     tensors = {f"{number}.{name}": value for number, one in state["state"].items() for name, value in one.items()}
     copies = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(copies, temporary / "optimizer.safetensors")
+    (temporary / "optimizer.safetensors").write_bytes(serialized(copies))
     record = {
         "version": VERSION,
         "identity": identity,

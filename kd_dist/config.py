@@ -20,6 +20,7 @@ import yaml
 from kd_dist.choose import describe, fits, hint
 from kd_dist.errors import RecipeError
 from kd_dist.losses import check_losses, signals_needed
+from kd_dist.models import FAMILIES
 from kd_dist.recipe import Recipe, Views
 from kd_dist.sources import SOURCES
 
@@ -30,7 +31,7 @@ Problems = Iterator[tuple[Keys, str]]  # where a value is, and the sentence that
 COMMAND_LINE = "command line"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # 32: `<key>.<teacher>.npy` has to fit a tar header
 FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-MODEL = re.compile(r"(timm|torchvision|kd_dist)/\S+|" + FACTORY.pattern)
+MODEL = re.compile(rf"({'|'.join(FAMILIES)})/\S+|" + FACTORY.pattern)
 INTEGER = re.compile(r"[-+]?[0-9]{1,18}")  # 18 digits fit 64 bits; a longer one is read as a float
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "Null": None, "~": None, "": None}
@@ -275,8 +276,8 @@ def _problems(recipe: Recipe) -> Problems:
         yield ("cache", "logits"), "two classes store one margin, for which 'uint8' is too coarse; use 'fp16' or 'fp32'"
     for section, network in (("teacher", recipe.teacher), ("student", recipe.student)):
         if not MODEL.fullmatch(network.model):
-            forms = "timm/<name>, torchvision/<name>, kd_dist/<name> or package.module:factory"
-            yield (section, "model"), f"'{network.model}' is not a model; write {forms}"
+            forms = ", ".join(f"{family}/<name>" for family in FAMILIES)
+            yield (section, "model"), f"'{network.model}' is not a model; write {forms} or package.module:factory"
         yield from _weights_problems(recipe, (section, "weights"), network.weights, section, list(recipe.stages))
     if not recipe.stages:
         yield ("stages",), "at least one stage is needed"
@@ -337,6 +338,8 @@ def _stage_problems(recipe: Recipe, name: str) -> Problems:
     yield from _weights_problems(recipe, (*keys, "init"), stage.init, stage.model, order[: order.index(name)])
     if stage.batch_size % stage.accumulate:
         yield (*keys, "batch_size"), f"{stage.batch_size} cannot be divided by accumulate, {stage.accumulate}"
+    if stage.warmup_epochs > stage.epochs:
+        yield (*keys, "warmup_epochs"), f"{stage.warmup_epochs:g} is more than the stage's {stage.epochs} epochs"
     if stage.min_lr > stage.lr:
         yield (*keys, "min_lr"), f"{stage.min_lr:g} is above lr, {stage.lr:g}"
     if not stage.losses:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kd_dist import manifest
 from kd_dist.batch import Batch, Example, TeacherSignal
-from kd_dist.errors import MismatchError, ShardError
+from kd_dist.errors import KdError, MismatchError, ShardError
 from kd_dist.plan import Plan, mix, view_number
 from kd_dist.shards import Shard
 from kd_dist.signals import LogitsCodec, dtype_from_json, from_row_bytes, npy_header_size
@@ -69,7 +69,11 @@ class Shards:
 
     def example_bytes(self) -> int:
         """Mean bytes of an example on disk."""
-        return max(1, sum(path.stat().st_size for path in self.paths) // max(1, len(self)))
+        try:
+            total = sum(path.stat().st_size for path in self.paths)
+        except FileNotFoundError as error:
+            raise ShardError(f"{error.filename}: is missing; run the command that wrote it again") from error
+        return max(1, total // max(1, len(self)))
 
 
 class SignalShards(Shards):
@@ -218,22 +222,37 @@ def read_examples(shards: Shards, ids: np.ndarray, decode: Decode) -> list[Examp
 def batches(corridor: Corridor, start: int, stop: int, workers: int, pin: bool) -> Iterator[Batch]:
     """Batches `start` to `stop` in order, prefetched by `workers` processes (0: read in this one)."""
     options: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
-    return iter(
-        DataLoader(
-            corridor,
-            batch_size=None,
-            sampler=range(start, stop),
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            pin_memory=pin,
-            generator=torch.Generator(),  # the global one belongs to the training step
-            **options,
-        )
+    loader = DataLoader(
+        _Delivered(corridor),
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin,
+        generator=torch.Generator(),  # the global one belongs to the training step
+        **options,
     )
+    for delivered in loader:
+        if isinstance(delivered, KdError):
+            raise delivered
+        yield delivered
 
 
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
+class _Delivered(Dataset[Batch | KdError]):
+    """A corridor whose errors come out as values: a worker that raises one would bury its sentence in a traceback."""
+
+    def __init__(self, corridor: Corridor) -> None:
+        self.corridor = corridor
+
+    def __getitem__(self, cursor: int) -> Batch | KdError:
+        try:
+            return self.corridor[cursor]
+        except KdError as error:
+            return error
+
+
+def _as_it_is(delivered: Batch | KdError) -> Batch | KdError:
+    return delivered
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

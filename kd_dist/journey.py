@@ -26,11 +26,13 @@ def run(path: Path, overrides: Sequence[str], seeds: int, num_processes: int) ->
     first = load(path, overrides)
     per_seed = [[*overrides, f"seed={first.seed + number}"] for number in range(seeds)]
     recipes = [load(path, one) for one in per_seed]
+    assemble.check_models(first)
     pack_recipe(first)
     cached = False
     for name, stage in first.stages.items():
         student = stage.model == "student"
-        if student and not cached:
+        ready = assemble.weights_ready(first, first.teacher.weights)
+        if student and not cached and (ready or assemble.reads_cache(stage)):
             cache(first, path, overrides, num_processes)
             cached = True
         for recipe, words in list(zip(recipes, per_seed, strict=True))[: seeds if student else 1]:
@@ -69,9 +71,9 @@ def pack_recipe(recipe: Recipe) -> dict[str, Any]:
 def cache(recipe: Recipe, path: Path, overrides: Sequence[str], num_processes: int) -> None:
     """Cache the teacher's signals for every split unless they are there and are this recipe's."""
     folders = [assemble.signals_folder(recipe, split) for split in assemble.splits(recipe)]
-    if all(
-        (folder / manifest.FILE_NAME).is_file() and manifest.read_manifest(folder)["complete"] for folder in folders
-    ):
+    # Weights that are no file are known by the network alone, which the launched command builds.
+    from_file = assemble.weights_file(recipe, recipe.teacher.weights) is not None
+    if from_file and all(manifest.finished(folder) is not None for folder in folders):
         for split in assemble.splits(recipe):
             assemble.signals(recipe, split, assemble.examples(recipe, split))  # refuses another teacher's
         print(f"cache {recipe.teacher.name}: done before", file=sys.stderr)
@@ -103,7 +105,7 @@ def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
     for name, stage in recipe.stages.items():
         folder = assemble.stage_folder(recipe, name)
         weights = folder / assemble.BEST
-        if not weights.is_file():
+        if not (folder / assemble.RESULT).is_file():
             continue
         record = folder / f"evaluation-{split}.json"
         digest = assemble.file_digest(weights)

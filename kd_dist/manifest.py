@@ -11,7 +11,7 @@ from typing import Any
 
 import kd_dist
 from kd_dist.errors import ShardError
-from kd_dist.shards import Shard, published
+from kd_dist.shards import Shard, is_committed, published
 
 FORMAT = "kd_dist"
 FORMAT_VERSION = 1
@@ -51,6 +51,16 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
             f"the kd_dist that wrote it, or {again} into another folder"
         )
     return content
+
+
+def finished(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """The manifest of a folder that was written to its end and still has every shard; None when it has to be made."""
+    path = Path(folder)
+    if not (path / FILE_NAME).is_file():
+        return None
+    content = read_manifest(path)
+    whole = content.get("complete") and all(is_committed(path / row["name"]) for row in content["shards"])
+    return content if whole else None
 
 
 def first_difference(ours: Any, theirs: Any) -> tuple[str, Any, Any] | None:

@@ -73,7 +73,7 @@ def finished(folder: Path, identity: dict[str, Any], required: Iterable[str]) ->
     manifests = {path.parent.name: manifest.read_manifest(path.parent) for path in paths}
     for split, content in manifests.items():
         refuse_other(folder / split, {name: content.get(name) for name in identity}, identity)
-    complete = all(content["complete"] for content in manifests.values())
+    complete = all(manifest.finished(folder / split) is not None for split in manifests)
     return manifests if complete and set(required) <= manifests.keys() else None
 
 
@@ -92,7 +92,8 @@ def assign(items: Iterable[Item], fractions: dict[str, float]) -> dict[str, list
     """Items by split, each split in a keyed random order that adding or removing items does not disturb."""
     splits: dict[str, list[tuple[int, Item]]] = defaultdict(list)
     for item in items:
-        rank = int.from_bytes(hashlib.blake2b(item.name.encode(), digest_size=8).digest(), "little")
+        name = item.name.encode("utf-8", "surrogateescape")  # not every file name is UTF-8
+        rank = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
         splits[item.split or choose_split(item.name, fractions)].append((rank, item))
     return {split: [item for _, item in sorted(ranked, key=_by_rank)] for split, ranked in splits.items()}
 
@@ -103,7 +104,7 @@ def _by_rank(ranked: tuple[int, Item]) -> tuple[int, str]:
 
 def choose_split(name: str, fractions: dict[str, float]) -> str:
     """The split of an item whose source names none: by a hash of its name, so it never moves."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8, person=b"kd_dist split").digest()
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8, person=b"kd_dist split").digest()
     point, reached = int.from_bytes(digest, "little") / 2**64, 0.0
     for split, fraction in fractions.items():
         reached += fraction
@@ -116,7 +117,7 @@ def listing_digest(items: Iterable[Item]) -> str:
     """sha256 over the names and labels of a split in order: a data set that changed half-way is noticed."""
     digest = hashlib.sha256()
     for item in items:
-        digest.update(f"{item.name}\t{item.extension}\t{item.label}\n".encode())
+        digest.update(f"{item.name}\t{item.extension}\t{item.label}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

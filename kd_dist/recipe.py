@@ -51,7 +51,7 @@ class Data:
 class Network:
     """`student`: a model, its first weights and the input it expects."""
 
-    model: str  # timm/<name>, torchvision/<name>, kd_dist/<name> or package.module:factory
+    model: str  # timm/<name> or package.module:factory
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of the model
     weights: str | None = None  # a file, `pretrained`, `stage:<name>`, or null for random ones
     image_size: Count | None = None  # pixels, height and width of its input; null: the size of the view

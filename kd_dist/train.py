@@ -25,6 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.tensorboard import SummaryWriter
 
 from kd_dist import assemble, checkpoint, guard, manifest, monitor
@@ -128,7 +129,7 @@ def learning_rate(step: int, stage: Stage, steps_per_epoch: int) -> float:
     """Linear warm-up over `warmup_epochs` to `lr`, then a cosine that ends in `min_lr` one step after the last."""
     warmup, total = stage.warmup_epochs * steps_per_epoch, stage.epochs * steps_per_epoch
     if step < warmup:
-        return stage.lr * (step + 1) / max(warmup, 1)
+        return stage.lr * min((step + 1) / warmup, 1.0)
     share = (step - warmup) / max(total - warmup, 1)
     return stage.min_lr + (stage.lr - stage.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
@@ -155,8 +156,11 @@ def forward(run: Run, batch: Batch, epoch: float) -> tuple[StudentOutput, Tensor
     if run.teacher is not None:
         with torch.no_grad():
             batch = batch._replace(signals=TeacherSignal(run.teacher(batch.images).float()))
-    if len(batch.valid) == 1 and not batch.valid.item():
-        run.model.eval()  # the filler row of an empty share must not enter BatchNorm
+    if len(batch.keys) == 1:
+        # One row has no statistics of its own, and the filler row of an empty share must not enter any.
+        for module in run.student.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
     output = run.model(batch.images)
     run.model.train()
     loss, terms = run.objective(output, batch, epoch)
@@ -280,7 +284,7 @@ def prepare(recipe: Recipe, name: str) -> Run:
     corridor = assemble.training_corridor(recipe, name, rank, world)
     identity, folder = assemble.stage_identity(recipe, name, corridor), assemble.stage_folder(recipe, name)
     validation = assemble.VALIDATION_SPLIT
-    known = stage.model == "student" and (assemble.signals_folder(recipe, validation)).is_dir()
+    known = stage.model == "student" and manifest.finished(assemble.signals_folder(recipe, validation)) is not None
     last = checkpoint.latest(folder)
     agree({**identity, "stage": to_dict(stage), "known": known}, "the beginning" if last is None else last.name)
     problem = shuffle_problem(corridor.plan.order, stage.batch_size)

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from kd_dist import assemble
-from kd_dist.data import read_examples
+from kd_dist.data import Shards, read_examples
+from kd_dist.errors import ShardError
 from kd_dist.plan import mix, permute
 from kd_dist.recipe import Recipe
 from kd_dist.signals import error_report, measured_error, merge_errors
@@ -17,7 +18,7 @@ TOLERANCE = 1e-4  # nat, mean KL(live || cached) at T = 1; other hardware moves 
 
 
 def verify(recipe: Recipe, split: str, sample: int, seed: int = 0) -> dict[str, Any]:
-    """Compare `sample` examples of a split, one stored view each, drawn without repetition.
+    """Check every shard's sha256, then compare `sample` examples of a split, one stored view each.
 
     Returns the examples compared, the keys whose pixels have another CRC than the teacher saw, the share of equal top
     classes, the error of the cached against the live logits (`error_report`), what the manifest states for its codec,
@@ -25,11 +26,16 @@ def verify(recipe: Recipe, split: str, sample: int, seed: int = 0) -> dict[str, 
     """
     examples = assemble.examples(recipe, split)
     cache = assemble.signals(recipe, split, examples)
-    ids = np.setdiff1d(permute(np.arange(min(sample, len(examples))), len(examples), mix(seed)), cache.quarantined)
+    for shards in (examples, cache):
+        refuse_damaged(shards)
+    kept = np.setdiff1d(np.arange(len(examples)), cache.quarantined)
+    if not len(kept):
+        raise ShardError(f"{cache.folder}: every example is quarantined; there is nothing to compare")
+    ids = kept[permute(np.arange(min(sample, len(kept))), len(kept), mix(seed))]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network, decode = assemble.teacher_network(recipe).to(device), assemble.decoder(recipe)
     strangers, agreed, errors = [], 0, []
-    for chosen in np.array_split(ids, -(-len(ids) // BATCH) or 1):
+    for chosen in np.array_split(ids, -(-len(ids) // BATCH)):
         rows = cache.rows(chosen, mix(seed, chosen) % np.uint64(cache.views))
         pixels = np.empty((len(chosen), *recipe.views.shape, 3), np.uint8)
         for place, example in enumerate(read_examples(examples, chosen, decode)):
@@ -51,6 +57,16 @@ def verify(recipe: Recipe, split: str, sample: int, seed: int = 0) -> dict[str, 
         "codec_error": stated,
         "ok": not strangers and error["mean_kl_t1"] <= stated["mean_kl_t1"] + TOLERANCE,
     }
+
+
+def refuse_damaged(shards: Shards) -> None:
+    """Raise a ShardError for the first shard whose bytes are not those that were written: headers count too."""
+    for path, row in zip(shards.paths, shards.manifest["shards"], strict=True):
+        if not path.is_file() or assemble.file_digest(path) != row["sha256"]:
+            raise ShardError(
+                f"{path}: is missing or damaged, its sha256 is not the manifest's; delete it and run the command that "
+                f"wrote it again (kd-dist pack or kd-dist cache-teacher)"
+            )
 
 
 def sentence(found: dict[str, Any]) -> str:

@@ -55,6 +55,10 @@ def dropping(classes, width=4):
     return nn.Sequential(nn.Dropout(0.2), *network(classes, width)[:-1], nn.Dropout(0.5), nn.Linear(4 * width, classes))
 
 
+def narrow(classes, width=4):
+    return nn.Sequential(*network(classes, width)[:-1], nn.BatchNorm1d(4 * width), nn.Linear(4 * width, classes))
+
+
 class Witness(nn.Sequential):
     """A network that leaves a trace of the process it ran in."""
 

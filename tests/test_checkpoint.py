@@ -259,7 +259,7 @@ def test_a_save_that_fails_leaves_the_older_one(tmp_path):
     assert loaded(latest(tmp_path)).step == 3
 
 
-STAGES = ["mkdir", "save_file", "fsync", "rename", "rmtree"]
+STAGES = ["mkdir", "serialized", "fsync", "rename", "rmtree"]
 
 
 @pytest.mark.parametrize("call", STAGES)
@@ -271,7 +271,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, call):
         saved(folder, 3)
         child = os.fork()
         if child == 0:
-            owner = {"mkdir": Path, "save_file": checkpoint, "fsync": os, "rename": os, "rmtree": shutil}[call]
+            owner = {"mkdir": Path, "serialized": checkpoint, "fsync": os, "rename": os, "rmtree": shutil}[call]
             stop_before(owner, call, kills)
             saved(folder, 5)
             os._exit(0)

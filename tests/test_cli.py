@@ -170,6 +170,28 @@ def test_a_truncated_tar(home):
 
 
 @pytest.mark.slow
+def test_the_advice_on_a_damaged_shard_mends_it(home):
+    """A flipped bit is one sentence from a loader's process too; deleting the file and running its command mends it."""
+    for command, tar in (
+        ("pack", Path("shards/tiny/train/data-000001.tar")),
+        ("cache-teacher", Path("shards/tiny/train/teacher/signals-000001.tar")),
+    ):
+        shutil.rmtree("runs/tiny/distill", ignore_errors=True)
+        whole = tar.read_bytes()
+        tar.write_bytes(whole[:1100] + bytes([whole[1100] ^ 1]) + whole[1101:])
+        said = sentence(run(kd_dist, "verify", "tiny.yaml", folder=home))
+        assert said.startswith(f"{tar}: is missing or damaged, its sha256 is not the manifest's; delete it and run")
+        if command == "pack":
+            broken = run(train.main, ["tiny.yaml", "--stage", "distill", "data.workers=1"], folder=home)
+            assert "is damaged: the CRC32 of its" in sentence(broken) and "Caught" not in broken.output
+        tar.unlink()
+        done(run(kd_dist, command, "tiny.yaml", folder=home))
+        assert tar.read_bytes() == whole
+    done(run(kd_dist, "verify", "tiny.yaml", folder=home))
+    done(run(train.main, ["tiny.yaml", "--stage", "distill", "data.workers=1"], folder=home))
+
+
+@pytest.mark.slow
 def test_a_cache_of_another_teacher(home):
     recipe = load("tiny.yaml")
     weights = assemble.weights_file(recipe, recipe.teacher.weights)

@@ -23,7 +23,7 @@ data:
   source: digits
   workers: 0
 teacher:
-  model: kd_dist/convnet
+  model: timm/convnet
   weights: stage:teach
 views:
   size: 8
@@ -98,7 +98,7 @@ def test_reads_every_section_with_its_types_and_defaults(written):
         seed=7,
         task=sections.Task(classes=10),
         data=sections.Data(source="digits", workers=0),
-        teacher=sections.Teacher(model="kd_dist/convnet", weights="stage:teach"),
+        teacher=sections.Teacher(model="timm/convnet", weights="stage:teach"),
         views=sections.Views(size=8, crop_scale=(0.5, 1.0)),
         cache=sections.Cache(logits="fp16", batch_size=64, threads=1),
         student=sections.Network(model="timm/mobilenetv3_small_050", options={"width": 10.0, "deep": "no"}),
@@ -168,7 +168,7 @@ def test_view_size_is_a_side_or_height_and_width(written):
 def test_names_that_recipes_may_use(written):
     files = ["teacher.weights=w.bin", "student.weights=pretrained", "stages.distill.init=w.bin"]
     Path("w.bin").touch()
-    models = ["torchvision/resnet18", "timm/hf_hub:timm/resnet18.a1_in1k", "mine:build", "my.nets.small:Net_2"]
+    models = ["timm/hf_hub:timm/resnet18.a1_in1k", "mine:build", "my.nets.small:Net_2"]
     for model in models:
         recipe = load(written(TEXT), [*files, f"student.model={model}", "data.source=my.raw:pets"])
         assert (recipe.student.model, recipe.data.source) == (model, "my.raw:pets")
@@ -179,7 +179,7 @@ def test_names_that_recipes_may_use(written):
 
 
 SAFE = "is not a safe name; use 1 to 32 of A-Z a-z 0-9 _ -, a letter or digit first"
-MODELS = "is not a model; write timm/<name>, torchvision/<name>, kd_dist/<name> or package.module:factory"
+MODELS = "is not a model; write timm/<name> or package.module:factory"
 NEEDED = "is missing; training needs 'train' and 'val'"
 MAPPING = "must be a mapping of keys to values"
 PLAIN = "is not allowed; a recipe holds plain values only"
@@ -251,7 +251,7 @@ PAIRS = [
         0,
         "data.source: 'digit' is neither a source nor package.module:factory; did you mean 'digits'?",
     ),
-    ("kd_dist/convnet", "convnet", 0, f"teacher.model: 'convnet' {MODELS}"),
+    ("timm/convnet", "convnet", 0, f"teacher.model: 'convnet' {MODELS}"),
     ("timm/mobilenetv3_small_050", "timm/", 0, f"student.model: 'timm/' {MODELS}"),
     ("timm/mobilenetv3_small_050", "my.nets:f()", 0, f"student.model: 'my.nets:f()' {MODELS}"),
     (

@@ -348,6 +348,19 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     assert all(later < earlier for earlier, later in zip(values[15:], values[16:], strict=False))
 
 
+@pytest.mark.parametrize(("warmup", "steps"), [(0.4, 3), (0.5, 5), (0.1, 15), (1, 3)])
+def test_the_learning_rate_never_passes_its_maximum(warmup, steps):
+    stage = Stage(losses={}, epochs=2, batch_size=1, lr=0.1, warmup_epochs=warmup)
+    assert max(train.learning_rate(step, stage, steps) for step in range(2 * steps)) <= 0.1
+
+
+def test_a_share_of_one_example_has_no_batch_statistics(lab, tmp_path):
+    """BatchNorm refuses one value a channel in training; 21 pictures in steps of 20 leave one alone."""
+    words = ["student.model=tiny_model:narrow", "train.batch_size=20", "train.epochs=1"]
+    history = result(trained(lab, tmp_path, *words))["history"]
+    assert [record["step"] for record in history] == [2]
+
+
 def test_an_evaluation_counts_every_example_once_on_any_number_of_processes(lab, tmp_path):
     one = result(trained(lab, tmp_path / "one", *SGD))["history"]
     four = result(trained(lab, tmp_path / "four", *SGD, world=4))["history"]  # 9 examples: 2, 2, 2 and 3

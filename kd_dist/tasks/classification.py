@@ -45,7 +45,12 @@ def decode_image(payload: bytes | memoryview) -> np.ndarray:
 
 
 def encode_members(image: bytes, extension: str, label: int, metadata: Mapping[str, Any]) -> dict[str, bytes]:
-    """The members of one example in its shard: the image as it came, and the label as JSON."""
+    """The members of one example in its shard: the image as it came, and the label as JSON.
+
+    Raises DataError for an extension that is not one of IMAGE_EXTENSIONS.
+    """
+    if extension not in IMAGE_EXTENSIONS:
+        raise DataError(f"the extension '{extension}' is none of {', '.join(IMAGE_EXTENSIONS)}")
     record = json.dumps({"label": label, "metadata": metadata}, sort_keys=True, separators=(",", ":"))
     return {extension: image, "json": record.encode()}
 
