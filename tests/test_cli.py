@@ -120,7 +120,18 @@ def test_models_and_sources_that_are_not_there(home):
     ]
     for words, expected in cases:
         assert sentence(run(kd_dist, "pack", "tiny.yaml", *words, folder=home)).startswith(expected)
-    assert not Path("shards").exists()
+    said = sentence(run(kd_dist, "run", "tiny.yaml", "student.model=tiny_model:nope", folder=home))
+    assert said.startswith("student.model: 'tiny_model:nope': module 'tiny_model' has no 'nope'")
+    assert not Path("shards").exists()  # both models are built before anything is spent
+
+
+@pytest.mark.slow
+def test_a_random_teacher_of_another_seed_is_another_teacher(home):
+    words = ["tiny.yaml", "teacher.weights=null", "data.shards=others"]
+    done(run(kd_dist, "pack", *words, folder=home))
+    done(run(kd_dist, "cache-teacher", *words, folder=home))
+    said = sentence(run(train.main, [*words, "--stage", "distill", "runs=others", "teacher.seed=5"], folder=home))
+    assert "was made with teacher.weights = 'random, seed 0', the recipe has 'random, seed 5'" in said
 
 
 @pytest.mark.slow
