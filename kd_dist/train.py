@@ -25,7 +25,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.tensorboard import SummaryWriter
 
 from kd_dist import assemble, checkpoint, guard, manifest, monitor
@@ -156,13 +155,10 @@ def forward(run: Run, batch: Batch, epoch: float) -> tuple[StudentOutput, Tensor
     if run.teacher is not None:
         with torch.no_grad():
             batch = batch._replace(signals=TeacherSignal(run.teacher(batch.images).float()))
-    if len(batch.keys) == 1:
-        # One row has no statistics of its own, and the filler row of an empty share must not enter any.
-        for module in run.student.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
+    if len(batch.valid) == 1 and not batch.valid.item():
+        run.model.eval()  # the filler row of an empty share must not enter BatchNorm
     output = run.model(batch.images)
-    run.model.train()
+    run.model.train()  # what a forward pass has put into evaluation mode too: see Student
     loss, terms = run.objective(output, batch, epoch)
     return output, loss, terms
 
