@@ -19,6 +19,7 @@ from torch import nn
 
 from kd_dist.errors import TrainingError
 from kd_dist.manifest import first_difference
+from kd_dist.shards import published
 
 VERSION = 1
 PREFIX = "checkpoint-"
@@ -38,22 +39,16 @@ class Progress:
 
 def write_atomic(path: Path, text: str) -> None:
     """Replace a small text file so that a reader sees the old or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with published(path) as file:
+        file.write(text.encode())
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
     """The module's state as one safetensors file, replaced atomically."""
-    temporary = path.with_name(path.name + ".tmp")
     # Each a copy of its own: safetensors refuses tensors that share memory, as tied weights do.
     copies = {name: value.detach().cpu().clone().contiguous() for name, value in module.state_dict().items()}
-    temporary.write_bytes(serialized(copies))  # not save_file: on a full disk it raises no OSError
-    _flush(temporary)
-    os.replace(temporary, path)
+    with published(path) as file:
+        file.write(serialized(copies))  # not save_file: on a full disk it raises no OSError
 
 
 def save(
