@@ -11,13 +11,18 @@ class Example(NamedTuple):
 
     key: str  # unique within a split
     image: np.ndarray  # (H, W, 3) uint8, RGB, as decoded
-    target: int  # class index, 0 <= target < classes
+    target: int | np.ndarray  # class index, 0 <= target < classes; or a mask (H, W) uint8 of class indices, 255: ignored
 
 
 class TeacherSignal(NamedTuple):
-    """What the teacher said about each row of a batch, decoded."""
+    """What the teacher said about each row of a batch.
 
-    logits: Tensor  # (B, C) float32; each row is exact up to an additive constant, at any temperature
+    `features` are channels first whatever the teacher's own order. Between the shards and `data.to_device` they are
+    still the row's fields as stored, by field name: decoding is work for the device.
+    """
+
+    logits: Tensor  # (B, C) or (B, C, h, w) float32; exact at each place up to an additive constant, at any temperature
+    features: dict[str, Tensor] = {}  # by feature name, each (B, C, *grid) float32
 
 
 class Batch(NamedTuple):
@@ -25,7 +30,8 @@ class Batch(NamedTuple):
 
     keys: tuple[str, ...]  # B keys, in row order
     images: Tensor  # (B, 3, H, W) uint8 at view resolution
-    targets: Tensor  # (B,) int64
+    targets: Tensor  # (B,) int64, or masks (B, H, W) uint8, 255: ignored; smaller masks are padded with 255 to the largest
+    sizes: Tensor | None  # (B, 2) int64, (height, width) of each mask without its padding; None: targets are no masks
     valid: Tensor  # (B,) bool; False for the single filler row of an empty share
     total: int  # valid examples of the whole step: all ranks, all its micro-batches
     signals: TeacherSignal | None  # None when the stage uses no cache
@@ -34,4 +40,6 @@ class Batch(NamedTuple):
 class StudentOutput(NamedTuple):
     """What a student returns. A named tuple, so that DDP and autocast wrappers look inside it."""
 
-    logits: Tensor  # (B, C) float, any precision
+    logits: Tensor  # (B, C) or (B, C, h, w) float, any precision
+    features: dict[str, Tensor] = {}  # by feature name, each (B, C, *grid) float, channels first
+    projected: dict[str, dict[str, Tensor]] = {}  # by loss, by feature: (B, channels of the teacher, *grid)
