@@ -1,8 +1,9 @@
 """From a recipe to the values that parts are made of. Below the commands, the only file that sees a whole recipe."""
 
-import functools
 import hashlib
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,21 @@ import torch
 
 from kd_dist import manifest
 from kd_dist.checkpoint import refuse_other_run
-from kd_dist.config import to_dict
+from kd_dist.config import shared_features, to_dict
 from kd_dist.data import Corridor, Shards, SignalShards
 from kd_dist.errors import DataError, MismatchError, ModelError, RecipeError
-from kd_dist.losses import signals_needed
+from kd_dist.losses import features_read, projections, signals_needed
 from kd_dist.models import Network, build_network, load_weights, weights_digest
 from kd_dist.plan import Order, Plan, Sequential
 from kd_dist.recipe import Recipe, Stage
-from kd_dist.tasks import classification
+from kd_dist.student import Student
+from kd_dist.tasks import TASKS, Task
+from kd_dist.teacher import Teacher
 from kd_dist.views import ImageViews
 
 BEST = "best.safetensors"
 RESULT = "result.json"
-EVALUATION_BATCH = 256
+EVALUATION_BATCH, EVALUATION_PIXELS = 256, 2**21  # the most images, and the most pixels of them, in one batch
 TRAINING_SPLIT, VALIDATION_SPLIT = "train", "val"
 STAGE_REFERENCE = "stage:"
 
@@ -67,25 +70,27 @@ def view_policy(recipe: Recipe) -> ImageViews:
         contrast=v.contrast,
         saturation=v.saturation,
         seed=v.seed,
+        whole=TASKS[recipe.task.name].canonical_whole,
     )
 
 
+def task(recipe: Recipe) -> Task:
+    return TASKS[recipe.task.name](recipe.task.classes)
+
+
 def examples(recipe: Recipe, split: str) -> Shards:
-    """The packed examples of a split. Raises DataError when they are not there or of another number of classes."""
+    """The packed examples of a split. Raises DataError when they are not there or of another task."""
     folder = shards_folder(recipe) / split
     if not folder.is_dir():
         raise DataError(f"{folder}: no example shards; run `kd-dist pack` first")
     shards = Shards(folder)
-    packed = shards.manifest["classes"]
-    if packed != recipe.task.classes:
+    packed, wanted = (shards.manifest["task"], shards.manifest["classes"]), (recipe.task.name, recipe.task.classes)
+    if packed != wanted:
         raise MismatchError(
-            f"{folder}: was packed with {packed} classes, task.classes is {recipe.task.classes}; correct the recipe"
+            f"{folder}: was packed for {packed[0]} with {packed[1]} classes, the recipe's task is {wanted[0]} with "
+            f"{wanted[1]}; correct the recipe"
         )
     return shards
-
-
-def decoder(recipe: Recipe) -> Any:
-    return functools.partial(classification.decode_example, classes=recipe.task.classes)
 
 
 def weights_file(recipe: Recipe, reference: str | None) -> Path | None:
@@ -122,6 +127,7 @@ def network(recipe: Recipe, which: str, reference: str | None, seed: int) -> Net
     built = build_network(
         section.model,
         recipe.task.classes,
+        maps=TASKS[recipe.task.name].maps,
         options=section.options,
         pretrained=reference == "pretrained",
         image_size=section.image_size,
@@ -135,17 +141,47 @@ def network(recipe: Recipe, which: str, reference: str | None, seed: int) -> Net
 
 
 def check_models(recipe: Recipe) -> None:
-    """Build both models with random weights: a mistake is told before anything is spent."""
-    for which in ("teacher", "student"):
+    """Build both models with random weights and try their taps: a mistake is told before anything is spent."""
+    size = recipe.views.shape
+    for which, taps in (("teacher", feature_taps(recipe, recipe.cache.features)), ("student", recipe.student.taps)):
         try:
-            network(recipe, which, None, recipe.seed)
+            built = network(recipe, which, None, recipe.seed)
+            Teacher(built, taps).shapes(size)
         except (ModelError, RecipeError) as error:
             raise type(error)(f"{which}.model: {error}") from error
 
 
-def teacher_network(recipe: Recipe) -> Network:
-    """The teacher with its weights, frozen, in evaluation mode."""
-    return network(recipe, "teacher", recipe.teacher.weights, recipe.teacher.seed).eval().requires_grad_(False)
+def feature_taps(recipe: Recipe, names: Iterable[str]) -> dict[str, str]:
+    """Where the teacher has these features."""
+    return {name: recipe.cache.features[name].tap for name in names}
+
+
+def teacher(recipe: Recipe, features: Iterable[str] = ()) -> Teacher:
+    """The teacher with its weights, which gives the named features beside its logits."""
+    built = network(recipe, "teacher", recipe.teacher.weights, recipe.teacher.seed)
+    return Teacher(built, feature_taps(recipe, features))
+
+
+def stage_features(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """The teacher's features that a stage's losses read."""
+    return tuple(features_read(recipe.stages[name].losses, shared_features(recipe)))
+
+
+def module(recipe: Recipe, name: str, corridor: Corridor, taught_by: Teacher | None) -> Student:
+    """What a stage trains, with the projections that its losses need; their sizes come from the cache, or from an
+    online teacher."""
+    stage, features = recipe.stages[name], stage_features(recipe, name)
+    built = network(recipe, stage.model, first_weights(recipe, name), stage_seed(recipe, name))
+    size = recipe.views.shape
+    if taught_by is not None:
+        _, shapes = taught_by.shapes(size)
+    else:
+        shapes = {feature: corridor.signals.features[feature].shape for feature in features}
+    wanted = {
+        loss: {feature: shapes[feature][0] for feature in names}
+        for loss, names in projections(stage.losses, list(features)).items()
+    }
+    return Student(built, {feature: recipe.student.taps[feature] for feature in features}, wanted, size)
 
 
 def teacher_identity(recipe: Recipe, built: Network | None = None) -> dict[str, Any]:
@@ -177,8 +213,14 @@ def signals(recipe: Recipe, split: str, of: Shards) -> SignalShards:
     ours, theirs = manifest.plain(teacher_identity(recipe)), dict(cache.manifest["teacher"])
     if ours["weights_sha256"] is None:
         ours["weights_sha256"] = theirs["weights_sha256"]
-    expected = {"teacher": ours, "views": views_identity(recipe, split), "codec": recipe.cache.logits}
-    there = {"teacher": theirs, "views": cache.manifest["views"], "codec": cache.manifest["codec"]["logits"]}
+    expected = {"teacher": ours, "views": views_identity(recipe, split), **codec_identity(recipe, split)}
+    codec = cache.manifest["codec"]
+    kept = {
+        name: {option: value for option, value in one.items() if option != "shape"}
+        for name, one in codec["features"].items()
+        if name in expected["features"]  # more than the recipe names do no harm
+    }
+    there = {"teacher": theirs, "views": cache.manifest["views"], "logits": codec["logits"], "features": kept}
     difference = manifest.first_difference(expected, there)
     if difference is not None:
         place, mine, its = difference
@@ -187,6 +229,12 @@ def signals(recipe: Recipe, split: str, of: Shards) -> SignalShards:
             f"folder and run `kd-dist cache-teacher`"
         )
     return cache
+
+
+def codec_identity(recipe: Recipe, split: str) -> dict[str, Any]:
+    """How the signals of a split are stored, as the recipe says it. Features are for training."""
+    features = recipe.cache.features if split == TRAINING_SPLIT else {}
+    return {"logits": recipe.cache.logits, "features": {name: to_dict(one) for name, one in features.items()}}
 
 
 def views_identity(recipe: Recipe, split: str) -> dict[str, Any]:
@@ -222,24 +270,26 @@ def training_corridor(recipe: Recipe, name: str, rank: int, world: int) -> Corri
     return Corridor(
         examples=packed,
         signals=signals(recipe, TRAINING_SPLIT, packed) if cached else None,
-        decode=decoder(recipe),
+        task=task(recipe),
         policy=view_policy(recipe),
         plan=Plan(order, stage.batch_size, world, stage.accumulate),
         rank=rank,
         views=recipe.views.count if taught else None,
         epochs=stage.epochs,
+        features=stage_features(recipe, name) if cached else (),
     )
 
 
 def evaluation_corridor(recipe: Recipe, split: str, rank: int, world: int, cached: bool) -> Corridor:
     """Every example of a split once, in its canonical view, with the teacher's signals if `cached`."""
     packed = examples(recipe, split)
+    batch = max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // math.prod(recipe.views.shape)))
     return Corridor(
         examples=packed,
         signals=signals(recipe, split, packed) if cached else None,
-        decode=decoder(recipe),
+        task=task(recipe),
         policy=view_policy(recipe),
-        plan=Plan(Sequential(len(packed)), EVALUATION_BATCH * world, world, 1),
+        plan=Plan(Sequential(len(packed)), batch * world, world, 1),
         rank=rank,
         views=0,
     )
@@ -259,12 +309,14 @@ def stage_identity(recipe: Recipe, name: str, corridor: Corridor) -> dict[str, A
             "stage": {key: value for key, value in to_dict(stage).items() if key not in free},
             "start": start if file is None else file_digest(file) if file.is_file() else str(file),
             stage.model: section,
+            "task": to_dict(recipe.task),
             "metric": recipe.evaluate.metric,
             "seed": stage_seed(recipe, name),
             "views": views_identity(recipe, TRAINING_SPLIT),
             "order": manifest.plain(vars(corridor.plan.order)),
             "examples": corridor.examples.fingerprint,
             "signals": None if corridor.signals is None else corridor.signals.fingerprint,
+            "features": feature_taps(recipe, stage_features(recipe, name)),
             "online_teacher": teacher_identity(recipe) if is_online(stage) else None,
         }
     )

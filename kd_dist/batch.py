@@ -11,7 +11,7 @@ class Example(NamedTuple):
 
     key: str  # unique within a split
     image: np.ndarray  # (H, W, 3) uint8, RGB, as decoded
-    target: int | np.ndarray  # class index, 0 <= target < classes; or a mask (H, W) uint8 of class indices, 255: ignored
+    target: int | np.ndarray  # class index, 0 <= target < classes; or a mask of them (H, W) uint8, 255: ignored
 
 
 class TeacherSignal(NamedTuple):
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
     keys: tuple[str, ...]  # B keys, in row order
     images: Tensor  # (B, 3, H, W) uint8 at view resolution
-    targets: Tensor  # (B,) int64, or masks (B, H, W) uint8, 255: ignored; smaller masks are padded with 255 to the largest
+    targets: Tensor  # (B,) int64, or masks (B, H, W) uint8, 255: ignored; 255 also pads masks to the largest
     sizes: Tensor | None  # (B, 2) int64, (height, width) of each mask without its padding; None: targets are no masks
     valid: Tensor  # (B,) bool; False for the single filler row of an empty share
     total: int  # valid examples of the whole step: all ranks, all its micro-batches

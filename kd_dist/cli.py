@@ -55,6 +55,25 @@ def pack(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False)
 
 
 @app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    budget: Annotated[str | None, typer.Option(help="Disk space for all signals: propose codecs that fit.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what caching the teacher will take on the disk; with a budget, how to store its features within it.
+
+    Example: kd-dist plan configs/camvid.yaml --budget 200MB
+    """
+    from kd_dist import budget as before
+    from kd_dist.config import load
+
+    room = None if budget is None else before.parse_bytes(budget)
+    found = before.plan(load(recipe, overrides or []), room)
+    typer.echo(json.dumps(found) if as_json else "\n".join(before.sentences(found)))
+
+
+@app.command()
 def train(
     recipe: RecipePath,
     stage: Annotated[str, typer.Option(help="A stage of the recipe.")],
@@ -103,6 +122,28 @@ def verify(
     typer.echo(json.dumps(found) if as_json else "\n".join(map(proof.sentence, found)))
     if not all(one["ok"] for one in found):
         raise typer.Exit(1)
+
+
+@app.command()
+def inspect(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Say what a cache holds: its teacher, its bytes, what each codec keeps, what is quarantined.
+
+    Example: kd-dist inspect configs/digits.yaml --json
+    """
+    from kd_dist import assemble, manifest
+    from kd_dist.cache_teacher import summary
+    from kd_dist.config import load
+
+    loaded = load(recipe, overrides or [])
+    folders = {split: assemble.signals_folder(loaded, split) for split in assemble.splits(loaded)}
+    found = {split: manifest.read_manifest(folder) for split, folder in folders.items()}
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for split, made in found.items():
+        teacher, digest = made["teacher"], made["teacher"]["weights_sha256"][:12]
+        typer.echo(f"{folders[split]}: {teacher['model']}, weights {teacher['weights']}, sha256 {digest}")
+        typer.echo(summary(split, made) if made["complete"] else "not finished; run `kd-dist cache-teacher` again")
 
 
 @app.command()

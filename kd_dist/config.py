@@ -23,14 +23,17 @@ from kd_dist.losses import check_losses, signals_needed
 from kd_dist.models import FAMILIES
 from kd_dist.recipe import Recipe, Views
 from kd_dist.sources import SOURCES
+from kd_dist.tasks import TASKS
 
 Keys = tuple[str, ...]  # the way from the top of a recipe to a value: ("stages", "distill", "lr")
 Place = Callable[[int], str]  # a line number, from 1, to what an error begins with
 Problems = Iterator[tuple[Keys, str]]  # where a value is, and the sentence that says what is wrong with it
 
 COMMAND_LINE = "command line"
+MOST_MASK_CLASSES = 255  # of a mask's 256 values the last says "ignored"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # 32: `<key>.<teacher>.npy` has to fit a tar header
 FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+FEATURE = re.compile(r"(?!(?:logits|margin|view|row_crc|input_crc)$)(?!.*_scale$)[a-z][a-z0-9_]{0,31}")  # names a field
 MODEL = re.compile(rf"({'|'.join(FAMILIES)})/\S+|" + FACTORY.pattern)
 INTEGER = re.compile(r"[-+]?[0-9]{1,18}")  # 18 digits fit 64 bits; a longer one is read as a float
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -57,9 +60,17 @@ def load(path: str | Path, overrides: Sequence[str] = (), stage: str | None = No
     recipe = _build(root, Recipe, ())
     if recipe.name is None:
         recipe = dataclasses.replace(recipe, name=Path(path).stem)
+    if recipe.evaluate.metric is None:
+        first, *_ = TASKS[recipe.task.name].metrics_known
+        recipe = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, metric=first))
     for keys, sentence in _problems(recipe):
         raise _error(_where(root, keys), keys, sentence)
     return recipe
+
+
+def shared_features(recipe: Recipe) -> list[str]:
+    """The features that the cache keeps and the student taps: what losses can compare."""
+    return [name for name in recipe.cache.features if name in recipe.student.taps]
 
 
 def to_dict(recipe: Any) -> Any:
@@ -270,10 +281,10 @@ def _settled(value: Any, wanted: Any) -> Any:
 def _problems(recipe: Recipe) -> Problems:
     """What is wrong between values that are each well formed: the keys that lead there, and a sentence."""
     yield from _name_problems(recipe)
+    yield from _task_problems(recipe)
     yield from _data_problems(recipe)
     yield from _view_problems(recipe.views)
-    if recipe.cache.logits == "uint8" and recipe.task.classes == 2:
-        yield ("cache", "logits"), "two classes store one margin, for which 'uint8' is too coarse; use 'fp16' or 'fp32'"
+    yield from _feature_problems(recipe)
     for section, network in (("teacher", recipe.teacher), ("student", recipe.student)):
         if not MODEL.fullmatch(network.model):
             forms = ", ".join(f"{family}/<name>" for family in FAMILIES)
@@ -293,6 +304,30 @@ def _name_problems(recipe: Recipe) -> Problems:
     for keys, name in named:
         if not NAME.fullmatch(name):
             yield keys, f"'{name}' is not a safe name; use 1 to 32 of A-Z a-z 0-9 _ -, a letter or digit first"
+
+
+def _task_problems(recipe: Recipe) -> Problems:
+    task, known = recipe.task, TASKS[recipe.task.name].metrics_known
+    if task.name == "segmentation" and task.classes > MOST_MASK_CLASSES:
+        yield ("task", "classes"), f"a mask has room for {MOST_MASK_CLASSES} classes, not for {task.classes}"
+    if recipe.evaluate.metric not in known:
+        metric = recipe.evaluate.metric
+        yield ("evaluate", "metric"), f"unknown metric '{metric}' of {task.name}{hint(metric, known)}"
+    if recipe.cache.logits == "uint8" and task.classes == 2:
+        yield ("cache", "logits"), "two classes store one margin, for which 'uint8' is too coarse; use 'fp16' or 'fp32'"
+
+
+def _feature_problems(recipe: Recipe) -> Problems:
+    """Names of features become fields of a row."""
+    for keys, names in ((("cache", "features"), recipe.cache.features), (("student", "taps"), recipe.student.taps)):
+        for name in names:
+            if not FEATURE.fullmatch(name):
+                yield (*keys, name), (
+                    f"'{name}' cannot name a feature; use 1 to 32 of a-z 0-9 _, a letter first, no '_scale' at the end"
+                )
+    for name, feature in recipe.cache.features.items():
+        if feature.dither and feature.store != "int8":
+            yield ("cache", "features", name, "dither"), f"is for int8, not for {feature.store}"
 
 
 def _data_problems(recipe: Recipe) -> Problems:
@@ -346,7 +381,7 @@ def _stage_problems(recipe: Recipe, name: str) -> Problems:
         yield (*keys, "losses"), "at least one loss is needed"
     for loss, options in stage.losses.items():
         try:
-            check_losses({loss: options}, recipe.task.name, recipe.task.classes)
+            check_losses({loss: options}, recipe.task.name, recipe.task.classes, shared_features(recipe))
         except RecipeError as error:
             yield (*keys, "losses", loss), str(error).removeprefix(f"loss '{loss}': ")  # the keys have said it
             continue

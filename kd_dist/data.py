@@ -5,11 +5,12 @@ split to get wrong, the length is exact and resuming is one integer. Accelerate 
 given to `prepare`: a rank's `Corridor` already holds that rank's share only.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +18,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from kd_dist import manifest
 from kd_dist.batch import Batch, Example, TeacherSignal
+from kd_dist.compress import FeatureCodec, load_bases
 from kd_dist.errors import KdError, MismatchError, ShardError
 from kd_dist.plan import Plan, mix, view_number
 from kd_dist.shards import Shard
 from kd_dist.signals import LogitsCodec, dtype_from_json, from_row_bytes, npy_header_size
+from kd_dist.tasks import Task
 from kd_dist.views import ImageViews, canonical, draw, input_crc, replay
 
 Decode = Callable[[str, Mapping[str, bytes]], Example]
+BASES = "bases.safetensors"  # beside the manifest: the principal components of the features that have them
 CHECK_ONE_IN = 16  # examples whose pixels are compared with the stored CRC, a different sixteenth each epoch
 
 
@@ -91,7 +95,9 @@ class SignalShards(Shards):
         self.teacher: str = about["teacher"]["name"]
         self.views: int = about["views"]["count"]
         self.dtype = dtype_from_json(about["row_dtype"])
-        self.codec = LogitsCodec(about["codec"]["logits"], about["classes"])
+        grid = about["codec"]["grid"]
+        self.codec = LogitsCodec(about["codec"]["logits"], about["classes"], grid and tuple(grid))
+        self.features = feature_codecs(folder, about["codec"])
         self.header = npy_header_size(self.dtype, self.views)
         bad = {row["key"] for row in about["quarantined"]}
         self.quarantined = np.array(self._ids_of(bad), dtype=np.int64)
@@ -133,18 +139,50 @@ class SignalShards(Shards):
         return from_row_bytes(payload, self.dtype, f"{shard.path}: '{key}' view {view}")
 
 
+def feature_codecs(folder: Path, described: Mapping[str, Any]) -> dict[str, FeatureCodec]:
+    """The codecs that a manifest describes, by feature. Raises ShardError unless their bases are those it names."""
+    expected, bases, path = described["bases_sha256"], {}, folder / BASES
+    if expected is not None:
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+            raise ShardError(
+                f"{path}: is missing or not the file that the features were reduced with; delete {folder} and run "
+                f"`kd-dist cache-teacher`"
+            )
+        bases = load_bases(path)
+    return {
+        name: FeatureCodec(name, tuple(one["shape"]), one["store"], one["pool"], bases.get(name), one["dither"])
+        for name, one in sorted(described["features"].items())  # as in a row
+    }
+
+
+class Rows(NamedTuple):
+    """What a share of a batch is made of, one entry an example."""
+
+    keys: tuple[str, ...]
+    pixels: np.ndarray  # (B, H, W, 3) uint8
+    targets: np.ndarray
+    sizes: np.ndarray | None
+    signals: TeacherSignal | None
+
+
 @dataclass(frozen=True)
 class Corridor(Dataset[Batch]):
     """Micro-batches of one rank, by their number in the whole run: `step * accumulate + micro`."""
 
     examples: Shards
     signals: SignalShards | None
-    decode: Decode
+    task: Task
     policy: ImageViews
     plan: Plan
     rank: int
     views: int | None  # views an example has; None: a fresh one each epoch; 0: the canonical one
     epochs: int = 1
+    features: tuple[str, ...] = ()  # of the stored ones, those that are delivered
+
+    @property
+    def codecs(self) -> dict[str, FeatureCodec]:
+        """How the features that it delivers are decoded."""
+        return {name: self.signals.features[name] for name in self.features}
 
     def __len__(self) -> int:
         return self.epochs * self.plan.steps_per_epoch * self.plan.accumulate
@@ -158,29 +196,37 @@ class Corridor(Dataset[Batch]):
             ids = ids[~np.isin(ids, self.signals.quarantined)]
         filler = len(ids) == 0
         rows = self._rows(np.zeros(1, np.int64) if filler else ids, epoch)
-        keys, pixels, targets, logits = rows
         return Batch(
-            keys=keys,
-            images=torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))),
-            targets=torch.from_numpy(targets),
-            valid=torch.full((len(keys),), not filler),
+            keys=rows.keys,
+            images=torch.from_numpy(np.ascontiguousarray(rows.pixels.transpose(0, 3, 1, 2))),
+            targets=torch.from_numpy(rows.targets),
+            sizes=None if rows.sizes is None else torch.from_numpy(rows.sizes),
+            valid=torch.full((len(rows.keys),), not filler),
             total=max(total, 1),
-            signals=None if logits is None else TeacherSignal(torch.from_numpy(logits)),
+            signals=rows.signals,
         )
 
-    def _rows(self, ids: np.ndarray, epoch: int) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray | None]:
-        examples = read_examples(self.examples, ids, self.decode)
+    def _rows(self, ids: np.ndarray, epoch: int) -> Rows:
+        examples = read_examples(self.examples, ids, self.task.decode)
         numbers = self._view_numbers(ids, epoch)
         stored = None if self.signals is None else self.signals.rows(ids, numbers)
-        pixels = np.empty((len(ids), *self.policy.size, 3), np.uint8)
+        pixels, targets = np.empty((len(ids), *self.policy.size, 3), np.uint8), []
         for row, example in enumerate(examples):
             view = self._view(example, int(numbers[row])) if stored is None else stored["view"][row]
             pixels[row] = replay(example.image, view, self.policy.size)
+            # A model is judged against the mask as it is, at its own resolution.
+            whole = self.views == 0
+            targets.append(example.target if whole else self.task.replay_target(example.target, view, self.policy.size))
         if stored is not None:
             self._check_pixels(ids, epoch, examples, pixels, stored)
-        logits = None if self.signals is None else self.signals.codec.decode(stored)
-        targets = np.array([example.target for example in examples], np.int64)
-        return tuple(example.key for example in examples), pixels, targets, logits
+        keys = tuple(example.key for example in examples)
+        return Rows(keys, pixels, *self.task.collate(targets), None if stored is None else self._signals(stored))
+
+    def _signals(self, stored: np.ndarray) -> TeacherSignal:
+        """The logits decoded; of the features their fields as they are."""
+        names = [field[0] for codec in self.codecs.values() for field in codec.fields()]
+        fields = {name: torch.from_numpy(np.ascontiguousarray(stored[name])) for name in names}
+        return TeacherSignal(torch.from_numpy(self.signals.codec.decode(stored)), fields)
 
     def _view_numbers(self, ids: np.ndarray, epoch: int) -> np.ndarray:
         if self.views is None:
@@ -255,12 +301,27 @@ def _as_it_is(delivered: Batch | KdError) -> Batch | KdError:
     return delivered
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on the device."""
-    signals = batch.signals and TeacherSignal(*(field.to(device, non_blocking=True) for field in batch.signals))
+def to_device(batch: Batch, device: torch.device, codecs: Mapping[str, FeatureCodec] | None = None) -> Batch:
+    """The batch with its tensors on the device, its features decoded there by their codecs."""
+    signals = batch.signals
+    if signals is not None:
+        fields = {name: value.to(device, non_blocking=True) for name, value in signals.features.items()}
+        features = {name: codec.decode(fields) for name, codec in (codecs or {}).items()}
+        signals = TeacherSignal(signals.logits.to(device, non_blocking=True), features)
     return batch._replace(
         images=batch.images.to(device, non_blocking=True),
         targets=batch.targets.to(device, non_blocking=True),
+        sizes=batch.sizes if batch.sizes is None else batch.sizes.to(device, non_blocking=True),
         valid=batch.valid.to(device, non_blocking=True),
         signals=signals,
     )
+
+
+def on_device(codecs: Mapping[str, FeatureCodec], device: torch.device) -> dict[str, FeatureCodec]:
+    """The codecs with their bases on the device."""
+    return {
+        name: codec
+        if codec.basis is None
+        else replace(codec, basis=type(codec.basis)(*(one.to(device) for one in codec.basis)))
+        for name, codec in codecs.items()
+    }

@@ -1,32 +1,62 @@
 """Metrics over a whole split, exact on any number of processes."""
 
+import math
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from kd_dist.batch import Batch
-from kd_dist.data import to_device
-from kd_dist.tasks import classification as task
+from kd_dist.data import Corridor, to_device
+from kd_dist.tasks import Task
+
+SHOWN = 4  # examples in a picture
 
 
 @torch.inference_mode()
 def evaluate(
-    predict: Callable[[Batch], Tensor], batches: Iterable[Batch], classes: int, device: torch.device
+    predict: Callable[[Batch], Tensor], batches: Iterable[Batch], task: Task, device: torch.device
 ) -> dict[str, float]:
-    """Metrics of `predict(batch) -> (B, C) logits` over every valid row, once each.
+    """Metrics of `predict(batch) -> (B, C) or (B, C, h, w) logits` over every valid row, once each.
 
     The metrics hold sums; in a distributed run `compute` adds them over the ranks, so no row is padded or repeated.
+    `name/part` is left out where it is undefined, as the IoU of a class that nobody saw.
     """
-    metrics = task.metrics(classes).to(device)
+    metrics = task.metrics().to(device)
     for batch in batches:
         empty = not batch.valid.any()
         batch = to_device(batch, device)
         logits = predict(batch)
         if not empty:  # torchmetrics refuses zero rows
-            metrics.update(logits[batch.valid].float(), batch.targets[batch.valid])
-    return {name: float(value) for name, value in metrics.compute().items()}
+            sizes = batch.sizes if batch.sizes is None else batch.sizes[batch.valid]
+            task.update(metrics, logits[batch.valid].float(), batch.targets[batch.valid], sizes)
+    values = {name: float(value) for name, value in metrics.compute().items()}
+    return {name: value for name, value in values.items() if not ("/" in name and math.isnan(value))}
+
+
+def first_examples(corridor: Corridor) -> Batch:
+    """A few examples of a split, to look at."""
+    batch = corridor[0]
+    return batch._replace(
+        keys=batch.keys[:SHOWN],
+        images=batch.images[:SHOWN],
+        targets=batch.targets[:SHOWN],
+        sizes=batch.sizes if batch.sizes is None else batch.sizes[:SHOWN],
+        valid=batch.valid[:SHOWN],
+        signals=batch.signals and batch.signals._replace(logits=batch.signals.logits[:SHOWN]),
+    )
+
+
+def picture(task: Task, batch: Batch, predictions: dict[str, Tensor]) -> np.ndarray | None:
+    """The examples of a batch beside what each of `predictions`, logits (B, C, h, w) by name, makes of them:
+    (height, width, 3) uint8, or None where the task has nothing to draw."""
+    targets = list(batch.targets.cpu().numpy())
+    if batch.sizes is not None:
+        targets = [mask[:height, :width] for mask, (height, width) in zip(targets, batch.sizes.tolist(), strict=True)]
+    columns = {name: list(logits.float().cpu().numpy()) for name, logits in predictions.items()}
+    return task.picture(batch.images.permute(0, 2, 3, 1).cpu().numpy(), targets, columns)
 
 
 def agree_on_buffers(accelerator: Accelerator, module: nn.Module) -> None:

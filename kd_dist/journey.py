@@ -1,13 +1,15 @@
 """The whole journey of a recipe, step by step, each skipped when it is done: what `kd-dist run` does."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -16,7 +18,8 @@ from kd_dist.checkpoint import write_atomic
 from kd_dist.config import load, to_dict
 from kd_dist.data import batches
 from kd_dist.errors import INTERRUPTED, DataError
-from kd_dist.evaluation import evaluate
+from kd_dist.evaluation import evaluate, first_examples, picture
+from kd_dist.models import Network
 from kd_dist.pack import pack
 from kd_dist.recipe import Recipe
 
@@ -58,7 +61,7 @@ def pack_recipe(recipe: Recipe) -> dict[str, Any]:
         options=recipe.data.options,
         fractions=recipe.data.splits,
         required=assemble.splits(recipe),
-        classes=recipe.task.classes,
+        task=assemble.task(recipe),
         shard_size=recipe.data.shard_size,
     )
     for split, made in manifests.items():
@@ -99,37 +102,53 @@ def launch(arguments: list[str], num_processes: int) -> None:
 
 
 def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
-    """One row for each trained stage of the recipe's seed. What was measured before on the same weights is kept."""
-    split, metric = recipe.evaluate.split, recipe.evaluate.metric
-    rows = []
-    for name, stage in recipe.stages.items():
-        folder = assemble.stage_folder(recipe, name)
-        weights = folder / assemble.BEST
-        if not (folder / assemble.RESULT).is_file():
-            continue
-        record = folder / f"evaluation-{split}.json"
-        digest = assemble.file_digest(weights)
-        section = getattr(recipe, stage.model)
-        corridor = assemble.evaluation_corridor(recipe, split, 0, 1, cached=False)
-        identity = {"weights": digest, "examples": corridor.examples.fingerprint, "model": to_dict(section)}
-        identity["views"] = assemble.views_identity(recipe, split)
-        known = json.loads(record.read_text()) if record.is_file() else {}
-        if known.get("identity") != manifest.plain(identity):
-            network = assemble.network(recipe, stage.model, str(weights), recipe.seed).eval()
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            network.to(device)
-            stream = batches(corridor, 0, len(corridor), 0, pin=False)
-            values = evaluate(lambda batch, net=network: net(batch.images), stream, recipe.task.classes, device)
-            known = {"identity": identity, "metrics": values, "name": section.model}
-            known |= report.measure(network, recipe.views.shape)
-            write_atomic(record, json.dumps(known, indent=1, sort_keys=True))
-        cost = {field: known[field] for field in ("name", "parameters", "macs", "latency_ms")}
-        where = {"role": assemble.role(recipe, name), "stage": name, "seed": assemble.stage_seed(recipe, name)}
-        rows.append({**where, "metric": metric, "value": known["metrics"][metric], **cost})
-    if not rows:
+    """One row for each trained stage of the recipe's seed, and one for a teacher that no stage trains.
+
+    What was measured before on the same weights is kept.
+    """
+    trained = [name for name in recipe.stages if (assemble.stage_folder(recipe, name) / assemble.RESULT).is_file()]
+    if not trained:
         folder = assemble.stage_folder(recipe, next(iter(recipe.stages))).parent.parent
         raise DataError(f"{folder}: no stage has been trained yet; run `kd-dist run` or `kd-dist train` first")
+    rows = []
+    if all(stage.model == "student" for stage in recipe.stages.values()):
+        built = assemble.network(recipe, "teacher", recipe.teacher.weights, recipe.teacher.seed)
+        weights = assemble.teacher_identity(recipe, built)["weights_sha256"]
+        folder = Path(recipe.runs) / recipe.name / "given-teacher"
+        where = {"role": "teacher", "stage": "given", "seed": recipe.teacher.seed}
+        rows.append({**where, **measured(recipe, folder, "teacher", weights, lambda: built)})
+    for name in trained:
+        folder, which = assemble.stage_folder(recipe, name), recipe.stages[name].model
+        best = folder / assemble.BEST
+        where = {"role": assemble.role(recipe, name), "stage": name, "seed": assemble.stage_seed(recipe, name)}
+        build = functools.partial(assemble.network, recipe, which, str(best), recipe.seed)
+        rows.append({**where, **measured(recipe, folder, which, assemble.file_digest(best), build)})
     return rows
+
+
+def measured(
+    recipe: Recipe, folder: Path, which: str, weights: str, build: Callable[[], Network]
+) -> dict[str, Any]:
+    """The metric and the cost of the `teacher` or `student` whose weights have the digest `weights`, from the record in
+    `folder` or measured now and recorded there."""
+    split, metric, task = recipe.evaluate.split, recipe.evaluate.metric, assemble.task(recipe)
+    record, section = folder / f"evaluation-{split}.json", getattr(recipe, which)
+    corridor = assemble.evaluation_corridor(recipe, split, 0, 1, cached=False)
+    identity = {"weights": weights, "examples": corridor.examples.fingerprint, "model": to_dict(section)}
+    identity["views"] = assemble.views_identity(recipe, split)
+    known = json.loads(record.read_text()) if record.is_file() else {}
+    if known.get("identity") != manifest.plain(identity):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        network = build().eval().to(device)
+        stream = batches(corridor, 0, len(corridor), 0, pin=False)
+        values = evaluate(lambda batch: network(batch.images), stream, task, device)
+        known = {"identity": identity, "metrics": values, "name": section.model}
+        known |= report.measure(network, recipe.views.shape)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(record, json.dumps(known, indent=1, sort_keys=True))
+    cost = {field: known[field] for field in ("name", "parameters", "macs", "latency_ms")}
+    parts = task.table(known["metrics"], corridor.examples.manifest["class_names"])
+    return {"metric": metric, "value": known["metrics"][metric], "parts": parts, **cost}
 
 
 def unique(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -145,11 +164,29 @@ def write_report(recipes: Sequence[Recipe], models: list[dict[str, Any]]) -> Non
             folder = assemble.stage_folder(recipe, name)
             histories[f"{name} {folder.name}"] = json.loads((folder / assemble.RESULT).read_text())["history"]
     folder = Path(first.runs) / first.name
-    rows = report.write(folder, first.name, first.evaluate.split, models, histories)
+    rows = report.write(folder, first.name, first.evaluate.split, models, histories, draw(first))
     show(rows, first)
     for one in report.gains(models):
         print(report.gain_sentence(one, first.evaluate.metric))
-    print(f"{folder}/report.md, report.json, curves.png")
+    print(f"{folder}/report.md and what lies beside it")
+
+
+def draw(recipe: Recipe) -> np.ndarray | None:
+    """Some examples of the evaluation split, and what each stage's model makes of them; None where the task has no such
+    picture."""
+    task = assemble.task(recipe)
+    if not task.maps:
+        return None
+    batch = first_examples(assemble.evaluation_corridor(recipe, recipe.evaluate.split, 0, 1, cached=False))
+    said = {}
+    teacher = assemble.teacher(recipe)
+    with torch.inference_mode():
+        said["teacher"] = teacher(batch.images).logits
+        for name, stage in recipe.stages.items():
+            if stage.model == "student":
+                weights = assemble.stage_folder(recipe, name) / assemble.BEST
+                said[name] = assemble.network(recipe, "student", str(weights), recipe.seed).eval()(batch.images)
+    return picture(task, batch, said)
 
 
 def show(rows: Sequence[dict[str, Any]], recipe: Recipe) -> None:

@@ -13,7 +13,7 @@ from kd_dist.errors import DataError, MismatchError
 from kd_dist.progress import progress
 from kd_dist.shards import Shard, is_committed, member_key, shard_path, write_shard
 from kd_dist.sources import Item, list_items
-from kd_dist.tasks import classification as task
+from kd_dist.tasks import Task
 
 STEM = "data"
 
@@ -26,29 +26,30 @@ def pack(
     options: dict[str, Any],
     fractions: dict[str, float],
     required: Iterable[str],
-    classes: int,
+    task: Task,
     shard_size: int,
 ) -> dict[str, dict[str, Any]]:
     """Write `folder/<split>/data-*.tar` for every split; return the manifests by split.
 
-    Every image is decoded and every label checked once, here: what fails is left out and listed, with its reason, as
-    quarantined in the manifest. `required` names the splits that must end up with an example. The same data and
-    recipe give the same bytes.
+    Every image is decoded and every label or mask checked once, here: what fails is left out and listed, with its
+    reason, as quarantined in the manifest. `required` names the splits that must end up with an example. The same data
+    and recipe give the same bytes.
     """
     identity = {
         "kind": "examples",
         "source": {"name": source, "root": root, "options": options},
         "fractions": fractions,
-        "classes": classes,
+        "task": task.name,
+        "classes": task.classes,
         "shard_size": shard_size,
     }
     done = finished(folder, identity, required)
     if done is not None:
         return done
     listing = list_items(source, root, options)
-    if len(listing.classes) != classes:
+    if len(listing.classes) != task.classes:
         raise DataError(
-            f"data.source {source}: has {len(listing.classes)} classes, the recipe's task.classes says {classes}; "
+            f"data.source {source}: has {len(listing.classes)} classes, the recipe's task.classes says {task.classes}; "
             f"set task.classes to {len(listing.classes)}"
         )
     splits = assign(listing.items, fractions)
@@ -60,7 +61,7 @@ def pack(
     manifests = {}
     for split, items in sorted(splits.items()):
         content = {**identity, "split": split, "class_names": list(listing.classes), "listing": listing_digest(items)}
-        manifests[split] = pack_split(folder / split, items, content)
+        manifests[split] = pack_split(folder / split, items, content, task)
     return manifests
 
 
@@ -117,7 +118,8 @@ def listing_digest(items: Iterable[Item]) -> str:
     """sha256 over the names and labels of a split in order: a data set that changed half-way is noticed."""
     digest = hashlib.sha256()
     for item in items:
-        digest.update(f"{item.name}\t{item.extension}\t{item.label}\n".encode("utf-8", "surrogateescape"))
+        label = "" if callable(item.label) else item.label  # a function has an address, not a value
+        digest.update(f"{item.name}\t{item.extension}\t{label}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -136,7 +138,7 @@ def refuse_twins(items: Iterable[Item]) -> None:
         names[key] = item.name
 
 
-def pack_split(folder: Path, items: list[Item], content: dict[str, Any]) -> dict[str, Any]:
+def pack_split(folder: Path, items: list[Item], content: dict[str, Any], task: Task) -> dict[str, Any]:
     """Write one split's shards and, last, its manifest marked complete."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / manifest.FILE_NAME).exists():
@@ -151,7 +153,7 @@ def pack_split(folder: Path, items: list[Item], content: dict[str, Any]) -> dict
             chunk = items[number * size : (number + 1) * size]
             if not is_committed(path):
                 notes: dict[str, Any] = {"quarantined": []}
-                write_shard(path, _checked(chunk, content["classes"], pool, notes["quarantined"]), notes)
+                write_shard(path, _checked(chunk, task, pool, notes["quarantined"]), notes)
             advance(len(chunk))
     shards = [Shard(path) for path in paths]
     quarantined = [row for shard in shards for row in shard.notes["quarantined"]]
@@ -174,15 +176,11 @@ def pack_split(folder: Path, items: list[Item], content: dict[str, Any]) -> dict
 
 
 def _checked(
-    items: list[Item], classes: int, pool: ThreadPoolExecutor, quarantined: list[dict[str, str]]
+    items: list[Item], task: Task, pool: ThreadPoolExecutor, quarantined: list[dict[str, str]]
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     def read(item: Item) -> dict[str, bytes] | str:
         try:
-            image = item.read()
-            task.decode_image(image)
-            return task.encode_members(
-                image, item.extension, task.check_label(item.label, classes), {"name": item.name}
-            )
+            return task.encode(item.read(), item.extension, item.label, {"name": item.name})
         except (DataError, OSError) as error:
             return str(error)
 

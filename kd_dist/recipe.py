@@ -27,7 +27,7 @@ Fraction = Annotated[float, Bound(lambda number: 0 <= number <= 1, "between 0 an
 class Task:
     """`task`: what is to be predicted."""
 
-    name: Literal["classification"] = "classification"
+    name: Literal["classification", "segmentation"] = "classification"
     classes: Annotated[int, Bound(lambda number: number >= 2, "at least 2")]
 
 
@@ -49,9 +49,9 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """`student`: a model, its first weights and the input it expects."""
+    """A model, its first weights and the input it expects."""
 
-    model: str  # timm/<name> or package.module:factory
+    model: str  # timm/<name>, torchvision/<name>, kd_dist/<name> or package.module:factory
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of the model
     weights: str | None = None  # a file, `pretrained`, `stage:<name>`, or null for random ones
     image_size: Count | None = None  # pixels, height and width of its input; null: the size of the view
@@ -65,6 +65,13 @@ class Teacher(Network):
 
     name: str = "teacher"  # names its signals: folder <split>/<name>/, members <key>.<name>.npy
     seed: Natural = 0  # of its random weights, where it has any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student(Network):
+    """`student`: the network that learns."""
+
+    taps: dict[str, str] = field(default_factory=dict)  # feature -> module path in the model, as in cache.features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +95,22 @@ class Views:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Feature:
+    """`cache.features.<name>`: an intermediate output of the teacher, and how it is stored."""
+
+    tap: str  # module path in the model; `path[1]` or `path[out]` selects from a tuple or a mapping
+    pool: Count = 1  # the grid is divided by so much, each cell the mean of its area
+    pca: Count | None = None  # principal components that are kept of the channels; null: all channels as they are
+    store: Literal["int8", "fp16", "bf16", "fp32"] = "int8"  # int8 has a scale for each channel of each row
+    dither: bool = False  # of int8: rounded at random, right on average
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cache:
     """`cache`: what is kept of the teacher's output, and how the teacher is run."""
 
     logits: Literal["fp32", "fp16", "uint8"] = "fp16"  # how a row of logits is stored; two classes store one margin
+    features: dict[str, Feature] = field(default_factory=dict)  # of training views; the others keep logits alone
     batch_size: Count = 64  # views in a forward pass of the teacher; the last bits of its output depend on it
     threads: Count = 1  # CPU threads of the teacher; fixed for the same reason
 
@@ -126,7 +145,7 @@ class Evaluate:
     """`evaluate`: what a trained model is judged by."""
 
     split: str = "test"  # a split of `data.splits`
-    metric: Literal["accuracy", "nll"] = "accuracy"
+    metric: str | None = None  # accuracy or nll; miou or pixel_accuracy; null: the first of the task's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +170,7 @@ class Recipe:
     teacher: Teacher
     views: Views
     cache: Cache = Cache()
-    student: Network
+    student: Student
     stages: dict[str, Stage]  # in the order they are run
     evaluate: Evaluate = Evaluate()
     monitor: Monitor = Monitor()

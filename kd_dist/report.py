@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd_dist.checkpoint import write_atomic
 from kd_dist.models import Network
-from kd_dist.tasks import classification as task
+from kd_dist.tasks import retention
 
 ROLES = ("teacher", "student_alone", "student_kd")
 LATENCY_RUNS = 30
@@ -55,7 +57,10 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def summarise(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a stage, over its seeds, in the order of first appearance; retention is against the mean teacher."""
+    """One row a stage, over its seeds, in the order of first appearance; retention is against the mean teacher.
+
+    `parts` of a model are what its metric is made of, such as each class's IoU, as (name, value).
+    """
     stages = list(dict.fromkeys((model["role"], model["stage"]) for model in models))
     rows = []
     for role, stage in sorted(stages, key=lambda one: ROLES.index(one[0])):
@@ -65,9 +70,12 @@ def summarise(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         same = {name: group[0][name] for name in ("name", "metric", "parameters", "macs")}
         rows.append({"role": role, "stage": stage, **same, "seeds": len(group), "mean": mean, "interval": half})
         rows[-1]["latency_ms"] = latency
+        parts = list(dict.fromkeys(part for model in group for part, _ in model["parts"]))
+        values = {part: [value for model in group for name, value in model["parts"] if name == part] for part in parts}
+        rows[-1]["parts"] = [(part, statistics.fmean(values[part])) for part in parts]
     teachers = [row["mean"] for row in rows if row["role"] == "teacher"]
     for row in rows:
-        row["retention"] = task.retention(row["metric"], row["mean"], statistics.fmean(teachers)) if teachers else None
+        row["retention"] = retention(row["metric"], row["mean"], statistics.fmean(teachers)) if teachers else None
     return rows
 
 
@@ -109,14 +117,31 @@ def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     return shown
 
 
-def markdown(rows: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]], title: str, split: str) -> str:
-    """The table and the gains as a page; the picture lies beside it."""
+def markdown(
+    rows: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]], title: str, split: str, pictured: bool
+) -> str:
+    """The table and the gains as a page; the pictures lie beside it."""
     names = headings(rows[0]["metric"])
     lines = [f"# {title}", "", f"Measured on the `{split}` split; latency is one image on one CPU thread.", ""]
     lines += ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     lines += ["", *(gain_sentence(one, rows[0]["metric"]) for one in differences)]
-    return "\n".join([*lines, "", "![curves](curves.png)", ""])
+    lines += part_lines(rows)
+    lines += ["", "![curves](curves.png)", *(["", "![examples](examples.png)"] if pictured else [])]
+    return "\n".join([*lines, ""])
+
+
+def part_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of what the metric is made of, one column a stage; empty where it has no parts."""
+    names = list(dict.fromkeys(name for row in rows for name, _ in row["parts"]))
+    if not names:
+        return []
+    columns = [dict(row["parts"]) for row in rows]
+    lines = ["", "| class | " + " | ".join(row["stage"] for row in rows) + " |", "|" + " --- |" * (len(rows) + 1)]
+    for name in names:
+        shown = [f"{column[name]:.4f}" if name in column else "" for column in columns]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return lines
 
 
 def gain_sentence(one: dict[str, Any], metric: str) -> str:
@@ -125,12 +150,24 @@ def gain_sentence(one: dict[str, Any], metric: str) -> str:
     return f"`{one['stage']}` against `{one['against']}`: {one['mean']:+.4f} {metric} ({spread})."
 
 
-def write(folder: Path, title: str, split: str, models: list[dict[str, Any]], histories: dict[str, list]) -> list[dict]:
-    """Write `report.json`, `report.md` and `curves.png`; return the summary. `histories`: epoch records by run."""
+def write(
+    folder: Path,
+    title: str,
+    split: str,
+    models: list[dict[str, Any]],
+    histories: dict[str, list],
+    examples: np.ndarray | None,
+) -> list[dict]:
+    """Write `report.json`, `report.md`, `curves.png` and the picture of some `examples`, if any; return the summary.
+
+    `histories`: epoch records by run; `examples`: (height, width, 3) uint8.
+    """
     rows, differences = summarise(models), gains(models)
     content = {"split": split, "models": models, "summary": rows, "gains": differences}
     write_atomic(folder / "report.json", json.dumps(content, indent=1, sort_keys=True))
-    write_atomic(folder / "report.md", markdown(rows, differences, title, split))
+    write_atomic(folder / "report.md", markdown(rows, differences, title, split, examples is not None))
+    if examples is not None:
+        Image.fromarray(examples).save(folder / "examples.png")
     plot(folder / "curves.png", histories, rows[0]["metric"])
     return rows
 

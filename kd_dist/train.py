@@ -28,19 +28,19 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from kd_dist import assemble, checkpoint, guard, manifest, monitor
-from kd_dist.batch import Batch, StudentOutput, TeacherSignal
+from kd_dist.batch import Batch, StudentOutput
 from kd_dist.checkpoint import Progress
 from kd_dist.config import load, to_dict
-from kd_dist.data import Corridor, batches, to_device
+from kd_dist.data import Corridor, batches, on_device, to_device
 from kd_dist.errors import MismatchError, TrainingError, one_sentence
-from kd_dist.evaluation import agree_on_buffers, evaluate
+from kd_dist.evaluation import agree_on_buffers, evaluate, first_examples, picture
 from kd_dist.losses import Objective
 from kd_dist.meter import Meter, Share
-from kd_dist.models import Network
 from kd_dist.plan import mix, shuffle_problem
 from kd_dist.recipe import Monitor, Recipe, Stage
 from kd_dist.student import Student
-from kd_dist.tasks import classification as task
+from kd_dist.tasks import Task, is_better, retention
+from kd_dist.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,15 @@ class Run:
     seed: int
     model: nn.Module  # prepared
     optimizer: Any  # prepared
-    teacher: Network | None  # only when it is online
+    teacher: Teacher | None  # only when it is online
     objective: Objective
     train: Corridor
     validation: Corridor
     workers: int
-    classes: int
+    task: Task
     metric: str
     teacher_metrics: dict[str, float] | None  # of the cached teacher on the validation split
+    shown: Batch | None  # examples of which each epoch draws a picture, on the main process
     limits: Monitor
     writer: SummaryWriter | None  # on the main process
 
@@ -140,6 +141,7 @@ def out_of_patience(progress: Progress, patience: int | None) -> bool:
 def read_ahead(run: Run, cursor: int) -> Iterator[tuple[Batch, float]]:
     """Batches on the device from micro-batch `cursor` on, each with the seconds that the loop waited for it."""
     device = run.accelerator.device
+    codecs = on_device(run.train.codecs, device)
     stream = batches(run.train, cursor, len(run.train), run.workers, pin=device.type == "cuda")
     while True:
         began = time.perf_counter()
@@ -147,14 +149,13 @@ def read_ahead(run: Run, cursor: int) -> Iterator[tuple[Batch, float]]:
         if batch is None:
             return
         waited = time.perf_counter() - began
-        yield to_device(batch, device), waited
+        yield to_device(batch, device, codecs), waited
 
 
 def forward(run: Run, batch: Batch, epoch: float) -> tuple[StudentOutput, Tensor, dict[str, Tensor]]:
     """Student and objective on one micro-batch; an online teacher speaks first, on the same pixels."""
     if run.teacher is not None:
-        with torch.no_grad():
-            batch = batch._replace(signals=TeacherSignal(run.teacher(batch.images).float()))
+        batch = batch._replace(signals=run.teacher(batch.images))
     if len(batch.valid) == 1 and not batch.valid.item():
         run.model.eval()  # the filler row of an empty share must not enter BatchNorm
     output = run.model(batch.images)
@@ -195,13 +196,14 @@ def end_epoch(run: Run, progress: Progress, means: dict[str, float]) -> None:
     }
     if run.teacher_metrics is not None:
         record[f"teacher_{metric}"] = run.teacher_metrics[metric]
-        record["retention"] = task.retention(metric, values[metric], run.teacher_metrics[metric])
+        record["retention"] = retention(metric, values[metric], run.teacher_metrics[metric])
     progress.history.append(record)
-    if task.is_better(metric, values[metric], progress.best):
+    if is_better(metric, values[metric], progress.best):
         progress.best, progress.best_epoch = values[metric], len(progress.history) - 1
         if accelerator.is_main_process:
             checkpoint.save_weights(run.student.network.backbone, run.folder / assemble.BEST)
     log(run, "epoch", {name: value for name, value in record.items() if value is not None}, progress.step)
+    draw(run, progress.step)
     accelerator.print(console_line(record, run.stage.epochs, run.objective, metric), flush=True)
     for warning in monitor.warnings(progress.history, **asdict(run.limits)):
         accelerator.print(f"warning: {warning}", file=sys.stderr, flush=True)
@@ -221,7 +223,18 @@ def run_evaluation(run: Run) -> dict[str, float]:
     """The student's metrics on the validation split, exact over all ranks."""
     stream = batches(run.validation, 0, len(run.validation), 0, pin=False)
     with evaluating(run.student) as student:
-        return evaluate(lambda batch: student(batch.images).logits, stream, run.classes, run.accelerator.device)
+        return evaluate(lambda batch: student(batch.images).logits, stream, run.task, run.accelerator.device)
+
+
+def draw(run: Run, step: int) -> None:
+    """Image, truth, cached teacher and student side by side, for TensorBoard, where the task has such a picture."""
+    if run.shown is not None:
+        with evaluating(run.student) as student, torch.inference_mode():
+            said = student(run.shown.images.to(run.accelerator.device)).logits
+        columns = {run.stage.model: said}
+        if run.shown.signals is not None:
+            columns = {"cached teacher": run.shown.signals.logits, **columns}
+        run.writer.add_image("epoch/examples", picture(run.task, run.shown, columns), step, dataformats="HWC")
 
 
 def console_line(record: dict[str, Any], epochs: int, objective: Objective, metric: str) -> str:
@@ -286,9 +299,13 @@ def prepare(recipe: Recipe, name: str) -> Run:
     problem = shuffle_problem(corridor.plan.order, stage.batch_size)
     if problem is not None:
         accelerator.print(f"warning: {problem}", file=sys.stderr)
-    module = Student(assemble.network(recipe, stage.model, assemble.first_weights(recipe, name), seed))
+    teacher = None
+    if assemble.is_online(stage):
+        teacher = assemble.teacher(recipe, assemble.stage_features(recipe, name)).to(accelerator.device)
+    module = assemble.module(recipe, name, corridor, teacher)
     model, optimizer = accelerator.prepare(module, build_optimizer(module, stage))
-    online = assemble.is_online(stage)
+    task = assemble.task(recipe)
+    shown = task.maps and accelerator.is_main_process
     return Run(
         accelerator=accelerator,
         stage=stage,
@@ -297,14 +314,15 @@ def prepare(recipe: Recipe, name: str) -> Run:
         seed=seed,
         model=model,
         optimizer=optimizer,
-        teacher=assemble.teacher_network(recipe).to(accelerator.device) if online else None,
+        teacher=teacher,
         objective=Objective(stage.losses, stage.epochs),
         train=corridor,
         validation=assemble.evaluation_corridor(recipe, validation, rank, world, cached=False),
         workers=recipe.data.workers,
-        classes=recipe.task.classes,
+        task=task,
         metric=recipe.evaluate.metric,
         teacher_metrics=cached_teacher_metrics(recipe, validation, accelerator) if known else None,
+        shown=first_examples(assemble.evaluation_corridor(recipe, validation, 0, world, known)) if shown else None,
         limits=recipe.monitor,
         writer=SummaryWriter(folder / "tensorboard") if accelerator.is_main_process else None,
     )
@@ -328,7 +346,7 @@ def cached_teacher_metrics(recipe: Recipe, split: str, accelerator: Accelerator)
         recipe, split, accelerator.process_index, accelerator.num_processes, cached=True
     )
     stream = batches(corridor, 0, len(corridor), 0, pin=False)
-    return evaluate(lambda batch: batch.signals.logits, stream, recipe.task.classes, accelerator.device)
+    return evaluate(lambda batch: batch.signals.logits, stream, assemble.task(recipe), accelerator.device)
 
 
 def run_stage(recipe: Recipe, name: str) -> None:

@@ -41,6 +41,8 @@ HALF = ONE // 2
 class ImageViews:
     """The policy that views are drawn from. The defaults draw the canonical view every time.
 
+    The canonical view is a centred box of the view's aspect ratio, or, with `whole`, the whole image: nothing is lost,
+    and an image of another aspect ratio is stretched to the view's size.
     Raises RecipeError when a field is outside the range given here.
     """
 
@@ -52,6 +54,7 @@ class ImageViews:
     contrast: float = 0.0  # likewise
     saturation: float = 0.0  # likewise
     seed: int = 0
+    whole: bool = False  # the canonical view is the whole image
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
@@ -80,11 +83,12 @@ def draw(policy: ImageViews, key: str, number: int, image_size: tuple[int, int])
 
 
 def canonical(policy: ImageViews, image_size: tuple[int, int]) -> np.void:
-    """The one view for evaluation: the largest centred box of the view's aspect ratio, nothing else changed.
+    """The one view for evaluation: the largest centred box of the view's aspect ratio, or the whole image where the
+    policy says so; nothing else changed.
 
     `image_size` is the (H, W) of the decoded image. Raises DataError as `draw` does.
     """
-    return _record(1, 1, 1, *_centred_box(policy, image_size), False)
+    return _record(1, 1, 1, *_canonical_box(policy, image_size), False)
 
 
 def replay(image: np.ndarray, view: np.void, size: tuple[int, int]) -> np.ndarray:
@@ -97,14 +101,8 @@ def replay(image: np.ndarray, view: np.void, size: tuple[int, int]) -> np.ndarra
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise DataError(f"an image must be uint8 (H, W, 3), not {image.dtype} {image.shape}; mend its decoder")
-    # Python numbers from here on: sums of 16-bit numpy numbers would wrap.
-    brightness, contrast, saturation, top, left, height, width, flip = view.item()
-    bottom, right = top + height, left + width
-    if min(height, width) < 1 or bottom > image.shape[0] or right > image.shape[1]:
-        raise DataError(
-            f"the view's box of {height} x {width} pixels at row {top}, column {left} is not inside the image of "
-            f"{image.shape[0]} x {image.shape[1]}; the view was drawn for another image: cache the teacher again"
-        )
+    brightness, contrast, saturation, *_, flip = view.item()
+    top, left, bottom, right = _checked_box(view, image.shape, "image")
     picture = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
     if flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -113,6 +111,29 @@ def replay(image: np.ndarray, view: np.void, size: tuple[int, int]) -> np.ndarra
     if contrast != 1:
         picture = _mapped(picture, _away_from(_mean_grey(picture), contrast))
     return _saturated(picture, saturation) if saturation != 1 else np.array(picture)
+
+
+def replay_mask(mask: np.ndarray, view: np.void, size: tuple[int, int]) -> np.ndarray:
+    """What the mask (H, W) uint8 of an image says about each pixel of its view: a new (h, w) uint8 array, with `size`
+    = (h, w).
+
+    The box and the flip are those of `replay`; each pixel takes the value at its centre, so no value is made up.
+    Raises DataError when the mask is of another kind, or when the view's box does not lie inside it.
+    """
+    if mask.dtype != np.uint8 or mask.ndim != 2:
+        raise DataError(f"a mask must be uint8 (H, W), not {mask.dtype} {mask.shape}; mend its decoder")
+    top, left, bottom, right = _checked_box(view, mask.shape, "mask")
+    seen = sample(mask[top:bottom, left:right], size)
+    return np.ascontiguousarray(seen[:, ::-1]) if view["flip"] else seen
+
+
+def sample(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Nearest neighbours: values (H, W) -> (h, w), each the value under the centre of its pixel, with `size` = (h, w).
+
+    Integers decide, so the result does not depend on the machine; a centre between two pixels takes the later one.
+    """
+    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, values.shape, strict=True))
+    return values[rows[:, None], columns]
 
 
 def input_crc(pixels: np.ndarray) -> int:
@@ -136,13 +157,13 @@ def _record(*values: float) -> np.void:
 
 
 def _random_box(policy: ImageViews, chance: Callable[[str], float], image_size: tuple[int, int]) -> tuple[int, ...]:
-    """(top, left, height, width) of a random resized crop; the centred box when no try fits into the image.
+    """(top, left, height, width) of a random resized crop; the canonical box when no try fits into the image.
 
-    A crop_scale of (1, 1) asks for no crop at all, so there the box is always the centred one.
+    A crop_scale of (1, 1) asks for no crop at all, so there the box is always the canonical one.
     """
-    centred = _centred_box(policy, image_size)
+    untouched = _canonical_box(policy, image_size)
     if policy.crop_scale[0] == 1:
-        return centred
+        return untouched
     rows, columns = image_size
     for attempt in range(CROP_TRIES):
         low, high = policy.crop_scale
@@ -153,21 +174,36 @@ def _random_box(policy: ImageViews, chance: Callable[[str], float], image_size: 
         if 1 <= height <= rows and 1 <= width <= columns:
             top, left = int(chance("top") * (rows - height + 1)), int(chance("left") * (columns - width + 1))
             return top, left, height, width
-    return centred
+    return untouched
 
 
-def _centred_box(policy: ImageViews, image_size: tuple[int, int]) -> tuple[int, ...]:
-    """(top, left, height, width) of the largest box with the view's aspect ratio, in the middle of the image."""
+def _canonical_box(policy: ImageViews, image_size: tuple[int, int]) -> tuple[int, ...]:
+    """(top, left, height, width) of the whole image, or of its largest centred box with the view's aspect ratio."""
     rows, columns = image_size
     if not (1 <= rows <= LONGEST_SIDE and 1 <= columns <= LONGEST_SIDE):
         raise DataError(
             f"an image of {rows} x {columns} pixels has no views; each side must be from 1 to {LONGEST_SIDE:,}: "
             "resize it or take it out"
         )
+    if policy.whole:
+        return 0, 0, rows, columns
     view_rows, view_columns = policy.size
     height = min(rows, max(1, (2 * columns * view_rows + view_columns) // (2 * view_columns)))
     width = min(columns, max(1, (2 * rows * view_columns + view_rows) // (2 * view_rows)))
     return (rows - height) // 2, (columns - width) // 2, height, width
+
+
+def _checked_box(view: np.void, shape: tuple[int, ...], what: str) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) of a box that must lie inside an image or mask of `shape`; DataError otherwise."""
+    # Python numbers from here on: sums of 16-bit numpy numbers would wrap.
+    *_, top, left, height, width, _ = view.item()
+    bottom, right = top + height, left + width
+    if min(height, width) < 1 or bottom > shape[0] or right > shape[1]:
+        raise DataError(
+            f"the view's box of {height} x {width} pixels at row {top}, column {left} is not inside the {what} of "
+            f"{shape[0]} x {shape[1]}; the view was drawn for another {what}: cache the teacher again"
+        )
+    return top, left, bottom, right
 
 
 def _fixed(factor: float) -> int:

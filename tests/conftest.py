@@ -101,6 +101,6 @@ def pack_examples(recipe: Recipe) -> dict[str, dict]:
         options=d.options,
         fractions=d.splits,
         required=assemble.splits(recipe),
-        classes=recipe.task.classes,
+        task=assemble.task(recipe),
         shard_size=d.shard_size,
     )

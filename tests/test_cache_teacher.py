@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from kd_dist import assemble, cache_teacher, journey, manifest, train
 from kd_dist.config import load
 from kd_dist.errors import MismatchError, ShardError
-from kd_dist.models import Network
 from kd_dist.recipe import Recipe
 from kd_dist.shards import Shard
 from kd_dist.signals import CODECS, LogitsCodec
@@ -42,7 +41,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 def cached(recipe: Recipe, split: str = "train") -> dict:
     """Cache one split in this process; returns the manifest."""
-    return cache_teacher.cache_split(recipe, split, assemble.teacher_network(recipe), Accelerator(cpu=True))
+    return cache_teacher.cache_split(recipe, split, assemble.teacher(recipe), Accelerator(cpu=True))
 
 
 def rows(recipe: Recipe, split: str = "train") -> dict[str, np.ndarray]:
@@ -60,9 +59,7 @@ def live(recipe: Recipe, key: str, views: np.ndarray) -> np.ndarray:
     """What the teacher says about these views (V,) of a picture, straight from the raw file."""
     image = np.asarray(Image.open(f"pictures/train/{key}.png").convert("RGB"))
     pixels = np.stack([replay(image, view, recipe.views.shape) for view in views])
-    teacher: Network = assemble.teacher_network(recipe)
-    with torch.inference_mode():
-        return teacher(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy()
+    return assemble.teacher(recipe)(torch.from_numpy(pixels).permute(0, 3, 1, 2)).logits.numpy()
 
 
 def shifted(logits: np.ndarray) -> np.ndarray:
@@ -187,7 +184,7 @@ def test_a_logit_too_large_for_fp16_is_quarantined_and_fp32_keeps_it(home):
 
 def test_a_teacher_that_says_nothing_finite_is_an_error(home):
     words = [RANDOM, "teacher.model=tiny_model:fragile", "teacher.options={limit: -1.0}"]
-    with pytest.raises(ShardError, match="the teacher's logits are not finite for any example; check its weights and"):
+    with pytest.raises(ShardError, match="no example has signals that could be stored, the first is"):
         cached(load("tiny.yaml", words))
     assert not manifest.read_manifest("shards/tiny/train/teacher")["complete"]
 
@@ -226,7 +223,7 @@ def test_a_cache_of_other_weights_is_refused_and_names_both_digests(home):
     digests = {}
     for seed in (1, 2):
         recipe = load("tiny.yaml", [RANDOM, f"teacher.seed={seed}"])
-        save_file(assemble.teacher_network(recipe).backbone.state_dict(), f"{seed}.safetensors")
+        save_file(assemble.teacher(recipe).network.backbone.state_dict(), f"{seed}.safetensors")
         digests[seed] = assemble.file_digest(Path(f"{seed}.safetensors"))
     cached(load("tiny.yaml", ["teacher.weights=1.safetensors"]))
     other = load("tiny.yaml", ["teacher.weights=2.safetensors"])

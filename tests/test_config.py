@@ -101,7 +101,7 @@ def test_reads_every_section_with_its_types_and_defaults(written):
         teacher=sections.Teacher(model="timm/convnet", weights="stage:teach"),
         views=sections.Views(size=8, crop_scale=(0.5, 1.0)),
         cache=sections.Cache(logits="fp16", batch_size=64, threads=1),
-        student=sections.Network(model="timm/mobilenetv3_small_050", options={"width": 10.0, "deep": "no"}),
+        student=sections.Student(model="timm/mobilenetv3_small_050", options={"width": 10.0, "deep": "no"}),
         stages={
             "teach": sections.Stage(model="teacher", losses={"cross_entropy": {}}, epochs=2, batch_size=64, lr=3e-4),
             "pretrain": pretrain,
@@ -116,6 +116,7 @@ def test_reads_every_section_with_its_types_and_defaults(written):
                 min_lr=0.001,
             ),
         },
+        evaluate=sections.Evaluate(split="test", metric="accuracy"),
     )
     recipe = load(written(TEXT))
     assert recipe == expected
@@ -179,7 +180,7 @@ def test_names_that_recipes_may_use(written):
 
 
 SAFE = "is not a safe name; use 1 to 32 of A-Z a-z 0-9 _ -, a letter or digit first"
-MODELS = "is not a model; write timm/<name> or package.module:factory"
+MODELS = "is not a model; write timm/<name>, torchvision/<name>, kd_dist/<name> or package.module:factory"
 NEEDED = "is missing; training needs 'train' and 'val'"
 MAPPING = "must be a mapping of keys to values"
 PLAIN = "is not allowed; a recipe holds plain values only"
@@ -475,7 +476,7 @@ def test_every_key_refuses_a_value_of_another_type(written):
         name, wrong = ".".join(keys), "3" if free else "{no: 1}"
         assert refusal(path, [f"{name}={wrong}"]).startswith(f"command line: {name}: must be "), name
         seen += 1
-    assert seen == 66
+    assert seen == 68
 
 
 def test_every_bounded_number_refuses_what_is_below_it(written):

@@ -1,6 +1,5 @@
 """The corridor over real packed shards: every example once, in one order, with its own signals, or an error."""
 
-import functools
 import shutil
 import sys
 from collections import Counter
@@ -20,6 +19,7 @@ from kd_dist.config import load
 from kd_dist.data import CHECK_ONE_IN, Corridor, Shards, SignalShards, batches
 from kd_dist.errors import DataError, MismatchError, ShardError
 from kd_dist.plan import Plan
+from kd_dist.tasks import Classification
 from kd_dist.views import input_crc
 
 TRAIN = 21  # examples, in shards of 8, 8 and 5
@@ -40,7 +40,7 @@ def made(tmp_path_factory) -> Path:
         for words in (RECIPE, FRAGILE):
             recipe = load("tiny.yaml", words)
             for split in ("train", "val"):
-                cache_teacher.cache_split(recipe, split, assemble.teacher_network(recipe), Accelerator(cpu=True))
+                cache_teacher.cache_split(recipe, split, assemble.teacher(recipe), Accelerator(cpu=True))
     return folder
 
 
@@ -167,12 +167,11 @@ def test_each_epoch_shows_another_view_through_all_of_them(corridor):
 
 
 def test_the_logits_are_those_of_the_view_that_is_shown(corridor):
-    teacher = assemble.teacher_network(load("tiny.yaml", RECIPE))
+    teacher = assemble.teacher(load("tiny.yaml", RECIPE))
     [whole] = spread(corridor, TRAIN, 1, 1, epochs=VIEWS)
     for epoch in range(VIEWS):
         batch = whole[epoch]
-        with torch.inference_mode():
-            logits = teacher(batch.images)
+        logits = teacher(batch.images).logits
         logits = logits - logits.max(dim=1, keepdim=True).values
         torch.testing.assert_close(batch.signals.logits, logits, rtol=0, atol=4 * 2**-11)
 
@@ -209,20 +208,21 @@ def test_workers_and_resuming_change_nothing(corridor, workers):
 # ---------------------------------------------------------------------------------------------- what is refused
 
 
-def brightened(key: str, members: dict, decode, only: str) -> Example:
+class Brightened(Classification):
     """A decoder of another version: one pixel of one picture is a level brighter."""
-    example = decode(key, members)
-    if key != only:
-        return example
-    image = example.image.copy()
-    image[6, 5, 0] ^= 8
-    return example._replace(image=image)
+
+    def decode(self, key: str, members: dict) -> Example:
+        example = super().decode(key, members)
+        if key != "green/03":
+            return example
+        image = example.image.copy()
+        image[6, 5, 0] ^= 8
+        return example._replace(image=image)
 
 
 def test_other_pixels_are_found_and_name_the_example_and_the_versions(corridor):
     """Each example is checked in one epoch of sixteen, so sixteen epochs of any view that shows the pixel find it."""
-    other = functools.partial(brightened, decode=corridor.decode, only="green/03")
-    [whole] = spread(replace(corridor, decode=other), TRAIN, 1, 1, epochs=CHECK_ONE_IN * VIEWS)
+    [whole] = spread(replace(corridor, task=Brightened(3)), TRAIN, 1, 1, epochs=CHECK_ONE_IN * VIEWS)
     found = []
     for epoch in range(len(whole)):
         try:
@@ -328,5 +328,5 @@ def test_a_cache_that_is_not_there_is_refused_only_where_it_is_needed(home):
 
 def test_examples_of_another_number_of_classes_are_refused(home):
     recipe = load("tiny.yaml", [*RECIPE, "task.classes=4"])
-    with pytest.raises(MismatchError, match="train: was packed with 3 classes, task.classes is 4; correct the recipe"):
+    with pytest.raises(MismatchError, match="train: was packed for classification with 3 classes, the recipe's task is classification with 4; correct"):
         assemble.examples(recipe, "train")

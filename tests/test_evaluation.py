@@ -14,8 +14,10 @@ from kd_dist.batch import Batch
 from kd_dist.data import batches, read_examples
 from kd_dist.evaluation import agree_on_buffers, evaluate
 from kd_dist.plan import Plan, Sequential
+from kd_dist.tasks import Classification
 
 CPU = torch.device("cpu")
+TASK = Classification(3)
 
 
 def predict(batch: Batch) -> torch.Tensor:
@@ -32,13 +34,13 @@ def share(recipe, split: str, batch_size: int, rank: int = 0, world: int = 1) ->
 
 
 def evaluated(recipe, split: str, batch_size: int) -> dict[str, float]:
-    return evaluate(predict, share(recipe, split, batch_size), 3, CPU)
+    return evaluate(predict, share(recipe, split, batch_size), TASK, CPU)
 
 
 def by_hand(recipe, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Targets and logits of a split, each example decoded and fed by itself."""
     corridor = assemble.evaluation_corridor(recipe, split, 0, 1, cached=False)
-    examples = read_examples(corridor.examples, np.arange(len(corridor.examples)), corridor.decode)
+    examples = read_examples(corridor.examples, np.arange(len(corridor.examples)), corridor.task.decode)
     logits = torch.cat([predict(batch) for batch in share(recipe, split, 1)])
     return np.array([example.target for example in examples]), logits.numpy()
 
@@ -66,7 +68,7 @@ def test_ranks_and_their_empty_shares_add_up_to_the_whole(packed):
     shares = [share(packed, "val", 4, rank, 5) for rank in range(5)]
     rows = [sum(int(batch.valid.sum()) for batch in one) for one in shares]
     right = [
-        evaluate(predict, one, 3, CPU)["accuracy"] * count for one, count in zip(shares, rows, strict=True) if count
+        evaluate(predict, one, TASK, CPU)["accuracy"] * count for one, count in zip(shares, rows, strict=True) if count
     ]
     assert all(len(one) == len(shares[0]) for one in shares)
     assert sum(not batch.valid.any() for one in shares for batch in one) >= len(shares[0])
@@ -78,13 +80,12 @@ def test_ranks_and_their_empty_shares_add_up_to_the_whole(packed):
 def test_a_filler_row_is_not_counted(packed):
     [batch] = share(packed, "val", 100)
     # A filler that would be wrong: another class than its pixels show, in its own batch.
-    filler = Batch(
-        batch.keys[:1], batch.images[:1], (batch.targets[:1] + 1) % 3, torch.zeros(1, dtype=torch.bool), 1, None
-    )
-    assert evaluate(predict, [batch, filler], 3, CPU) == evaluate(predict, [batch], 3, CPU)
+    wrong, none = (batch.targets[:1] + 1) % 3, torch.zeros(1, dtype=torch.bool)
+    filler = Batch(batch.keys[:1], batch.images[:1], wrong, None, none, 1, None)
+    assert evaluate(predict, [batch, filler], TASK, CPU) == evaluate(predict, [batch], TASK, CPU)
     last = torch.arange(len(batch.valid)) == len(batch.valid) - 1
-    without = Batch(batch.keys[:-1], batch.images[:-1], batch.targets[:-1], batch.valid[:-1], 1, None)
-    assert evaluate(predict, [batch._replace(valid=~last)], 3, CPU) == evaluate(predict, [without], 3, CPU)
+    without = Batch(batch.keys[:-1], batch.images[:-1], batch.targets[:-1], None, batch.valid[:-1], 1, None)
+    assert evaluate(predict, [batch._replace(valid=~last)], TASK, CPU) == evaluate(predict, [without], TASK, CPU)
 
 
 def test_nothing_is_recorded_for_a_gradient(packed):
@@ -95,7 +96,7 @@ def test_nothing_is_recorded_for_a_gradient(packed):
         seen.append(head(predict(batch)))
         return seen[-1]
 
-    evaluate(with_head, share(packed, "val", 4), 3, CPU)
+    evaluate(with_head, share(packed, "val", 4), TASK, CPU)
     assert seen and not any(logits.requires_grad for logits in seen)
 
 
@@ -103,7 +104,7 @@ def test_half_precision_logits_are_measured_in_full(packed):
     [batch] = share(packed, "val", 100)
     half = predict(batch).bfloat16()
     expected = torch.nn.functional.cross_entropy(half.double(), batch.targets)
-    found = evaluate(lambda one: half, [batch], 3, CPU)
+    found = evaluate(lambda one: half, [batch], TASK, CPU)
     assert found["nll"] == pytest.approx(float(expected), rel=1e-12)
 
 

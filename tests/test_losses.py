@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import CASES, ORACLES, cases, inputs, rounding, void_some, wide
 
 from kd_dist.batch import Batch, StudentOutput, TeacherSignal
 from kd_dist.errors import ModelError, RecipeError
@@ -17,77 +18,25 @@ from kd_dist.losses.logits import cross_entropy, kd, kd_binary
 from kd_dist.losses.table import Loss
 
 INF = math.inf
+NAMES = ["at", "cosine", "cross_entropy", "cwd", "cwd_features", "hint", "kd", "kd_binary", "kd_pixel", "rkd"]
+NAMES += ["saliency", "sp"]
+TEACHER_CASES = cases(lambda name, row, shapes: row.against != "targets" and shapes[0][1:] == shapes[1][1:])
+ROW_CASES = cases(lambda name, row, shapes: not row.relational)
+LOGIT_CASES = cases(lambda name, row, shapes: row.student == "logits")
+VECTOR_LOGIT_CASES = cases(lambda name, row, shapes: row.student == "logits" and len(shapes[0]) == 1)
+FEATURE_CASES = cases(lambda name, row, shapes: row.against == "features")
 
 
 # ------------------------------------------------------------------------------------------------- the table's cases
 
 
-def log_softmax(z):
-    z = z - z.max(axis=-1, keepdims=True)
-    return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
-
-
-def oracle_cross_entropy(logits, targets, label_smoothing=0.0):
-    classes = logits.shape[-1]
-    wanted = (1 - label_smoothing) * np.eye(classes)[targets] + label_smoothing / classes
-    return -(wanted * log_softmax(logits)).sum(axis=-1)
-
-
-def oracle_kd(student, teacher, temperature=4.0):
-    log_p, log_q = log_softmax(teacher / temperature), log_softmax(student / temperature)
-    return temperature**2 * (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-
-
-def oracle_kd_binary(student, teacher, temperature=2.0):
-    s, t = (student[:, 1] - student[:, 0]) / temperature, (teacher[:, 1] - teacher[:, 0]) / temperature
-    p = np.exp(-np.logaddexp(0, -t))
-    return temperature**2 * ((np.logaddexp(0, s) - p * s) - (np.logaddexp(0, t) - p * t))
-
-
-ORACLES = {"cross_entropy": oracle_cross_entropy, "kd": oracle_kd, "kd_binary": oracle_kd_binary}
-
-
-def options_of(row):
-    """The defaults, then each numeric option at the ends of its range and at a value between."""
-    between = {name: low + 0.05 * (high - low) for name, (low, high) in row.ranges.items()}
-    ends = [{name: end} for name, limits in row.ranges.items() for end in limits]
-    return [{}, between, *ends]
-
-
-CASES = [
-    pytest.param(name, classes, options, id=f"{name}-{classes}-{options}")
-    for name, row in LOSSES.items()
-    for classes in (2, 3, 10, 1000)
-    if row.classes[0] <= classes <= (row.classes[1] or classes)
-    for options in options_of(row)
-]
-TEACHER_CASES = [case for case in CASES if LOSSES[case.values[0]].against != "targets"]
-
-
-def inputs(name, classes, batch=64, seed=0, scale=3.0):
-    """What the loss reads: the student's tensor, and the targets or the teacher's tensor."""
-    generator = torch.Generator().manual_seed(seed)
-    made = {
-        "logits": lambda: scale * torch.randn(batch, classes, generator=generator),
-        "targets": lambda: torch.randint(classes, (batch,), generator=generator),
-    }
-    return made[LOSSES[name].student](), made[LOSSES[name].against]()
-
-
-def wide(against):
-    """As numpy: logits in float64, targets as they are."""
-    return against.double().numpy() if against.is_floating_point() else against.numpy()
-
-
-def rounding(options):
-    """How far a value may be from the exact one: logits are about 10, and a KL is multiplied by T^2."""
-    return 1e-5 + 2e-6 * options.get("temperature", 4.0) ** 2
-
-
 def test_the_cases_cover_the_whole_table():
-    assert sorted(LOSSES) == sorted(ORACLES) == ["cross_entropy", "kd", "kd_binary"]
-    assert len(CASES) == 4 * 4 + 4 * 4 + 4
-    assert len(TEACHER_CASES) == 4 * 4 + 4
+    assert sorted(LOSSES) == sorted(ORACLES) == NAMES
+    vectors, maps, features = 4 * 4 + 4 * 4 + 4, 2 * 4 * 4 * 3, 5 * 4 + 6 * 2 + 5 * 2 + 7 + 7 * 6
+    assert len(CASES) == vectors + maps + features
+    assert len(VECTOR_LOGIT_CASES) == vectors and len(LOGIT_CASES) == vectors + maps and len(FEATURE_CASES) == features
+    assert len(ROW_CASES) == len(CASES) - 7 - 7 * 6
+    assert len(TEACHER_CASES) == 4 * 4 + 4 + 2 * 2 * 4 + 2 * 4 + 3 * 2 + 2 * 2 + 3 + 3 * 6
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -105,72 +54,84 @@ def test_every_row_names_fields_that_exist(name):
     row = LOSSES[name]
     assert row.student in StudentOutput._fields
     assert row.against == "targets" or row.against in TeacherSignal._fields
+    assert (row.student == "logits") == (row.against != "features")
     assert row.function.__name__ == name
 
 
 # ------------------------------------------------------------------------------------------ properties of each loss
 
 
-@pytest.mark.parametrize("name, classes, options", CASES)
-def test_equals_the_float64_oracle(name, classes, options):
-    student, against = inputs(name, classes)
+@pytest.mark.parametrize("name, shapes, options", CASES)
+def test_equals_the_float64_oracle(name, shapes, options):
+    student, against = inputs(name, shapes)
     exact = ORACLES[name](student.double().numpy(), wide(against), **options)
     values = LOSSES[name].function(student, against, **options)
-    assert values.shape == (64,)
-    np.testing.assert_allclose(values.numpy(), exact, rtol=1e-5, atol=rounding(options))
+    assert values.shape == (() if LOSSES[name].relational else (64,))
+    np.testing.assert_allclose(values.numpy(), exact, rtol=1e-5, atol=rounding(name, options))
 
 
-@pytest.mark.parametrize("name, classes, options", CASES)
-def test_gradient_equals_that_of_the_oracle(name, classes, options):
-    student, against = inputs(name, classes, batch=4)
+@pytest.mark.parametrize("name, shapes, options", CASES)
+def test_gradient_equals_that_of_the_oracle(name, shapes, options):
+    student, against = inputs(name, shapes, batch=4)
     student.requires_grad_()
     LOSSES[name].function(student, against, **options).sum().backward()
     exact = student.detach().double().numpy()
-    for column in range(min(classes, 5)):
-        nudge = np.zeros_like(exact)
-        nudge[:, column] = h = 1e-4 * options.get("temperature", 1.0)
-        above, below = (ORACLES[name](logits, wide(against), **options) for logits in (exact + nudge, exact - nudge))
+    nudges = [np.zeros_like(exact) for _ in range(min(shapes[0][0], 5))]
+    for channel, nudge in enumerate(nudges):
+        nudge[:, channel] = 1
+    h = 1e-4 * options.get("temperature", 1.0)
+    for nudge in [*nudges, np.random.default_rng(0).normal(size=exact.shape)]:
+        above, below = (
+            ORACLES[name](tensor, wide(against), **options) for tensor in (exact + h * nudge, exact - h * nudge)
+        )
         slope = (above - below) / (2 * h)
-        np.testing.assert_allclose(student.grad[:, column].numpy(), slope, rtol=1e-3, atol=2e-5)
+        ours = (student.grad.numpy() * nudge).reshape(4, -1).sum(axis=1)
+        ours = ours.sum() if LOSSES[name].relational else ours
+        np.testing.assert_allclose(ours, slope, rtol=1e-3, atol=3 * rounding(name, options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("name, classes, options", CASES)
-def test_any_precision_in_is_float32_out_and_computed_in_it(name, classes, options, dtype):
-    student, against = inputs(name, classes)
+@pytest.mark.parametrize("name, shapes, options", CASES)
+def test_any_precision_in_is_float32_out_and_computed_in_it(name, shapes, options, dtype):
+    student, against = inputs(name, shapes)
     student = student.to(dtype)
     against = against.to(dtype) if against.is_floating_point() else against
     against_in_float32 = against.float() if against.is_floating_point() else against
     values = LOSSES[name].function(student, against, **options)
     assert values.dtype == torch.float32
     assert torch.equal(values, LOSSES[name].function(student.float(), against_in_float32, **options))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(values, LOSSES[name].function(student, against, **options))
+    if not LOSSES[name].relational:  # their matrix products need what Objective does
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(values, LOSSES[name].function(student, against, **options))
 
 
-@pytest.mark.parametrize("name, classes, options", CASES)
-def test_adding_a_constant_to_a_row_changes_nothing(name, classes, options):
-    student, against = inputs(name, classes)
-    shift = torch.linspace(-50, 50, 64)[:, None]
+@pytest.mark.parametrize("name, shapes, options", LOGIT_CASES)
+def test_adding_a_constant_to_the_logits_of_a_place_changes_nothing(name, shapes, options):
+    student, against = inputs(name, shapes)
     function = LOSSES[name].function
     values = function(student, against, **options)
     # A shift of 50 rounds the logits themselves to 2^-19, which T < 1 magnifies.
-    tolerance = {"rtol": 1e-4, "atol": 10 * rounding(options)}
-    torch.testing.assert_close(function(student + shift, against, **options), values, **tolerance)
+    tolerance = {"rtol": 1e-4, "atol": 10 * rounding(name, options)}
+
+    def shifted(logits):
+        places = logits[:, :1]
+        return logits + torch.linspace(-50, 50, places.numel()).reshape(places.shape)
+
+    torch.testing.assert_close(function(shifted(student), against, **options), values, **tolerance)
     if against.is_floating_point():
-        torch.testing.assert_close(function(student, against + shift, **options), values, **tolerance)
+        torch.testing.assert_close(function(student, shifted(against), **options), values, **tolerance)
 
 
-@pytest.mark.parametrize("name, classes, options", CASES)
-def test_is_never_negative(name, classes, options):
+@pytest.mark.parametrize("name, shapes, options", CASES)
+def test_is_never_negative(name, shapes, options):
     for scale in (0.01, 1.0, 30.0):
-        student, against = inputs(name, classes, batch=512, scale=scale)
-        assert LOSSES[name].function(student, against, **options).min() >= -rounding(options)
+        student, against = inputs(name, shapes, scale=scale)
+        assert LOSSES[name].function(student, against, **options).min() >= -rounding(name, options)
 
 
-@pytest.mark.parametrize("name, classes, options", CASES)
-def test_each_row_is_computed_by_itself(name, classes, options):
-    student, against = inputs(name, classes, batch=8)
+@pytest.mark.parametrize("name, shapes, options", ROW_CASES)
+def test_each_row_is_computed_by_itself(name, shapes, options):
+    student, against = inputs(name, shapes, batch=8)
     function = LOSSES[name].function
     values = function(student, against, **options)
     order = torch.tensor([3, 3, 0, 7])
@@ -178,38 +139,69 @@ def test_each_row_is_computed_by_itself(name, classes, options):
     assert function(student[:0], against[:0], **options).shape == (0,)
 
 
-@pytest.mark.parametrize("name, classes, options", TEACHER_CASES)
-def test_saying_the_same_as_the_teacher_is_the_minimum(name, classes, options):
-    other, teacher = inputs(name, classes)
+@pytest.mark.parametrize("name, shapes, options", TEACHER_CASES)
+def test_saying_the_same_as_the_teacher_is_the_minimum(name, shapes, options):
+    other, teacher = inputs(name, (shapes[1], shapes[1]))
     function = LOSSES[name].function
     student = teacher.clone().requires_grad_()
     match = function(student, teacher, **options)
-    assert torch.equal(match, torch.zeros(64))
+    assert torch.equal(match, torch.zeros_like(match))
     match.sum().backward()
     assert student.grad.abs().max() <= 2e-7 * options.get("temperature", 4.0)
-    assert (function(other, teacher, **options) > rounding(options)).float().mean() > 0.4  # at T = 0.1 argmax is all
+    # At T = 0.1 argmax is all.
+    assert (function(other, teacher, **options) > rounding(name, options)).float().mean() > 0.4
     nearer = [function(torch.lerp(other, teacher, step), teacher, **options).mean() for step in (0, 0.25, 0.5, 0.75, 1)]
     assert nearer == sorted(nearer, reverse=True)
 
 
-@pytest.mark.parametrize("name, classes, options", CASES)
-def test_extreme_logits_give_finite_values_and_gradients(name, classes, options):
-    big = 1e4
+@pytest.mark.parametrize("name, shapes, options", LOGIT_CASES)
+def test_extreme_logits_give_finite_values_and_gradients(name, shapes, options):
+    big, (classes, *grid) = 1e4, shapes[0]
     rows = [[big] + [-big] * (classes - 1), [-big] + [big] * (classes - 1), [big] * classes, [0.0] * classes]
     pairs = [(s, t) for s in rows for t in rows]
-    student = torch.tensor([s for s, _ in pairs], requires_grad=True)
-    against = torch.tensor([t for _, t in pairs])
+
+    def maps(rows, grid):
+        """Each row at every place, but zero at the first."""
+        made = torch.tensor(rows).reshape(len(rows), classes, *[1] * len(grid)).repeat(1, 1, *grid)
+        if grid:
+            made[:, :, 0, 0] = 0
+        return made
+
+    student = maps([s for s, _ in pairs], grid).requires_grad_()
     if LOSSES[name].against == "targets":
-        against = torch.arange(len(pairs)) % classes
+        against = torch.arange(len(pairs)).reshape(-1, *[1] * len(grid)).repeat(1, *shapes[1]) % classes
+    else:
+        against = maps([t for _, t in pairs], shapes[1][1:])
     values = LOSSES[name].function(student, against, **options)
     values.sum().backward()
     assert values.isfinite().all() and student.grad.isfinite().all()
-    assert values.max() > 1000  # confidently wrong is expensive
+    # Confidently wrong is expensive; CWD has the mean over classes, most of which are the same everywhere.
+    assert values.max() > (min(1000, 400 * options.get("temperature", 4)) if name == "cwd" else 1000)
 
 
-@pytest.mark.parametrize("name, classes, options", CASES)
-def test_an_infinite_logit_of_the_student_is_never_nan(name, classes, options):
-    student, against = inputs(name, classes, batch=8)
+@pytest.mark.parametrize("name, shapes, options", FEATURE_CASES)
+def test_extreme_features_give_finite_values_and_gradients(name, shapes, options):
+    def maps(shape):
+        one = torch.zeros(shape)
+        one.view(-1)[0] = 1e4
+        return [torch.zeros(shape), torch.full(shape, 1e4), torch.full(shape, -1e4), one, torch.full(shape, 1e-30)]
+
+    pairs = [(s, t) for s in maps(shapes[0]) for t in maps(shapes[1])]
+    student = torch.stack([s for s, _ in pairs]).requires_grad_()
+    against = torch.stack([t for _, t in pairs])
+    parts = [slice(0, 25)] if LOSSES[name].relational else []
+    for part in [*parts, slice(0, 2), slice(0, 5), slice(6, 7), slice(0, 25)]:  # 0:5, a student that is dead
+        student.grad = None
+        values = LOSSES[name].function(student[part], against[part], **options)
+        values.sum().backward()
+        assert values.isfinite().all() and student.grad.isfinite().all()
+        if name != "cwd_features":  # the rest compare directions: nothing grows with the scale of a feature
+            assert student.grad.abs().max() <= 1 + 1e-2 * sum(options.values())
+
+
+@pytest.mark.parametrize("name, shapes, options", VECTOR_LOGIT_CASES)
+def test_an_infinite_logit_of_the_student_is_never_nan(name, shapes, options):
+    student, against = inputs(name, shapes, batch=8)
     student[:, 0] = -INF
     agrees, wants_it = slice(0, 4), slice(4, 8)
     if against.is_floating_point():
@@ -242,7 +234,7 @@ def test_kd_binary_refuses_another_number_of_classes():
 
 
 def test_cross_entropy_equals_the_mean_of_torch():
-    logits, targets = inputs("cross_entropy", 10)
+    logits, targets = inputs("cross_entropy", ((10,), ()))
     for smoothing in (0.0, 0.1):
         ours = cross_entropy(logits, targets, label_smoothing=smoothing).mean()
         torch.testing.assert_close(ours, F.cross_entropy(logits, targets, label_smoothing=smoothing))
@@ -250,14 +242,14 @@ def test_cross_entropy_equals_the_mean_of_torch():
 
 
 def test_kd_equals_the_batchmean_of_torch():
-    student, teacher = inputs("kd", 10)
+    student, teacher = inputs("kd", ((10,), (10,)))
     q, p = torch.log_softmax(student / 3, dim=1), torch.softmax(teacher / 3, dim=1)
     reference = 9 * F.kl_div(q, p, reduction="batchmean")
     torch.testing.assert_close(kd(student, teacher, temperature=3.0).mean(), reference)
 
 
 def test_kd_binary_equals_the_stated_formula_with_torch():
-    student, teacher = inputs("kd_binary", 2)
+    student, teacher = inputs("kd_binary", ((2,), (2,)))
     s, t = (student[:, 1] - student[:, 0]) / 2, (teacher[:, 1] - teacher[:, 0]) / 2
     p = torch.sigmoid(t)
     reference = 4 * (
@@ -298,7 +290,7 @@ def test_kd_binary_tends_to_an_eighth_of_the_squared_margin_difference():
 @pytest.mark.parametrize("name, classes", [("kd", 2), ("kd", 10), ("kd", 100), ("kd_binary", 2)])
 def test_the_size_of_the_gradient_does_not_fall_with_the_temperature(name, classes):
     """For T -> infinity the gradient of kd tends to (s - t) / C, both centred; without T^2 it would fall 100 times."""
-    student, teacher = inputs(name, classes, scale=1.0)
+    student, teacher = inputs(name, ((classes,), (classes,)), scale=1.0)
     student.requires_grad_()
     difference = student.detach() - teacher
     limit = (difference - difference.mean(dim=1, keepdim=True)) / classes
@@ -309,7 +301,7 @@ def test_the_size_of_the_gradient_does_not_fall_with_the_temperature(name, class
 
 
 def test_the_gradient_of_kd_is_the_stated_one():
-    student, teacher = inputs("kd", 10)
+    student, teacher = inputs("kd", ((10,), (10,)))
     student.requires_grad_()
     kd(student, teacher, temperature=4.0).sum().backward()
     expected = 4 * (torch.softmax(student.detach() / 4, dim=1) - torch.softmax(teacher / 4, dim=1))
@@ -321,21 +313,74 @@ def test_the_gradient_of_kd_is_the_stated_one():
 BOTH = {"cross_entropy": {"weight": 0.1, "label_smoothing": 0.1}, "kd": {"weight": 0.9, "temperature": 3.0}}
 
 
-def batch_of(rows, classes=10, total=None, seed=0, valid=None):
+def batch_of(rows, classes=10, total=None, seed=0, valid=None, grid=()):
+    """With labels; with masks of twice `grid`, a third of them void, where that is given."""
     generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(classes, (rows, *(2 * side for side in grid)), generator=generator)
     return Batch(
         keys=tuple(f"k{i}" for i in range(rows)),
         images=torch.zeros(rows, 3, 2, 2, dtype=torch.uint8),
-        targets=torch.randint(classes, (rows,), generator=generator),
+        targets=void_some(targets, generator) if grid else targets,
+        sizes=torch.tensor([targets.shape[1:]] * rows) if grid else None,
         valid=torch.ones(rows, dtype=torch.bool) if valid is None else torch.tensor(valid),
         total=total or rows,
-        signals=TeacherSignal(3 * torch.randn(rows, classes, generator=generator)),
+        signals=TeacherSignal(
+            logits=3 * torch.randn(rows, classes, *grid, generator=generator),
+            features={
+                "low": torch.randn(rows, 7, 4, 4, generator=generator),
+                "high": torch.randn(rows, 6, 2, 2, generator=generator),
+            },
+        ),
     )
 
 
 def logits_for(batch, seed=1):
     shape = batch.signals.logits.shape
     return (3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).requires_grad_()
+
+
+def output_for(batch, seed=1):
+    """Of a student with the features of the teacher and every projection, on other grids."""
+    generator = torch.Generator().manual_seed(seed)
+    grids = {"low": (6, 8), "high": (1, 2)}
+
+    def features(channels):
+        return {
+            name: torch.randn(len(batch.keys), channels[name], *grid, generator=generator).requires_grad_()
+            for name, grid in grids.items()
+        }
+
+    teacher = {name: value.shape[1] for name, value in batch.signals.features.items()}
+    projected = {name: features(teacher) for name, row in LOSSES.items() if row.student == "projected"}
+    return StudentOutput(logits_for(batch), features({"low": 5, "high": 4}), projected)
+
+
+def whole_batch(name, rows, **more):
+    """A batch and a student's output that the loss can be computed from."""
+    row = LOSSES[name]
+    grid = () if "classification" in row.tasks else (4, 3)
+    batch = batch_of(rows, row.classes[1] or 10, grid=grid, **more)
+    return batch, output_for(batch)
+
+
+def leaves(tree):
+    """Every tensor in nested tuples and mappings."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    return [leaf for part in (tree.values() if isinstance(tree, dict) else tree) for leaf in leaves(part)]
+
+
+def mapped(function, tree):
+    """The same structure with another tensor for each."""
+    if isinstance(tree, torch.Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {name: mapped(function, part) for name, part in tree.items()}
+    return type(tree)(*(mapped(function, part) for part in tree))
+
+
+def output_rows(output, rows):
+    return mapped(lambda tensor: tensor[rows], output)
 
 
 def rows_of(batch, rows):
@@ -345,8 +390,13 @@ def rows_of(batch, rows):
         images=batch.images[rows],
         targets=batch.targets[rows],
         valid=batch.valid[rows],
-        signals=TeacherSignal(batch.signals.logits[rows]),
+        signals=mapped(lambda tensor: tensor[rows], batch.signals),
     )
+
+
+def gradients(loss, output):
+    """By leaf; zeros where the loss does not depend on it."""
+    return torch.autograd.grad(loss, leaves(output), retain_graph=True, materialize_grads=True)
 
 
 def test_the_objective_is_the_weighted_mean_of_its_terms():
@@ -382,61 +432,100 @@ def test_weights_follow_their_schedules():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_batch_delivered_twice_gives_the_same_loss(name):
-    classes = LOSSES[name].classes[1] or 10
-    batch = batch_of(8, classes)
-    logits = logits_for(batch)
+    """Not so for SP, whose mean over B^2 entries with rows of unit length falls as 1/B: half of it."""
+    batch, output = whole_batch(name, 8)
     every_row_twice = torch.arange(8).repeat(2)
     objective = Objective({name: {}}, epochs=1)
-    once, _ = objective(StudentOutput(logits), batch, 0.0)
+    once, _ = objective(output, batch, 0.0)
     twice = rows_of(batch, every_row_twice)._replace(total=16)
-    doubled, _ = objective(StudentOutput(logits[every_row_twice]), twice, 0.0)
-    torch.testing.assert_close(doubled, once)
+    doubled, _ = objective(output_rows(output, every_row_twice), twice, 0.0)
+    assert once > 1e-4
+    torch.testing.assert_close(doubled, once / 2 if name == "sp" else once)
+
+
+def whole_and_shares(losses, output, batch, cut):
+    """(loss, terms) of a batch, and of its two parts; then the gradients of the first and of the parts' sum."""
+    objective = Objective(losses, epochs=10)
+    whole = objective(output, batch, 3.0)
+    parts = [slice(0, cut), slice(cut, len(batch.keys))]
+    shares = [objective(output_rows(output, rows), rows_of(batch, rows), 3.0) for rows in parts]
+    return whole, shares, gradients(whole[0], output), gradients(shares[0][0] + shares[1][0], output)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 4, 7])
-def test_the_shares_of_a_step_add_up_to_the_whole(cut):
-    batch = batch_of(7, total=7)
-    logits = logits_for(batch)
-    objective = Objective(BOTH, epochs=10)
-    whole, whole_terms = objective(StudentOutput(logits), batch, 3.0)
-    (whole_gradient,) = torch.autograd.grad(whole, logits)
-    cuts = slice(0, cut), slice(cut, 7)
-    shares = [objective(StudentOutput(logits[rows]), rows_of(batch, rows), 3.0) for rows in cuts]
-    (gradient,) = torch.autograd.grad(sum(loss for loss, _ in shares), logits)
-    torch.testing.assert_close(sum(loss for loss, _ in shares), whole)
-    torch.testing.assert_close(gradient, whole_gradient)
-    for name, term in whole_terms.items():
+@pytest.mark.parametrize("grid", [(), (4, 3)], ids=["labels", "masks"])
+def test_the_shares_of_a_step_add_up_to_the_whole(cut, grid):
+    task = "segmentation" if grid else "classification"
+    losses = {name: {"weight": 0.1} for name, row in LOSSES.items() if task in row.tasks and not row.relational}
+    losses.pop("kd_binary", None)
+    assert len(losses) == (8 if grid else 7)
+    batch = batch_of(7, total=7, grid=grid)
+    output = output_for(batch)
+    whole, shares, whole_gradients, gradients_of_shares = whole_and_shares(losses, output, batch, cut)
+    torch.testing.assert_close(sum(loss for loss, _ in shares), whole[0])
+    torch.testing.assert_close(gradients_of_shares, whole_gradients)
+    for name, term in whole[1].items():
         torch.testing.assert_close(shares[0][1][name] + shares[1][1][name], term)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_rows_that_are_not_valid_add_exactly_nothing(name):
-    classes = LOSSES[name].classes[1] or 10
-    full = batch_of(6, classes, total=100)
-    logits = logits_for(full)
+    full, output = whole_batch(name, 6, total=100)
     objective = Objective({name: {}}, epochs=1)
-    alone, _ = objective(StudentOutput(logits[:4]), rows_of(full, slice(0, 4)), 0.0)
-    (alone_gradient,) = torch.autograd.grad(alone, logits)
+    alone, _ = objective(output_rows(output, slice(0, 4)), rows_of(full, slice(0, 4)), 0.0)
+    alone_gradients = gradients(alone, output)
+    assert any(gradient.any() for gradient in alone_gradients)
 
-    garbage = logits.detach().clone()
-    garbage[4], garbage[5] = 1e30, -1e30
-    garbage[5, 0] = 1e30
-    garbage.requires_grad_()
+    def spoiled(tensor):
+        garbage, big = tensor.detach().clone(), 1e30 if tensor is output.logits and tensor.ndim == 2 else 1e4
+        garbage[4], garbage[5] = big, -big
+        garbage[5].view(-1)[0] = big
+        return garbage.requires_grad_()
+
+    spoilt = mapped(spoiled, output)
     masked = full._replace(valid=torch.tensor([True] * 4 + [False] * 2))
-    loss, terms = objective(StudentOutput(garbage), masked, 0.0)
-    loss.backward()
+    loss, terms = objective(spoilt, masked, 0.0)
     assert torch.equal(loss, alone) and torch.equal(terms[name], alone.detach())
-    assert torch.equal(garbage.grad, alone_gradient)
-    assert torch.equal(garbage.grad[4:], torch.zeros(2, classes))
+    for gradient, wanted in zip(gradients(loss, spoilt), alone_gradients, strict=True):
+        assert torch.equal(gradient[:4], wanted[:4]) or LOSSES[name].student != "logits"
+        torch.testing.assert_close(gradient, wanted)
+        assert not gradient[4:].any()
 
 
-def test_an_empty_share_has_a_zero_loss_with_a_zero_gradient():
-    batch = batch_of(1, total=31, valid=[False])
-    logits = logits_for(batch)
-    loss, terms = Objective(BOTH, epochs=1)(StudentOutput(logits), batch, 0.0)
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_gradient_reaches_what_the_student_says_and_never_the_teacher(name):
+    """And only what the loss reads: every one of its features, no other loss's projection."""
+    batch, output = whole_batch(name, 4)
+    teacher = mapped(lambda tensor: tensor.clone().requires_grad_(), batch.signals)
+    constant = batch._replace(signals=mapped(torch.Tensor.detach, teacher))
+    loss, _ = Objective({name: {}}, epochs=1)(output, constant, 0.0)
     loss.backward()
-    assert loss.item() == 0 and [term.item() for term in terms.values()] == [0, 0]
-    assert torch.equal(logits.grad, torch.zeros(1, 10))
+    read = output.projected[name] if LOSSES[name].student == "projected" else getattr(output, LOSSES[name].student)
+    wanted = {id(leaf) for leaf in leaves(read)}
+    assert len(wanted) == (1 if LOSSES[name].student == "logits" else 2)
+    for leaf in leaves(output):
+        assert (leaf.grad is not None and bool(leaf.grad.any())) == (id(leaf) in wanted)
+    assert all(leaf.grad is None for leaf in leaves(teacher))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_under_autocast_every_loss_is_computed_in_float32(name, dtype):
+    batch, output = whole_batch(name, 4)
+    half = mapped(lambda tensor: tensor.detach().to(dtype), output)
+    objective = Objective({name: {}}, epochs=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast, _ = objective(half, batch, 0.0)
+    plain, _ = objective(mapped(torch.Tensor.float, half), batch, 0.0)
+    assert torch.equal(under_autocast, plain) and plain.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_empty_share_has_a_zero_loss_with_a_zero_gradient(name):
+    batch, output = whole_batch(name, 1, total=31, valid=[False])
+    loss, terms = Objective({name: {}}, epochs=1)(output, batch, 0.0)
+    assert loss.item() == 0 and loss.requires_grad and terms[name].item() == 0
+    assert not any(gradient.any() for gradient in gradients(loss, output))
 
 
 def test_a_new_loss_is_a_function_and_a_row_and_is_computed_in_float32_under_autocast(monkeypatch):
@@ -495,9 +584,14 @@ def test_sound_losses_pass(losses, classes):
 
 
 WRONG = [
-    ({}, "no loss is named; known: cross_entropy, kd, kd_binary"),
+    ({}, f"no loss is named; known: {', '.join(NAMES)}"),
     ({"cross_entopy": {}}, "unknown loss 'cross_entopy'; did you mean 'cross_entropy'?"),
-    ({"mse": {}}, "unknown loss 'mse'; known: cross_entropy, kd, kd_binary"),
+    ({"mse": {}}, f"unknown loss 'mse'; known: {', '.join(NAMES)}"),
+    ({"kd": {"features": ["low"]}}, "loss 'kd': unknown option 'features'; did you mean"),
+    (
+        {"cwd": {}},
+        "loss 'cwd': is for segmentation with at least 2 classes, not for classification with 10; losses that",
+    ),
     ({"kd": {"temprature": 2}}, "loss 'kd': unknown option 'temprature'; did you mean 'temperature'?"),
     ({"kd": {"weigth": 2}}, "loss 'kd': unknown option 'weigth'; did you mean 'weight'?"),
     ({"kd": {"teacher": 2}}, "loss 'kd': unknown option 'teacher'; known: temperature, weight"),
@@ -512,7 +606,7 @@ WRONG = [
     (
         {"kd_binary": {}},
         "loss 'kd_binary': is for classification with exactly 2 classes, not for classification with 10; "
-        "losses that fit: cross_entropy, kd",
+        "losses that fit: cross_entropy, kd, cwd_features, cosine, hint, at, saliency, sp, rkd",
     ),
     ({"kd": {"weight": -1}}, "loss 'kd': weight: 'value' must be finite and not negative, not -1"),
     ({"cross_entropy": {}, "kd": {"weight": "high"}}, "loss 'kd': weight: must be a number or one schedule"),
@@ -525,6 +619,13 @@ def test_what_cannot_be_meant_is_refused_in_one_sentence(losses, message):
     with pytest.raises(RecipeError) as caught:
         check_losses(losses, "classification", 10)
     assert str(caught.value).startswith(message)
+
+
+def test_segmentation_has_losses_of_its_own():
+    check_losses({"cross_entropy": {"label_smoothing": 0.1}, "kd_pixel": {}, "cwd": {"weight": 3}}, "segmentation", 21)
+    fit = "cross_entropy, kd_pixel, cwd, cwd_features, cosine, hint, at, saliency, sp, rkd"
+    with pytest.raises(RecipeError, match=f"loss 'kd': .*, not for segmentation with 21; losses that fit: {fit}$"):
+        check_losses({"kd": {}}, "segmentation", 21)
 
 
 @pytest.mark.parametrize("task, classes", [("regression", 10), ("classification", 1)])

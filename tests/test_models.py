@@ -40,8 +40,8 @@ class Answer(nn.Module):
         return self.value
 
 
-def network(backbone: nn.Module, classes: int = 3, image_size: int | None = None, mean=(0.0,) * 3, std=(1.0,) * 3):
-    return Network(Built(backbone, mean, std), classes, image_size, "own:model")
+def network(backbone: nn.Module, classes=3, image_size=None, mean=(0.0,) * 3, std=(1.0,) * 3, maps=False, ignored=()):
+    return Network(Built(backbone, mean, std, ignored), classes, image_size, "own:model", maps)
 
 
 def tiny(seed: int = 0, width: int = 4) -> Network:
@@ -103,6 +103,28 @@ def test_logits_of_another_shape(shape, classes):
         network(Answer(torch.zeros(shape)), classes)(IMAGES)
 
 
+@pytest.mark.parametrize(("height", "width", "classes"), [(4, 6, 3), (1, 1, 2), (8, 8, 1)])
+def test_maps_of_logits_stay_as_they_are(height, width, classes):
+    answer = torch.randn(5, classes, height, width)
+    assert network(Answer(answer), classes, maps=True)(IMAGES) is answer
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes"),
+    [((5, 1), 2), ((5, 3), 3), ((5, 1, 4, 4), 2), ((5, 4, 4), 4), ((4, 3, 4, 4), 3), ((5, 4, 4, 3), 3)],
+)
+def test_maps_of_another_shape(shape, classes):
+    sentence = f"own:model: gives logits of shape {shape} for 5 images, but the task has {classes} classes: expected"
+    with pytest.raises(ModelError, match=f"^{re.escape(sentence)} {re.escape(f'(5, {classes}, h, w)')}$"):
+        network(Answer(torch.zeros(shape)), classes, maps=True)(IMAGES)
+
+
+def test_maps_where_one_answer_is_wanted():
+    sentence = "own:model: gives logits of shape (5, 3, 4, 4) for 5 images, but the task has 3 classes: expected (5, 3)"
+    with pytest.raises(ModelError, match=f"^{re.escape(sentence)}$"):
+        network(Answer(torch.zeros(5, 3, 4, 4)))(IMAGES)
+
+
 @pytest.mark.parametrize(("answer", "kind"), [((torch.zeros(5, 3),), "tuple"), ({"logits": 1}, "dict"), (None, "None")])
 def test_an_output_that_is_no_tensor(answer, kind):
     with pytest.raises(ModelError, match=f"^own:model: returns {kind}.*, not one tensor of logits$"):
@@ -113,7 +135,7 @@ def test_an_output_that_is_no_tensor(answer, kind):
 
 
 def test_every_family_can_be_imported():
-    assert len(FAMILIES) >= 1
+    assert len(FAMILIES) >= 3
     for path in FAMILIES.values():
         assert callable(choose.imported(path))
 
@@ -125,6 +147,22 @@ def test_a_users_own_model(experiment):
     assert (model.image_size, model.label) == (16, "tiny_model:network")
     assert (model.mean.flatten().tolist(), model.std.flatten().tolist()) == ([0.5] * 3, [1.0] * 3)
     assert not tiny().mean.any()  # it gets images in [0, 1] as they are
+
+
+def test_a_users_own_model_of_maps(experiment):
+    (experiment / "map_model.py").write_text(
+        "from torch import nn\n\n\ndef network(classes, stride=2):\n    return nn.Conv2d(3, classes, 3, stride, 1)\n"
+    )
+    model = build_network("map_model:network", 2, maps=True, options={"stride": 4}, std=(0.5,) * 3)
+    assert model(IMAGES).shape == (5, 2, 2, 2)
+    assert (model.maps, model.std.flatten().tolist()) == (True, [0.5] * 3)
+    with pytest.raises(ModelError, match=r"^map_model:network: gives logits of shape \(5, 2, 4, 4\) .* \(5, 2\)$"):
+        build_network("map_model:network", 2, options={})(IMAGES)
+
+
+def test_timm_has_no_maps():
+    with pytest.raises(ModelError, match=r"^timm/resnet10t: timm has no segmentation models; use torchvision/... or"):
+        build_network("timm/resnet10t", 3, maps=True, options={})
 
 
 @pytest.mark.parametrize(
@@ -207,6 +245,29 @@ def test_weights_of_another_model(experiment):
         with pytest.raises(ModelError, match=f"^{name}.safetensors: does not fit tiny_model:network: {sentence}"):
             load_weights(model, f"{name}.safetensors")
     assert weights_digest(model) == before
+
+
+def test_what_the_family_ignores_is_dropped_from_the_file(experiment):
+    model = network(nn.Linear(2, 3), ignored=("aux.", "old_"))
+    state = {name: torch.randn_like(value) for name, value in model.backbone.state_dict().items()}
+    save_file({**state, "aux.weight": torch.ones(1), "old_bias": torch.ones(2)}, "w.safetensors")
+    load_weights(model, "w.safetensors")
+    assert all(torch.equal(value, state[name]) for name, value in model.backbone.state_dict().items())
+    save_file({**state, "auxiliary": torch.ones(1)}, "x.safetensors")
+    with pytest.raises(ModelError, match="^x.safetensors: does not fit own:model: has 'auxiliary' and 0 more that the"):
+        load_weights(model, "x.safetensors")
+
+
+def test_a_file_from_before_batchnorm_counted(experiment):
+    model = network(nn.Sequential(nn.BatchNorm2d(3)))
+    state = {f"0.{name}": torch.rand(3) for name in ("weight", "bias", "running_mean", "running_var")}
+    torch.save(state, "w.pth")
+    load_weights(model, "w.pth")
+    assert all(torch.equal(model.backbone.state_dict()[name], value) for name, value in state.items())
+    del state["0.running_var"]
+    torch.save(state, "w.pth")
+    with pytest.raises(ModelError, match="^w.pth: does not fit own:model: lacks '0.running_var' and 0 more; give"):
+        load_weights(model, "w.pth")
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -19,6 +19,7 @@ from kd_dist.data import Shards, read_examples
 from kd_dist.errors import DataError, MismatchError, ShardError
 from kd_dist.pack import assign, choose_split, item_key, pack
 from kd_dist.sources import Item
+from kd_dist.tasks import Classification
 
 FRACTIONS = {"train": 0.6, "val": 0.2, "test": 0.2}
 
@@ -62,7 +63,7 @@ def own(experiment) -> Path:
 
 def pack_own(folder: Path, shard_size: int = 4, classes: int = 2, **options) -> dict:
     given = {"source": "own_pictures:listing", "root": None, "options": options, "fractions": FRACTIONS}
-    return pack(folder, **given, required=["train"], classes=classes, shard_size=shard_size)["train"]
+    return pack(folder, **given, required=["train"], task=Classification(classes), shard_size=shard_size)["train"]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -75,7 +76,7 @@ def items(*names: str) -> list[Item]:
 
 def examples(recipe, split: str) -> list:
     shards = assemble.examples(recipe, split)
-    return read_examples(shards, np.arange(len(shards)), assemble.decoder(recipe))
+    return read_examples(shards, np.arange(len(shards)), assemble.task(recipe).decode)
 
 
 # ------------------------------------------------------------------------------------------------ what is packed
@@ -263,7 +264,7 @@ def test_a_picture_that_is_gone_when_it_is_read(experiment, monkeypatch):
         options={},
         fractions={"train": 1.0},
         required=["train"],
-        classes=3,
+        task=Classification(3),
         shard_size=16,
     )["train"]
     [row] = made["quarantined"]

@@ -29,7 +29,7 @@ from kd_dist.report import (
 
 def row(role: str, stage: str, seed: int, value: float, metric: str = "accuracy", **other) -> dict:
     cost = {"name": f"timm/{role}", "parameters": 1000, "macs": 2000, "latency_ms": 1.5}
-    return {"role": role, "stage": stage, "seed": seed, "metric": metric, "value": value, **cost, **other}
+    return {"role": role, "stage": stage, "seed": seed, "metric": metric, "value": value, "parts": [], **cost, **other}
 
 
 THREE = [
@@ -175,7 +175,7 @@ def test_a_gain_in_words():
 
 
 def test_the_page_holds_every_row_and_gain():
-    page = markdown(summarise(THREE), gains(THREE), "pets", "test")
+    page = markdown(summarise(THREE), gains(THREE), "pets", "test", pictured=False)
     lines = page.splitlines()
     assert lines[0] == "# pets"
     assert "Measured on the `test` split" in page
@@ -201,11 +201,11 @@ def test_the_table_shows_what_the_page_shows():
 def test_what_is_written(tmp_path):
     history = [{"step": 5 * (n + 1), "loss": 1 / (n + 1), "val_accuracy": n / 3} for n in range(3)]
     histories = {"pretrain seed-0": history, "distill seed-0": history[:1], "teacher seed-0": history}
-    rows = write(tmp_path, "pets", "test", THREE, histories)
+    rows = write(tmp_path, "pets", "test", THREE, histories, None)
     content = json.loads((tmp_path / "report.json").read_text())
     assert content == {"split": "test", "models": THREE, "summary": rows, "gains": gains(THREE)}
     assert rows == summarise(THREE)
-    assert (tmp_path / "report.md").read_text() == markdown(rows, gains(THREE), "pets", "test")
+    assert (tmp_path / "report.md").read_text() == markdown(rows, gains(THREE), "pets", "test", pictured=False)
     curves = Image.open(tmp_path / "curves.png")
     assert curves.size == (1200, 480)
     assert len(np.unique(np.asarray(curves.convert("L")))) > 10
@@ -217,7 +217,7 @@ def test_the_picture_shows_the_histories(tmp_path):
     for value in (0.2, 0.9):
         history = [{"step": 5, "loss": value, "val_nll": 0.3}, {"step": 10, "loss": 0.1, "val_nll": value}]
         models = [row("teacher", "teacher", 0, 0.5, "nll")]
-        write(tmp_path, "pets", "test", models, {"teacher seed-0": history})
+        write(tmp_path, "pets", "test", models, {"teacher seed-0": history}, None)
         pictures.append(np.asarray(Image.open(tmp_path / "curves.png").convert("L")))
     half = pictures[0].shape[1] // 2
     assert not np.array_equal(pictures[0][:, :half], pictures[1][:, :half])

@@ -1,253 +1,43 @@
-"""Classification: what may enter a shard, what comes out of it, and numbers that agree with scikit-learn."""
+"""The table of tasks: each is a value with the same interface, and every metric has a direction."""
 
-import io
-import json
+import inspect
 import math
-import re
-import struct
-import warnings
-import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from scipy.special import log_softmax, softmax
-from scipy.stats import entropy
-from sklearn.metrics import accuracy_score, log_loss
 
-from kd_dist.errors import DataError
-from kd_dist.tasks.classification import (
-    HIGHER_IS_BETTER,
-    check_label,
-    decode_example,
-    decode_image,
-    encode_members,
-    is_better,
-    metrics,
-    retention,
-    teacher_report,
-    teacher_sums,
-)
-
-PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)
+from kd_dist.tasks import METRICS, TASKS, is_better, retention
 
 
-def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
+def interface(task: type) -> dict[str, list[str]]:
+    """The parameters' names of every public method."""
+    found = inspect.getmembers(task, inspect.isfunction)
+    return {name: list(inspect.signature(one).parameters) for name, one in found if name[0] != "_"}
 
 
-PNG = encoded(Image.fromarray(PIXELS))
-JPEG = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "JPEG")
+def test_every_task_has_the_same_interface():
+    assert set(TASKS) == {"classification", "segmentation"}
+    first, *others = (interface(task) for task in TASKS.values())
+    assert len(first) == 11
+    assert all(other == first for other in others)
+    for name, task in TASKS.items():
+        assert (task.name, task(7), task(7).classes) == (name, task(classes=7), 7)
+        assert isinstance(task.maps, bool) and isinstance(task.canonical_whole, bool)
 
 
-# ------------------------------------------------------------------------------------------------ labels and images
-
-
-@pytest.mark.parametrize("label", [2, 2.0, np.int64(2), np.uint8(2), np.float32(2)])
-def test_labels_that_are_class_indices(label):
-    index = check_label(label, 3)
-    assert index == 2
-    assert type(index) is int
-
-
-@pytest.mark.parametrize(
-    ("label", "sentence"),
-    [
-        (float("nan"), "label nan is not a whole number"),
-        (float("inf"), "label inf is not a whole number"),
-        (np.float32("nan"), "label nan is not a whole number"),
-        (0.5, "label 0.5 is not a whole number"),
-        (True, "label True is not a class index"),
-        ("1", "label '1' is not a class index"),
-        (None, "label None is not a class index"),
-        ([1], "label [1] is not a class index"),
-        (3, "label 3 is outside 0..2, the task's 3 classes"),
-        (-1, "label -1 is outside 0..2, the task's 3 classes"),
-        (1e300, f"label {int(1e300)} is outside 0..2, the task's 3 classes"),
-    ],
-)
-def test_labels_that_are_not(label, sentence):
-    with pytest.raises(DataError, match=f"^{re.escape(sentence)}$"):
-        check_label(label, 3)
-
-
-def test_a_numpy_truth_value_is_no_class_index():
-    with pytest.raises(DataError, match="is not a class index"):
-        check_label(np.bool_(True), 3)
-
-
-def test_an_image_is_decoded_to_rgb():
-    pixels = decode_image(PNG)
-    assert (pixels.dtype, pixels.shape) == (np.uint8, (6, 4, 3))
-    assert np.array_equal(pixels, PIXELS)
-    assert np.array_equal(decode_image(memoryview(PNG)), PIXELS)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
-def test_other_modes_become_rgb(mode):
-    image = Image.fromarray(PIXELS).convert(mode)
-    assert np.array_equal(decode_image(encoded(image)), np.asarray(image.convert("RGB")))
-
-
-def test_a_cmyk_jpeg_becomes_rgb():
-    assert decode_image(encoded(Image.new("CMYK", (4, 6)), "JPEG")).shape == (6, 4, 3)
-
-
-@pytest.mark.parametrize(("kind", "dtype", "mode"), [("PNG", np.uint16, "I;16"), ("TIFF", np.float32, "F")])
-def test_deeper_images_are_refused_and_not_clipped(kind, dtype, mode):
-    deep = encoded(Image.fromarray(np.full((4, 4), 300, dtype)), kind)
-    with pytest.raises(DataError, match=f"pixels of mode {mode}, not of 8 bits; convert it to 8 bits"):
-        decode_image(deep)
-
-
-@pytest.mark.parametrize("size", [10, 200, len(JPEG) // 2, len(JPEG) - 2])
-def test_a_truncated_jpeg(size):
-    assert decode_image(JPEG).shape == (64, 64, 3)
-    with pytest.raises(DataError, match=r"^the image cannot be decoded \(.*[Tt]runcated.*\)$"):
-        decode_image(JPEG[:size])
-
-
-@pytest.mark.parametrize("payload", [b"", b"hello", PNG[:8], b"\0" + PNG])
-def test_what_is_no_image_gets_the_same_words_every_time(payload):
-    """The words are part of a manifest, whose bytes are promised."""
-    with pytest.raises(DataError) as raised:
-        decode_image(payload)
-    assert str(raised.value) == "the image is of no known format, or its first bytes are damaged"
-
-
-def test_an_image_that_would_fill_the_memory():
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0)
-    bomb = PNG[:8] + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
-    with pytest.raises(DataError, match="1600000000 pixels"):
-        decode_image(bomb)
-
-
-# ------------------------------------------------------------------------------------------------ one example
-
-
-def test_an_example_through_its_members():
-    members = encode_members(PNG, "png", 2, {"name": "ä/1.png"})
-    assert sorted(members) == ["json", "png"]
-    assert members["png"] == PNG
-    assert json.loads(members["json"]) == {"label": 2, "metadata": {"name": "ä/1.png"}}
-    example = decode_example("1", members, 3)
-    assert (example.key, example.target) == ("1", 2)
-    assert np.array_equal(example.image, PIXELS)
-    assert decode_example("1", {**members, "teacher.npy": b"", "mask.png": b"x"}, 3).target == 2
-
-
-LABEL = b'{"label":1}'
-
-
-@pytest.mark.parametrize(
-    ("members", "sentence"),
-    [
-        ({"png": PNG}, "expected one image and one json member, found png"),
-        ({"json": LABEL, "npy": b""}, "expected one image and one json member, found json, npy"),
-        ({"png": PNG, "jpg": PNG, "json": LABEL}, "expected one image and one json member, found jpg, json, png"),
-        ({"png": PNG, "json": b"[1]"}, "its json member has no 'label'"),
-        ({"png": PNG, "json": b'{"class":1}'}, "its json member has no 'label'"),
-        ({"png": PNG, "json": b'{"label"'}, "Expecting ':' delimiter"),
-        ({"png": PNG, "json": b"\xff"}, "'utf-8' codec can't decode"),
-        ({"png": PNG, "json": b'{"label":3}'}, "label 3 is outside 0..2"),
-        ({"png": PNG, "json": b'{"label":NaN}'}, "label nan is not a whole number"),
-        ({"png": PNG[:60], "json": LABEL}, "the image cannot be decoded"),
-    ],
-)
-def test_an_example_that_cannot_be_used(members, sentence):
-    sentence = f"^example 'a/b': {re.escape(sentence)}.*; correct the source and pack again$"
-    with pytest.raises(DataError, match=sentence):
-        decode_example("a/b", members, 3)
-
-
-# ------------------------------------------------------------------------------------------------ numbers
-
-
-def rows(count: int = 200, classes: int = 7, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.default_rng(seed)
-    targets = random.integers(0, classes, count)
-    logits = random.normal(size=(count, classes)).astype(np.float32) * 3
-    logits[np.arange(count), targets] += 2
-    return logits, targets
-
-
-def measured(logits: np.ndarray, targets: np.ndarray, cuts: list[int]) -> dict[str, float]:
-    collection = metrics(logits.shape[1])
-    for part, labels in zip(np.split(logits, cuts), np.split(targets, cuts), strict=True):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            collection.update(torch.from_numpy(part), torch.from_numpy(labels))
-    return {name: float(value) for name, value in collection.compute().items()}
-
-
-def test_metrics_agree_with_scikit_learn():
-    logits, targets = rows()
-    found = measured(logits, targets, [])
-    p = softmax(logits.astype(np.float64), axis=1)
-    assert set(found) == set(HIGHER_IS_BETTER)
-    assert found["accuracy"] == pytest.approx(accuracy_score(targets, logits.argmax(1)), abs=1e-7)
-    assert found["nll"] == pytest.approx(log_loss(targets, p, labels=range(7)), rel=1e-12)
-
-
-def test_accuracy_is_over_examples_and_not_over_classes():
-    logits, targets = np.eye(3, dtype=np.float32)[[0, 0, 0, 0]], np.array([0, 0, 0, 2])
-    assert measured(logits, targets, [])["accuracy"] == 0.75
-
-
-@pytest.mark.parametrize("cuts", [[1], [50, 100, 150], [3, 199], list(range(1, 200))])
-def test_metrics_do_not_depend_on_the_batches(cuts):
-    logits, targets = rows()
-    whole, parts = measured(logits, targets, []), measured(logits, targets, cuts)
-    assert parts["accuracy"] == whole["accuracy"]
-    assert parts["nll"] == pytest.approx(whole["nll"], rel=1e-13)
-
-
-def test_nll_is_summed_in_double_precision():
-    logits, targets = np.zeros((1, 2), np.float32), np.zeros(1, np.int64)
-    nll = metrics(2)["nll"]
-    nll.total += 2**24  # one more nat would be lost in float32
-    nll.update(torch.from_numpy(logits), torch.from_numpy(targets))
-    assert float(nll.total) - 2**24 == pytest.approx(np.log(2), abs=1e-8)
-
-
-def test_what_a_teacher_said():
-    logits, targets = rows(count=300, classes=5)
-    logits[:30] *= 20
-    p = softmax(logits.astype(np.float64), axis=1)
-    log_p = log_softmax(logits.astype(np.float64), axis=1)  # log_loss would clip what is below 2e-16
-    report = teacher_report(teacher_sums(logits, targets))
-    assert report["rows"] == 300
-    assert report["accuracy"] == accuracy_score(targets, logits.argmax(1))
-    assert report["nll"] == pytest.approx(-log_p[np.arange(300), targets].mean(), rel=1e-9)
-    assert report["entropy"] == pytest.approx(entropy(p, axis=1).mean(), rel=1e-9)
-    assert report["saturated"] == (p.max(1) > 0.99).mean() > 0
-    assert report["labelled_per_class"] == np.bincount(targets, minlength=5).tolist()
-    assert report["predicted_per_class"] == np.bincount(logits.argmax(1), minlength=5).tolist()
-    json.dumps(report, allow_nan=False)
-
-
-def test_a_teachers_sums_add_up():
-    logits, targets = rows(count=100, classes=5)
-    whole, one, two = (teacher_sums(logits[cut], targets[cut]) for cut in (slice(None), slice(0, 33), slice(33, None)))
-    for name in ("rows", "right", "saturated"):
-        assert one[name] + two[name] == whole[name]
-    for name in ("nll", "entropy"):
-        assert one[name] + two[name] == pytest.approx(whole[name], rel=1e-12)
-    for name in ("labelled_per_class", "predicted_per_class"):
-        assert np.add(one[name], two[name]).tolist() == whole[name]
-
-
-def test_a_teacher_beyond_doubt_and_a_teacher_that_said_nothing():
-    sure = teacher_report(teacher_sums(np.array([[1e4, -1e4], [-1e4, 1e4]], np.float32), np.array([0, 0])))
-    assert (sure["entropy"], sure["saturated"], sure["accuracy"], sure["nll"]) == (0.0, 1.0, 0.5, 1e4)
-    silent = teacher_report(teacher_sums(np.zeros((0, 3), np.float32), np.zeros(0, np.int64)))
-    assert (silent["rows"], silent["accuracy"], silent["predicted_per_class"]) == (0, 0.0, [0, 0, 0])
+def test_every_metric_of_a_task_is_measured_and_has_a_direction():
+    logits = {"classification": torch.eye(3), "segmentation": torch.eye(3)[:, :, None, None]}
+    targets = {"classification": torch.tensor([0, 1, 1]), "segmentation": torch.tensor([0, 1, 1]).byte().view(3, 1, 1)}
+    for name, kind in TASKS.items():
+        task, sizes = kind(3), torch.ones(3, 2, dtype=torch.int64)
+        metrics = task.metrics()
+        task.update(metrics, logits[name], targets[name], sizes if task.maps else None)
+        measured = {metric: float(value) for metric, value in metrics.compute().items()}
+        assert {metric for metric in measured if "/" not in metric} == set(task.metrics_known) <= set(METRICS)
+        assert all(np.isfinite(measured[metric]) for metric in task.metrics_known)
+    assert [kind.metrics_known[0] for kind in TASKS.values()] == ["accuracy", "miou"]
+    assert len(METRICS) == sum(len(kind.metrics_known) for kind in TASKS.values()) == 4
 
 
 @pytest.mark.parametrize(
@@ -259,6 +49,7 @@ def test_a_teacher_beyond_doubt_and_a_teacher_that_said_nothing():
         ("nll", 0.5, 0.4, 0.8),
         ("nll", 0.2, 0.4, 2.0),
         ("nll", 0.0, 0.4, None),
+        ("miou", 0.6, 0.8, 0.75),
     ],
 )
 def test_retention_is_one_when_all_is_kept_and_less_when_not(metric, student, teacher, kept):
@@ -277,6 +68,8 @@ def test_retention_is_one_when_all_is_kept_and_less_when_not(metric, student, te
         ("nll", math.nan, 0.4, False),
         ("accuracy", math.nan, 0.4, False),
         ("nll", 0.4, math.nan, True),
+        ("miou", 0.5, 0.4, True),
+        ("pixel_accuracy", 0.4, 0.5, False),
     ],
 )
 def test_what_counts_as_better(metric, value, best, better):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_dist.errors import DataError, RecipeError
-from kd_dist.views import VIEW_DTYPE, ImageViews, canonical, draw, input_crc, replay
+from kd_dist.views import VIEW_DTYPE, ImageViews, canonical, draw, input_crc, replay, replay_mask, sample
 
 POLICY = ImageViews((32, 24), (0.2, 1), (0.75, 1.333), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, seed=7)
 
@@ -243,6 +243,91 @@ def test_input_crc_is_of_the_bytes_in_row_order():
     assert input_crc(changed) != input_crc(image)
 
 
+# ---------------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize(("old", "new"), [(7, 7), (60, 21), (21, 60), (1, 5), (9, 1), (65535, 3), (5, 4)])
+def test_a_sample_is_what_lies_under_the_centre(old, new):
+    values = np.arange(old, dtype=np.uint16)
+    expected = [math.floor(Fraction(2 * i + 1, 2) * old / new) for i in range(new)]
+    assert sample(values[None], (1, new))[0].tolist() == expected
+    assert sample(values[:, None], (new, 1))[:, 0].tolist() == expected
+
+
+def test_the_mask_of_the_whole_view_is_the_mask():
+    mask = noise(17, 23)[..., 0]
+    seen = replay_mask(mask, view_of(17, 23), (17, 23))
+    assert np.array_equal(seen, mask)
+    assert seen is not mask and not np.shares_memory(seen, mask)
+
+
+def blocks(rows: int, columns: int, side: int, seed: int) -> np.ndarray:
+    """A mask of squares of 21 classes and 255, ignored."""
+    classes = np.random.default_rng(seed).choice([*range(21), 255], (-(-rows // side), -(-columns // side)))
+    return np.kron(classes, np.ones((side, side)))[:rows, :columns].astype(np.uint8)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_mask_moves_exactly_as_its_image(whole):
+    """An image whose colour is its class: wherever a pixel of the view is of one colour, the mask says its class."""
+    policy = ImageViews((40, 56), (0.1, 1), (0.5, 2), flip=0.5, whole=whole)
+    agreed = flipped = 0
+    for number in range(120):
+        rows, columns = 90 + number % 37, 70 + number % 53
+        mask = blocks(rows, columns, 24, number)
+        view = draw(policy, "a", number, mask.shape)
+        pixels = replay(np.stack([mask, 255 - mask, mask ^ 0b1010101], axis=-1), view, policy.size)
+        seen = replay_mask(mask, view, policy.size)
+        assert (seen.shape, seen.dtype) == (policy.size, np.uint8)
+        assert seen.flags.c_contiguous and seen.flags.writeable
+        assert set(np.unique(seen)) <= set(np.unique(mask))
+        # Away from an edge a bilinear pixel has one colour, and so have its neighbours.
+        around = np.lib.stride_tricks.sliding_window_view(seen, (5, 5)).reshape(36, 52, 25)
+        flat = (around == around[..., :1]).all(axis=-1)
+        assert np.array_equal(pixels[2:-2, 2:-2, 0][flat], seen[2:-2, 2:-2][flat])
+        agreed, flipped = agreed + flat.sum(), flipped + view["flip"]
+    assert agreed > 50_000 and 40 < flipped < 80
+
+
+def test_edges_of_image_and_mask_are_at_the_same_place():
+    """Half black, half white: the mask's edge is where the image crosses the middle, for every box and both flips."""
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, 29:] = 255
+    for left in range(29):
+        for flip in (0, 1):
+            view = view_of(64, 64, left=left, width=36, flip=flip)
+            pixels = replay(np.repeat(mask[..., None], 3, axis=2), view, (8, 13))[..., 0]
+            seen = replay_mask(mask, view, (8, 13))
+            sure = abs(pixels.astype(int) - 127) > 8  # the antialiased pixel on the edge may be near the middle
+            assert sure.mean() > 0.9
+            assert np.array_equal((pixels > 127)[sure], (seen > 127)[sure])
+
+
+def test_a_flipped_mask_is_the_mirror_image():
+    mask = noise(6, 7)[..., 0]
+    for size in ((6, 7), (4, 4), (13, 11)):
+        plain, mirrored = (replay_mask(mask, view_of(6, 7, flip=flip), size) for flip in (0, 1))
+        assert np.array_equal(mirrored, plain[:, ::-1]) and not np.array_equal(mirrored, plain)
+
+
+def test_colours_do_not_touch_a_mask():
+    mask = noise(6, 7)[..., 0]
+    view = view_of(6, 7, brightness=0.5, contrast=1.5, saturation=0.2)
+    assert np.array_equal(replay_mask(mask, view, (6, 7)), mask)
+
+
+def test_a_mask_of_another_image_or_kind_is_refused():
+    named = r"box of 10 x 12 pixels at row 0, column 0 is not inside the mask of 10 x 11; .* another mask: cache the"
+    with pytest.raises(DataError, match=named):
+        replay_mask(np.zeros((10, 11), np.uint8), view_of(10, 12), (4, 4))
+    with pytest.raises(DataError, match="box of 0 x 12"):
+        replay_mask(np.zeros((10, 12), np.uint8), view_of(10, 12, height=0), (4, 4))
+    with pytest.raises(DataError, match=r"a mask must be uint8 \(H, W\), not int64 \(4, 4\); mend its decoder"):
+        replay_mask(np.zeros((4, 4), np.int64), view_of(4, 4), (4, 4))
+    with pytest.raises(DataError, match=r"not uint8 \(4, 4, 1\)"):
+        replay_mask(np.zeros((4, 4, 1), np.uint8), view_of(4, 4), (4, 4))
+
+
 # ---------------------------------------------------------------------------------------------- draw
 
 
@@ -370,6 +455,24 @@ def test_a_crop_that_never_fits_falls_back_to_the_centre():
     assert all(box_of(draw(policy, "a", number, (10, 100))) == (0, 45, 10, 10) for number in range(20))
 
 
+@pytest.mark.parametrize("image_size", [(10, 20), (20, 11), (8, 8), (1, 400), (65535, 3)])
+def test_the_canonical_view_may_be_the_whole_image(image_size):
+    policy = ImageViews((8, 8), whole=True)
+    view = canonical(policy, image_size)
+    assert box_of(view) == (0, 0, *image_size)
+    assert (view["brightness"], view["contrast"], view["saturation"], view["flip"]) == (1, 1, 1, 0)
+    assert all(draw(policy, "a", number, image_size) == view for number in range(20))
+    assert replay(np.zeros((*image_size, 3), np.uint8), view, policy.size).shape == (8, 8, 3)
+
+
+def test_a_whole_policy_crops_as_any_other_and_falls_back_to_the_whole_image():
+    for number in range(50):
+        plain, whole = (draw(replace(POLICY, whole=one), "a", number, (500, 500)) for one in (False, True))
+        assert plain == whole
+    never = ImageViews((8, 8), crop_scale=(0.9, 0.95), crop_ratio=(1, 1), whole=True)
+    assert all(box_of(draw(never, "a", number, (10, 100))) == (0, 0, 10, 100) for number in range(20))
+
+
 def test_the_ratio_of_the_crop_is_relative_to_the_view():
     policy = ImageViews((100, 200), crop_scale=(0.1, 0.1), crop_ratio=(1, 1))
     for number in range(20):
@@ -378,8 +481,9 @@ def test_the_ratio_of_the_crop_is_relative_to_the_view():
 
 @pytest.mark.parametrize("image_size", [(0, 5), (5, 0), (65536, 5), (5, 65536)])
 @pytest.mark.parametrize("crop_scale", [(1, 1), (0.5, 1)])
-def test_an_image_without_views_is_refused(image_size, crop_scale):
-    policy = ImageViews((4, 4), crop_scale)
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_image_without_views_is_refused(image_size, crop_scale, whole):
+    policy = ImageViews((4, 4), crop_scale, whole=whole)
     named = f"{image_size[0]} x {image_size[1]} pixels has no views; each side must be from 1 to 65,535"
     with pytest.raises(DataError, match=named):
         draw(policy, "a", 0, image_size)

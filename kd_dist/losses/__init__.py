@@ -1,27 +1,34 @@
 """The losses a recipe may name, and the objective that weighs them against each other."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kd_dist.batch import Batch, StudentOutput
-from kd_dist.choose import check_options, entry
-from kd_dist.errors import RecipeError
-from kd_dist.losses import logits
+from kd_dist.choose import check_options, describe, entry, fits, hint
+from kd_dist.errors import ModelError, RecipeError
+from kd_dist.losses import features as feature_losses
+from kd_dist.losses import logits, segmentation
+from kd_dist.losses.relations import related
 from kd_dist.losses.schedules import check_weight, weight_at
 from kd_dist.losses.table import Loss
 
-LOSSES: dict[str, Loss] = {**logits.LOSSES}
+LOSSES: dict[str, Loss] = {**logits.LOSSES, **segmentation.LOSSES, **feature_losses.LOSSES}
 
 
-def check_losses(losses: Mapping[str, Mapping[str, Any]], task: str, classes: int) -> None:
+def check_losses(
+    losses: Mapping[str, Mapping[str, Any]], task: str, classes: int, features: Collection[str] = ()
+) -> None:
     """Raise a RecipeError unless an Objective of `losses` makes sense for `task` with `classes` classes.
 
-    `losses` is as a recipe writes it: loss name -> {weight: ..., **options}, the weight 1 when left out.
+    `losses` is as a recipe writes it: loss name -> {weight: ..., **options}, the weight 1 when left out. `features`
+    are the names of the features that teacher and student both have. A loss on features may say which it reads,
+    `features: [a, b]`, all when left out; a relational one may say `gather: true`, see `Objective`.
     """
     if not losses:
         raise RecipeError(f"no loss is named; known: {', '.join(sorted(LOSSES))}")
@@ -30,6 +37,7 @@ def check_losses(losses: Mapping[str, Mapping[str, Any]], task: str, classes: in
         try:
             _check_place(row, task, classes)
             _check_options(row, written)
+            _check_features(row, written, features)
             check_weight(_weight(written))
         except RecipeError as error:
             raise RecipeError(f"loss '{name}': {error}") from error
@@ -40,9 +48,26 @@ def signals_needed(losses: Mapping[str, Mapping[str, Any]]) -> set[str]:
     return {LOSSES[name].against for name in losses} - {"targets"}
 
 
+def features_read(losses: Mapping[str, Mapping[str, Any]], known: Sequence[str]) -> list[str]:
+    """The features that these losses read, of those that teacher and student both have; in the order of `known`."""
+    read = {name for loss, written in losses.items() if _on_features(loss) for name in _chosen(written, known)}
+    return [name for name in known if name in read]
+
+
+def projections(losses: Mapping[str, Mapping[str, Any]], known: Sequence[str]) -> dict[str, list[str]]:
+    """By loss, the features that the student must project for it to the teacher's channels; in the order of `known`."""
+    return {loss: _chosen(written, known) for loss, written in losses.items() if LOSSES[loss].student == "projected"}
+
+
 @dataclass(frozen=True)
 class Objective:
-    """The weighted sum of losses that a stage minimises. `losses` is as in `check_losses`, and has passed it."""
+    """The weighted sum of losses that a stage minimises. `losses` is as in `check_losses`, and has passed it.
+
+    The value of a loss on features is the mean over its features, so that a weight does not depend on their number.
+    A relational loss compares the rows of one micro-batch with each other; where several ranks train, those of each
+    rank by themselves, which gives another value than one process has. With its option `gather: true` it compares the
+    rows of all ranks, as one process would; each rank then fetches the others' features in every micro-batch.
+    """
 
     losses: Mapping[str, Mapping[str, Any]]
     epochs: int  # length of the run, which the weight schedules need
@@ -54,9 +79,10 @@ class Objective:
     def __call__(self, output: StudentOutput, batch: Batch, epoch: float) -> tuple[Tensor, dict[str, Tensor]]:
         """This share's part of the step's loss, and of each unweighted term (detached, by loss name); 0-d float32.
 
-        Both are sums over the valid rows divided by `batch.total`, the valid examples of the whole step. So the parts
-        add up, over ranks and micro-batches, to the mean over the step: add them, do not average them. A row that is
-        not valid adds exactly 0 to the value and to the gradient.
+        Both are sums over the valid rows divided by `batch.total`, the valid examples of the whole step; a relational
+        loss counts its value once for each row that it relates. So the parts add up, over ranks and micro-batches, to
+        the mean over the step: add them, do not average them. A row that is not valid adds exactly 0 to the value and
+        to the gradient. ModelError: a feature is missing, or what the student says does not fit what it is held to.
         """
         # A loss works in float32. Elementwise operations do so by themselves, a matrix product would not.
         with torch.autocast(batch.valid.device.type, enabled=False):
@@ -66,10 +92,46 @@ class Objective:
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _term(self, name: str, output: StudentOutput, batch: Batch) -> Tensor:
-        row = LOSSES[name]
-        against = batch.targets if row.against == "targets" else getattr(batch.signals, row.against)
-        values = row.function(getattr(output, row.student), against, **_options(self.losses[name]))
-        return torch.where(batch.valid, values, 0.0).sum() / batch.total
+        row, written = LOSSES[name], self.losses[name]
+        if not _on_features(name):
+            against = batch.targets if row.against == "targets" else getattr(batch.signals, row.against)
+            return _share(row, written, getattr(output, row.student), against, batch)
+        shares = []
+        for feature, student, teacher in _feature_pairs(name, written, output, batch):
+            try:
+                shares.append(_share(row, written, student, teacher, batch))
+            except ModelError as error:
+                raise ModelError(f"loss '{name}': feature '{feature}': {error}") from error
+        return torch.stack(shares).mean()
+
+
+def _share(row: Loss, written: Mapping[str, Any], student: Tensor, against: Tensor, batch: Batch) -> Tensor:
+    """What this share of the step adds to the mean over the step's valid rows."""
+    function = partial(row.function, **{key: value for key, value in written.items() if key not in _BESIDE})
+    if row.relational:
+        return related(function, student, against, batch.valid, batch.total, written.get("gather", False))
+    return torch.where(batch.valid, function(student, against), 0.0).sum() / batch.total
+
+
+def _feature_pairs(
+    name: str, written: Mapping[str, Any], output: StudentOutput, batch: Batch
+) -> list[tuple[str, Tensor, Tensor]]:
+    """(feature, student's tensor, teacher's tensor) of every feature that the loss reads."""
+    students = output.features if LOSSES[name].student == "features" else output.projected.get(name, {})
+    teachers = batch.signals.features
+    known = [feature for feature in teachers if feature in students]
+    pairs = []
+    for feature in written.get("features", known):
+        for holder, held in (("the student's", students), ("the teacher's", teachers)):
+            if feature not in held:
+                raise ModelError(f"loss '{name}': feature '{feature}' is not among {holder}{hint(feature, held)}")
+        pairs.append((feature, students[feature], teachers[feature]))
+    if not pairs:
+        raise ModelError(
+            f"loss '{name}': the student has features {sorted(students)} for it and the teacher {sorted(teachers)}; "
+            "name the same ones in cache.features and student.taps"
+        )
+    return pairs
 
 
 def _check_place(row: Loss, task: str, classes: int) -> None:
@@ -91,17 +153,44 @@ def _fits(row: Loss, task: str, classes: int) -> bool:
 
 
 def _check_options(row: Loss, written: Mapping[str, Any]) -> None:
-    """RecipeError unless the loss takes these options with these values."""
+    """RecipeError unless the loss, or the Objective for it, takes these options with these values."""
     tensors = list(inspect.signature(row.function).parameters)[:2]
-    check_options(row.function, written, given=tensors, beside=["weight"])
+    allowed = {"weight": True, "features": row.against == "features", "gather": row.relational}
+    beside = [option for option, may_be in allowed.items() if may_be]
+    check_options(row.function, written, given=tensors, beside=beside)
+    for option in beside:
+        if option in written and not fits(written[option], _BESIDE[option]):
+            raise RecipeError(f"option '{option}' must be {describe(_BESIDE[option])}, not {written[option]!r}")
     for option, (least, most) in row.ranges.items():
         if option in written and not least <= written[option] <= most:
             raise RecipeError(f"option '{option}' must be from {least:g} to {most:g}, not {written[option]}")
 
 
+def _check_features(row: Loss, written: Mapping[str, Any], features: Collection[str]) -> None:
+    """RecipeError unless teacher and student have the features that the loss compares."""
+    if row.against != "features":
+        return
+    if not features:
+        raise RecipeError("needs features: name them in cache.features and student.taps alike")
+    if not written.get("features", features):
+        raise RecipeError("option 'features' must name at least one; leave it out to read all")
+    for name in written.get("features", ()):
+        if name not in features:
+            raise RecipeError(f"teacher and student do not both have a feature '{name}'{hint(name, features)}")
+
+
+# What the Objective reads itself, and of what type it is; a weight has its own check.
+_BESIDE: dict[str, Any] = {"weight": Any, "features": list[str], "gather": bool}
+
+
+def _on_features(loss: str) -> bool:
+    return LOSSES[loss].against == "features"
+
+
+def _chosen(written: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """The features that a loss reads, in the order of `known`."""
+    return [name for name in known if name in written.get("features", known)]
+
+
 def _weight(written: Mapping[str, Any]) -> Any:
     return written.get("weight", 1.0)
-
-
-def _options(written: Mapping[str, Any]) -> dict[str, Any]:
-    return {option: value for option, value in written.items() if option != "weight"}

@@ -9,16 +9,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_dist.errors import ModelError
+from kd_dist.losses.grid import on_grid
 from kd_dist.losses.table import Loss
+
+IGNORED = 255  # in a mask: a pixel without a label
+TEMPERATURE = (0.1, 100.0)  # colder, the teacher is one-hot; hotter, rounding (1e-6 T^2 nats) drowns the value
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """-sum_c y_c log softmax(logits)_c, where y = (1 - e) onehot(target) + e/C and e is `label_smoothing`.
 
-    logits (B, C) float; targets (B,) int64 in [0, C); returns (B,) float32 in nats.
+    logits (B, C) float with targets (B,) int64 in [0, C); or logits (B, C, h, w) with masks (B, H, W) uint8 or int64,
+    255 being ignored: the logits are brought to (H, W) first (`grid.on_grid`), and an example's value is the mean over
+    its labelled pixels, 0 if it has none. Returns (B,) float32 in nats. ModelError: logits and targets do not fit.
     Source: smoothing is Szegedy et al., CVPR 2016 (1512.00567), section 7. Default: the plain log-loss.
     """
-    return F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
+    if logits.ndim not in (2, 4) or targets.ndim != logits.ndim - 1 or len(logits) != len(targets):
+        raise ModelError(
+            f"the student's logits have shape {tuple(logits.shape)} and the targets {tuple(targets.shape)}; labels "
+            "(B,) need logits (B, C) and masks (B, H, W) need logits (B, C, h, w)"
+        )
+    if logits.ndim == 2:
+        return F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
+    values = F.cross_entropy(
+        on_grid(logits.float(), targets.shape[1:]),
+        targets.long(),
+        ignore_index=IGNORED,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    labelled = (targets != IGNORED).sum(dim=(1, 2))
+    return values.sum(dim=(1, 2)) / labelled.clamp_min(1)
 
 
 def kd(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
@@ -30,9 +51,7 @@ def kd(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
     nearly independent of T. Default: T = 4, as usual on CIFAR, there with weight 0.9 beside 0.1 for the label.
     """
     student, teacher = _float_pair(student, teacher)
-    log_q = torch.log_softmax(student / temperature, dim=-1)
-    log_p = torch.log_softmax(teacher / temperature, dim=-1)
-    return temperature**2 * _weighed(log_p.exp(), log_p - log_q).sum(dim=-1)
+    return divergence(student, teacher, temperature, dim=1)
 
 
 def kd_binary(student: Tensor, teacher: Tensor, *, temperature: float = 2.0) -> Tensor:
@@ -51,6 +70,13 @@ def kd_binary(student: Tensor, teacher: Tensor, *, temperature: float = 2.0) -> 
     return temperature**2 * (class_1 + class_0)
 
 
+def divergence(student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
+    """T^2 KL(softmax(teacher/T) || softmax(student/T)) over `dim`, which is gone from the result; both float32."""
+    log_q = torch.log_softmax(student / temperature, dim=dim)
+    log_p = torch.log_softmax(teacher / temperature, dim=dim)
+    return temperature**2 * _weighed(log_p.exp(), log_p - log_q).sum(dim=dim)
+
+
 def _weighed(p: Tensor, log_ratio: Tensor) -> Tensor:
     """p * log_ratio, and 0 where p has underflowed: a student that says -inf there would make it 0 * inf = NaN."""
     return torch.where(p > 0, p * log_ratio, 0.0)
@@ -66,14 +92,12 @@ def _float_pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student.float(), teacher.float()
 
 
-_TEMPERATURE = (0.1, 100.0)  # colder, the teacher is one-hot; hotter, rounding (1e-6 T^2 nats) drowns the value
-
 LOSSES = {
     "cross_entropy": Loss(
         cross_entropy,
         student="logits",
         against="targets",
-        tasks=("classification",),
+        tasks=("classification", "segmentation"),
         classes=(2, None),
         ranges={"label_smoothing": (0.0, 0.9)},
     ),
@@ -83,7 +107,7 @@ LOSSES = {
         against="logits",
         tasks=("classification",),
         classes=(2, None),
-        ranges={"temperature": _TEMPERATURE},
+        ranges={"temperature": TEMPERATURE},
     ),
     "kd_binary": Loss(
         kd_binary,
@@ -91,6 +115,6 @@ LOSSES = {
         against="logits",
         tasks=("classification",),
         classes=(2, 2),
-        ranges={"temperature": _TEMPERATURE},
+        ranges={"temperature": TEMPERATURE},
     ),
 }

@@ -10,12 +10,15 @@ class Loss(NamedTuple):
     """A loss function, what it reads, and where it makes sense.
 
     The function takes the student's tensor, then what it is compared with, then its options by keyword. It returns
-    (B,) float32: one value an example, averaged over everything else, not yet averaged over the batch.
+    (B,) float32: one value an example, averaged over everything else, not yet averaged over the batch. A relational
+    one returns a 0-d float32 instead, one value for all rows together, and sees valid rows only, at least 2.
+    Where it compares features, it takes those of one name.
     """
 
     function: Callable[..., Tensor]
-    student: str  # the StudentOutput field it reads
-    against: str  # "targets" (of the Batch), or the TeacherSignal field it reads
+    student: str  # the StudentOutput field it reads: "logits", "features" or "projected"
+    against: str  # "targets" (of the Batch), or the TeacherSignal field it reads: "logits" or "features"
     tasks: tuple[str, ...]  # names of the tasks it makes sense for
     classes: tuple[int, int | None]  # fewest and most classes; None: no upper limit
     ranges: dict[str, tuple[float, float]]  # numeric option -> smallest and largest value, both allowed
+    relational: bool = False  # whether it compares the rows of a batch with each other

@@ -16,26 +16,36 @@ from kd_dist.errors import ModelError
 class Built(NamedTuple):
     """What a family returns: an architecture and the normalisation that it was made for."""
 
-    backbone: nn.Module  # (B, 3, H, W) float, normalised -> (B, classes)
+    backbone: nn.Module  # (B, 3, H, W) float, normalised -> (B, classes), or (B, classes, h, w) for maps
     mean: Sequence[float]  # per channel, of images in [0, 1]
     std: Sequence[float]
+    ignored: tuple[str, ...] = ()  # what names of weights begin with that a file may hold and the backbone does not
 
 
-# Where each family lives, as `build(name, classes, pretrained, options) -> Built`: its library loads only when chosen.
-FAMILIES = {"timm": "kd_dist.models.timm:build"}
+# Where each family lives, as `build(name, classes, pretrained, options, maps) -> Built`: its library loads only when
+# chosen.
+FAMILIES = {
+    "timm": "kd_dist.models.timm:build",
+    "torchvision": "kd_dist.models.torchvision:build",
+    "kd_dist": "kd_dist.models.mobile:build",
+}
+
+COUNTER = ".num_batches_tracked"  # old files lack it, and nothing that we do uses it
 
 
 class Network(nn.Module):
     """A backbone behind its own preprocessing: raw images in, logits out.
 
     Input (B, 3, H, W): uint8, or float in [0, 1]. Output (B, classes). A one-output head of a two-class task becomes
-    [0, z], which has the same softmax. Any other shape is a ModelError on the first batch.
+    [0, z], which has the same softmax. With `maps` the output is (B, classes, h, w), at whatever resolution the
+    backbone gives. Any other shape is a ModelError on the first batch.
     """
 
-    def __init__(self, built: Built, classes: int, image_size: int | None, label: str) -> None:
+    def __init__(self, built: Built, classes: int, image_size: int | None, label: str, maps: bool = False) -> None:
         super().__init__()
         self.backbone = built.backbone
-        self.classes, self.image_size, self.label = classes, image_size, label
+        self.classes, self.image_size, self.label, self.maps = classes, image_size, label, maps
+        self.ignored = built.ignored
         # Not persistent: the recipe states them, and weights stay plain weights of the architecture.
         self.register_buffer("mean", torch.tensor(built.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(built.std).view(1, -1, 1, 1), persistent=False)
@@ -48,12 +58,13 @@ class Network(nn.Module):
         logits = self.backbone((pixels - self.mean) / self.std)
         if not isinstance(logits, Tensor):
             raise ModelError(f"{self.label}: returns {type(logits).__name__}, not one tensor of logits")
-        if self.classes == 2 and logits.shape == (len(images), 1):
+        if self.classes == 2 and not self.maps and logits.shape == (len(images), 1):
             return torch.cat([torch.zeros_like(logits), logits], dim=1)
-        if logits.shape != (len(images), self.classes):
+        if logits.shape[:2] != (len(images), self.classes) or logits.dim() != (4 if self.maps else 2):
+            grid = ", h, w" if self.maps else ""
             raise ModelError(
                 f"{self.label}: gives logits of shape {tuple(logits.shape)} for {len(images)} images, but the task has "
-                f"{self.classes} classes: expected ({len(images)}, {self.classes})"
+                f"{self.classes} classes: expected ({len(images)}, {self.classes}{grid})"
             )
         return logits
 
@@ -62,16 +73,18 @@ def build_network(
     model: str,
     classes: int,
     *,
+    maps: bool = False,
     options: dict[str, Any],
     pretrained: bool = False,
     image_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Network:
-    """Build `family/name` or `package.module:factory`.
+    """Build `family/name` or `package.module:factory`; with `maps`, one that answers at every place of an image.
 
     A user's factory is called as `factory(classes=..., **options)` and returns an nn.Module from normalised
-    (B, 3, H, W) to (B, classes); without `mean` and `std` in the recipe it gets images in [0, 1] as they are.
+    (B, 3, H, W) to (B, classes), with `maps` to (B, classes, h, w); without `mean` and `std` in the recipe it gets
+    images in [0, 1] as they are.
     """
     if ":" in model:
         factory = choose.imported(model)
@@ -83,20 +96,21 @@ def build_network(
     else:
         family, _, name = model.partition("/")
         build = choose.imported(choose.entry(FAMILIES, "model family", family))
-        built = build(name, classes, pretrained, options)
+        built = build(name, classes, pretrained, options, maps)
     built = built._replace(mean=mean or built.mean, std=std or built.std)
-    return Network(built, classes, image_size, model)
+    return Network(built, classes, image_size, model, maps)
 
 
 def load_weights(network: Network, path: str | Path) -> None:
     """Load a .safetensors file, or a torch file read with `weights_only=True`, strictly into the backbone.
 
     A torch file may hold the weights under `state_dict` or `model`. Missing, unexpected or misshapen entries are a
-    ModelError that names the first of each.
+    ModelError that names the first of each; what the family's `ignored` names is no part of the model and dropped.
     """
-    weights = read_weights(path)
+    weights = {name: value for name, value in read_weights(path).items() if not name.startswith(network.ignored)}
     expected = network.backbone.state_dict()
-    missing, foreign = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    missing = sorted(name for name in expected.keys() - weights.keys() if not name.endswith(COUNTER))
+    foreign = sorted(weights.keys() - expected.keys())
     bent = [name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape]
     problems = [f"lacks '{missing[0]}' and {len(missing) - 1} more"] if missing else []
     problems += [f"has '{foreign[0]}' and {len(foreign) - 1} more that the model lacks"] if foreign else []

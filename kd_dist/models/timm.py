@@ -7,8 +7,10 @@ from kd_dist.errors import ModelError
 from kd_dist.models import Built
 
 
-def build(name: str, classes: int, pretrained: bool, options: dict[str, Any]) -> Built:
+def build(name: str, classes: int, pretrained: bool, options: dict[str, Any], maps: bool) -> Built:
     """Create a timm model with `classes` outputs; the normalisation is the one its weights were trained with."""
+    if maps:
+        raise ModelError(f"timm/{name}: timm has no segmentation models; use torchvision/... or kd_dist/...")
     import timm
     from timm.data import resolve_model_data_config
 

@@ -13,7 +13,7 @@ class Item(NamedTuple):
     name: str  # relative path or other name, unique in its split; the example's key is made from it
     split: str | None  # None: the recipe's split fractions decide
     extension: str  # of the encoded image, without the dot: png, jpg
-    label: Any  # class index; checked by the task when it is packed
+    label: Any  # class index; or a mask's encoded PNG, or a picklable function that returns it; checked when packed
     read: Callable[[], bytes]  # the encoded image; picklable
 
 
@@ -28,6 +28,7 @@ class Listing(NamedTuple):
 SOURCES = {
     "digits": "kd_dist.sources.digits:digits",
     "image_folder": "kd_dist.sources.image_folder:image_folder",
+    "voc": "kd_dist.sources.voc:voc",
 }
 
 

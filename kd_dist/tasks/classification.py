@@ -1,23 +1,117 @@
 """Image classification: one class index an image."""
 
-import io
 import json
-import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torchmetrics
 import torchmetrics.classification
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from kd_dist.batch import Example
 from kd_dist.errors import DataError
+from kd_dist.tasks.images import (
+    certainty,
+    certainty_warnings,
+    decode_image,
+    image_and,
+    image_members,
+    naming,
+)
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "ppm", "pgm")
 HIGHER_IS_BETTER = {"accuracy": True, "nll": False}
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Each image is of one of `classes` classes; logits are (B, C)."""
+
+    classes: int
+
+    name: ClassVar[str] = "classification"
+    maps: ClassVar[bool] = False
+    canonical_whole: ClassVar[bool] = False
+    metrics_known: ClassVar[tuple[str, ...]] = tuple(HIGHER_IS_BETTER)
+
+    def encode(self, image: bytes, extension: str, label: Any, metadata: Mapping[str, Any]) -> dict[str, bytes]:
+        """The members of one example in its shard: the image as it came, and the label as JSON.
+
+        `label` is a class index. Raises DataError when the image cannot be decoded or the label is none.
+        """
+        index = check_label(label, self.classes)
+        members = image_members(image, extension, {"label": index, "metadata": metadata})
+        decode_image(image)
+        return members
+
+    def decode(self, key: str, members: Mapping[str, bytes | memoryview]) -> Example:
+        """One example of a shard. Raises DataError that names the key."""
+        with naming(key):
+            image, text = image_and("json", members)
+            record = json.loads(bytes(text))
+            if not isinstance(record, dict) or "label" not in record:
+                raise DataError("its json member has no 'label'")
+            label = check_label(record["label"], self.classes)
+            return Example(key, decode_image(image), label)
+
+    def replay_target(self, target: int, view: np.void, size: tuple[int, int]) -> int:
+        """The target of a view of (h, w) `size`: that of its image."""
+        return target
+
+    def collate(self, targets: list[int]) -> tuple[np.ndarray, None]:
+        """The targets of a batch, (B,) int64; they have no sizes."""
+        return np.array(targets, np.int64), None
+
+    def metrics(self) -> torchmetrics.MetricCollection:
+        """Sums for `update`, which merge exactly over any number of processes; `compute()` gives values by name."""
+        collection = {
+            "accuracy": torchmetrics.classification.MulticlassAccuracy(self.classes, average="micro"),
+            "nll": NegativeLogLikelihood(),
+        }
+        return torchmetrics.MetricCollection(collection, compute_groups=False)
+
+    def update(self, metrics: torchmetrics.MetricCollection, logits: Tensor, targets: Tensor, sizes: None) -> None:
+        """Count rows: logits (B, C) and targets (B,), B at least 1."""
+        metrics.update(logits, targets)
+
+    def teacher_sums(self, logits: np.ndarray, targets: np.ndarray, sizes: None) -> dict[str, Any]:
+        """Sums over rows, logits (n, C) float32 and targets (n,), that add up over batches and shards."""
+        log_p, sums = certainty(logits)
+        top = logits.argmax(axis=1)
+        return {
+            "rows": len(logits),
+            "right": int((top == targets).sum()),
+            "nll": -float(log_p[np.arange(len(logits)), targets].sum()),
+            **sums,
+            "labelled_per_class": np.bincount(targets, minlength=self.classes).tolist(),
+            "predicted_per_class": np.bincount(top, minlength=self.classes).tolist(),
+        }
+
+    def teacher_report(self, sums: Mapping[str, Any]) -> dict[str, Any]:
+        """What a teacher said over a split: accuracy, nll and entropy (nat), saturated share, rows per class."""
+        rows = max(sums["rows"], 1)
+        means = {name: sums[name] / rows for name in ("nll", "entropy", "saturated")}
+        counts = {name: sums[name] for name in ("rows", "labelled_per_class", "predicted_per_class")}
+        return {"accuracy": sums["right"] / rows, **means, **counts}
+
+    def teacher_sentences(self, report: Mapping[str, Any]) -> list[str]:
+        """A teacher's report in words; the first goes on after `teacher on SPLIT: `."""
+        return [
+            f"accuracy {report['accuracy']:.4f}, nll {report['nll']:.4f}, entropy {report['entropy']:.4f} nat, "
+            f"saturated {report['saturated']:.1%} of {report['rows']:,} rows",
+            f"  rows per class, labelled / predicted: {report['labelled_per_class']} / {report['predicted_per_class']}",
+            *certainty_warnings(report["entropy"]),
+        ]
+
+    def picture(self, images: np.ndarray, targets: list[int], predictions: dict[str, list[np.ndarray]]) -> None:
+        """Nothing: a class needs no picture."""
+        return None
+
+    def table(self, metrics: Mapping[str, float], names: Sequence[str]) -> list[tuple[str, float]]:
+        """No rows: no metric is by class."""
+        return []
 
 
 def check_label(label: Any, classes: int) -> int:
@@ -29,54 +123,6 @@ def check_label(label: Any, classes: int) -> int:
     if not 0 <= label < classes:
         raise DataError(f"label {int(label)} is outside 0..{classes - 1}, the task's {classes} classes")
     return int(label)
-
-
-def decode_image(payload: bytes | memoryview) -> np.ndarray:
-    """Encoded image -> (H, W, 3) uint8 RGB. Raises DataError when it is damaged, too large or not 8 bits deep."""
-    try:
-        with Image.open(io.BytesIO(payload)) as image:
-            if image.mode[0] in "IF":  # Pillow would clip it to 255
-                raise DataError(f"the image has pixels of mode {image.mode}, not of 8 bits; convert it to 8 bits")
-            return np.asarray(image.convert("RGB"))
-    except UnidentifiedImageError as error:  # its own words hold an address, other bytes in every run's manifest
-        raise DataError("the image is of no known format, or its first bytes are damaged") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"the image cannot be decoded ({error})") from error
-
-
-def encode_members(image: bytes, extension: str, label: int, metadata: Mapping[str, Any]) -> dict[str, bytes]:
-    """The members of one example in its shard: the image as it came, and the label as JSON.
-
-    Raises DataError for an extension that is not one of IMAGE_EXTENSIONS.
-    """
-    if extension not in IMAGE_EXTENSIONS:
-        raise DataError(f"the extension '{extension}' is none of {', '.join(IMAGE_EXTENSIONS)}")
-    record = json.dumps({"label": label, "metadata": metadata}, sort_keys=True, separators=(",", ":"))
-    return {extension: image, "json": record.encode()}
-
-
-def decode_example(key: str, members: Mapping[str, bytes | memoryview], classes: int) -> Example:
-    """One example of a shard. Raises DataError that names the key."""
-    try:
-        found = [name for name in IMAGE_EXTENSIONS if name in members]
-        if len(found) != 1 or "json" not in members:
-            raise DataError(f"expected one image and one json member, found {', '.join(sorted(members))}")
-        record = json.loads(bytes(members["json"]))
-        if not isinstance(record, dict) or "label" not in record:
-            raise DataError("its json member has no 'label'")
-        label = check_label(record["label"], classes)
-        return Example(key, decode_image(members[found[0]]), label)
-    except (DataError, ValueError) as error:
-        raise DataError(f"example '{key}': {error}; correct the source and pack again") from error
-
-
-def metrics(classes: int) -> torchmetrics.MetricCollection:
-    """Metrics over logits (B, C) and targets (B,), as sums that merge exactly over any number of processes."""
-    collection = {
-        "accuracy": torchmetrics.classification.MulticlassAccuracy(classes, average="micro"),
-        "nll": NegativeLogLikelihood(),
-    }
-    return torchmetrics.MetricCollection(collection, compute_groups=False)
 
 
 class NegativeLogLikelihood(torchmetrics.Metric):
@@ -94,45 +140,3 @@ class NegativeLogLikelihood(torchmetrics.Metric):
 
     def compute(self) -> Tensor:
         return self.total / self.count
-
-
-def is_better(metric: str, value: float, best: float | None) -> bool:
-    """Whether `value` beats `best`. Anything beats no value and NaN; NaN beats no number."""
-    if best is None or math.isnan(best):
-        return True
-    return value > best if HIGHER_IS_BETTER[metric] else value < best
-
-
-def retention(metric: str, student: float, teacher: float) -> float | None:
-    """The share of the teacher's metric that the student keeps (1.0 = all); None where that is undefined."""
-    kept, reference = (student, teacher) if HIGHER_IS_BETTER[metric] else (teacher, student)
-    return kept / reference if reference > 0 else None
-
-
-def teacher_sums(logits: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
-    """Sums over rows, logits (n, C) float32 and targets (n,), that add up over batches and shards.
-
-    A row is saturated when its top probability exceeds 0.99.
-    """
-    classes = logits.shape[1]
-    z = logits.astype(np.float64)
-    log_p = z - z.max(axis=1, keepdims=True)
-    log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
-    p, top = np.exp(log_p), z.argmax(axis=1)
-    return {
-        "rows": len(z),
-        "right": int((top == targets).sum()),
-        "nll": -float(log_p[np.arange(len(z)), targets].sum()),
-        "entropy": -float((p * log_p).sum()),
-        "saturated": int((p.max(axis=1) > 0.99).sum()),
-        "labelled_per_class": np.bincount(targets, minlength=classes).tolist(),
-        "predicted_per_class": np.bincount(top, minlength=classes).tolist(),
-    }
-
-
-def teacher_report(sums: Mapping[str, Any]) -> dict[str, Any]:
-    """What a teacher said over a split: accuracy, nll and entropy (nat), saturated share, rows per class."""
-    rows = max(sums["rows"], 1)
-    means = {name: sums[name] / rows for name in ("nll", "entropy", "saturated")}
-    counts = {name: sums[name] for name in ("rows", "labelled_per_class", "predicted_per_class")}
-    return {"accuracy": sums["right"] / rows, **means, **counts}

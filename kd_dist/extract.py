@@ -1,0 +1,250 @@
+"""A teacher over the examples of one split: read and replay, run, encode, write, one shard after another.
+
+The three parts overlap through bounded queues. Batches never cross a shard, so any number of processes writes the
+same bytes.
+"""
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from kd_dist.batch import TeacherSignal
+from kd_dist.compress import FeatureCodec
+from kd_dist.data import Shards, read_examples
+from kd_dist.progress import Advance
+from kd_dist.shards import is_committed, shard_path, write_shard
+from kd_dist.signals import LogitsCodec, measured_error, merge_errors, pack_rows, row_dtype, to_npy
+from kd_dist.tasks import Task
+from kd_dist.teacher import Teacher
+from kd_dist.views import VIEW_DTYPE, ImageViews, canonical, draw, input_crc, replay
+
+STEM = "signals"
+QUEUE_DEPTH = 4
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What one split's cache is made of."""
+
+    examples: Shards
+    folder: Path
+    task: Task
+    teacher: str  # its name, in member names
+    policy: ImageViews
+    views: int  # of an example; 0: one canonical view
+    codec: LogitsCodec
+    features: dict[str, FeatureCodec]
+    batch_size: int  # rows
+    threads: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of an example."""
+        return max(1, self.views)
+
+    @property
+    def dtype(self) -> np.dtype:
+        fields = [field for codec in self.features.values() for field in codec.fields()]
+        return row_dtype(VIEW_DTYPE, [*self.codec.fields(), *fields])
+
+
+class Rows(NamedTuple):
+    """Consecutive rows of one shard on their way through the teacher. Rows of an example are neighbours."""
+
+    keys: list[str]
+    views: np.ndarray  # (b,) VIEW_DTYPE
+    crcs: np.ndarray  # (b,) uint32, of each row's pixels
+    targets: np.ndarray  # (b,) class indices, or masks (b, h, w)
+    sizes: np.ndarray | None  # (b, 2), of the masks
+    pixels: np.ndarray  # (b, H, W, 3) uint8
+
+
+class Said(NamedTuple):
+    """Rows after the teacher."""
+
+    rows: Rows
+    logits: np.ndarray  # (b, C, ...) float32
+    fields: dict[str, np.ndarray]  # of the features, encoded, each (b, ...)
+    storable: dict[str, np.ndarray]  # by feature, (b,) bool
+    overflow: dict[str, int]  # by feature: values too large for their format
+
+
+def extract(
+    work: Extraction, teacher: Teacher, device: torch.device, mine: range, advance: Advance
+) -> None:
+    """Write those of the shards numbered `mine` that are not committed yet."""
+    wanted = []
+    for number in mine:
+        if is_committed(shard_path(work.folder, STEM, number)):
+            advance(len(work.examples.shard(number)))
+        else:
+            wanted.append(number)
+    with (
+        contextlib.closing(prefetch(read_rows(work, wanted))) as read,
+        contextlib.closing(prefetch(run_teacher(work, read, teacher, device))) as ran,
+    ):
+        for number in wanted:
+            notes: dict[str, Any] = {"quarantined": [], "error": merge_errors([]), "teacher": None, "overflow": None}
+            rows = len(work.examples.shard(number)) * work.rows
+            write_shard(shard_path(work.folder, STEM, number), encode(work, take(ran, rows), notes, advance), notes)
+
+
+def read_rows(work: Extraction, numbers: list[int]) -> Iterator[Rows]:
+    """Decode the examples of the shards, draw and replay their views, in batches that end with the shard."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for number in numbers:
+            first = int(work.examples.starts[number])
+            for start in range(0, len(work.examples.shard(number)) * work.rows, work.batch_size):
+                stop = min(start + work.batch_size, len(work.examples.shard(number)) * work.rows)
+                places = range(start // work.rows, -(-stop // work.rows))
+                examples = read_examples(work.examples, first + np.array(places), work.task.decode)
+                chosen = [divmod(row, work.rows) for row in range(start, stop)]
+                yield make_rows(work, [(examples[place - places[0]], view) for place, view in chosen], pool)
+
+
+def make_rows(work: Extraction, chosen: list[tuple[Any, int]], pool: ThreadPoolExecutor) -> Rows:
+    """Draw and replay each (example, view number)."""
+    views = np.zeros(len(chosen), VIEW_DTYPE)
+    pixels = np.empty((len(chosen), *work.policy.size, 3), np.uint8)
+
+    def fill(row: int) -> int:
+        example, number = chosen[row]
+        size = example.image.shape[:2]
+        views[row] = draw(work.policy, example.key, number, size) if work.views else canonical(work.policy, size)
+        pixels[row] = replay(example.image, views[row], work.policy.size)
+        return input_crc(pixels[row])
+
+    crcs = np.fromiter(pool.map(fill, range(len(chosen))), np.uint32, len(chosen))
+    size = work.policy.size
+    targets = [
+        work.task.replay_target(example.target, view, size) for (example, _), view in zip(chosen, views, strict=True)
+    ]
+    return Rows([example.key for example, _ in chosen], views, crcs, *work.task.collate(targets), pixels)
+
+
+def run_teacher(work: Extraction, batches: Iterator[Rows], teacher: Teacher, device: torch.device) -> Iterator[Said]:
+    """Ask the teacher and encode its features. On a GPU a batch is fetched only once the next has been started."""
+    torch.set_num_threads(work.threads)  # a convolution's last bits depend on it
+    waiting: tuple[Rows, TeacherSignal] | None = None
+    for rows in batches:
+        with torch.inference_mode():
+            images = torch.from_numpy(rows.pixels).to(device, non_blocking=True).permute(0, 3, 1, 2)
+            signal = teacher(images)
+        if waiting is not None:
+            yield said(work, *waiting)
+        waiting = rows, signal
+    if waiting is not None:
+        yield said(work, *waiting)
+
+
+def said(work: Extraction, rows: Rows, signal: TeacherSignal) -> Said:
+    """The signal on the host, its features encoded where they were made."""
+    fields, storable, overflow = {}, {}, {}
+    with torch.inference_mode():
+        for name, codec in work.features.items():
+            encoded, storable[name], overflow[name] = codec.encode(signal.features[name], rows.crcs)
+            fields |= encoded
+    return Said(rows, signal.logits.cpu().numpy(), fields, storable, overflow)
+
+
+def encode(
+    work: Extraction, batches: Iterator[Said], notes: dict[str, Any], advance: Advance
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Batches -> the members of one example after another. Fills `notes` with the codec's error, the teacher's sums and
+    the examples whose signals cannot be stored: they keep their place, as zeros, and training leaves them out."""
+    # Rows wait as bytes for the rest of their example: copying records would leave their padding behind.
+    keys: list[str] = []
+    payload: list[bytes] = []
+    lost: list[list[str]] = []  # of each row, the signals that could not be stored
+    for batch in batches:
+        rows = batch.rows
+        fields, good = work.codec.encode(batch.logits)
+        new = pack_rows(work.dtype, rows.views, rows.crcs, fields | batch.fields)
+        storable = {"logits": good, **batch.storable}
+        keys += rows.keys
+        payload += [new[row : row + 1].tobytes() for row in range(len(new))]
+        lost += [[name for name, fine in storable.items() if not fine[row]] for row in range(len(new))]
+        note(work, notes, batch, new, good)
+        while len(keys) >= work.rows:
+            bad = {view: names for view, names in enumerate(lost[: work.rows]) if names}
+            if bad:
+                what = ", ".join(sorted({name for names in bad.values() for name in names}))
+                reason = f"the teacher's {what} of views {list(bad)} are not finite or too large for a row"
+                notes["quarantined"].append({"key": keys[0], "reason": reason})
+            example = np.frombuffer(b"".join(payload[: work.rows]), work.dtype)
+            yield keys[0], {f"{work.teacher}.npy": to_npy(example)}
+            advance(1)
+            keys, payload, lost = keys[work.rows :], payload[work.rows :], lost[work.rows :]
+
+
+def note(work: Extraction, notes: dict[str, Any], batch: Said, packed: np.ndarray, good: np.ndarray) -> None:
+    """Add a batch to what the shard's index says about the codec, the teacher and overflows."""
+    rows, logits = batch.rows, batch.logits[good]
+    notes["error"] = merge_errors([notes["error"], measured_error(logits, work.codec.decode(packed[good]))])
+    sizes = None if rows.sizes is None else rows.sizes[good]
+    notes["teacher"] = add_sums(notes["teacher"], work.task.teacher_sums(logits, rows.targets[good], sizes))
+    notes["overflow"] = add_sums(notes["overflow"], batch.overflow)
+
+
+def add_sums(one: Any, other: Any) -> Any:
+    """Two nested structures of numbers added entry by entry; None counts as zero."""
+    if one is None or other is None:
+        return other if one is None else one
+    if isinstance(one, dict):
+        return {name: add_sums(one[name], other[name]) for name in one}
+    if isinstance(one, list):
+        return [add_sums(left, right) for left, right in zip(one, other, strict=True)]
+    return one + other
+
+
+def take(batches: Iterator[Said], rows: int) -> Iterator[Said]:
+    """Batches until `rows` rows have passed."""
+    while rows > 0:
+        batch = next(batches)
+        rows -= len(batch.rows.keys)
+        yield batch
+
+
+def prefetch(items: Iterator[Any]) -> Iterator[Any]:
+    """The items in order, made ahead by a thread. Its exceptions come out here; closing this generator ends it."""
+    slots: queue.Queue[tuple[str, Any]] = queue.Queue(QUEUE_DEPTH)
+    stopped = threading.Event()
+
+    def put(kind: str, value: Any) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                slots.put((kind, value), timeout=0.1)
+                return
+
+    def produce() -> None:
+        try:
+            for item in items:
+                put("item", item)
+                if stopped.is_set():
+                    return
+            put("end", None)
+        except BaseException as error:  # handed over whole: the consumer raises it
+            put("error", error)
+
+    thread = threading.Thread(target=produce, daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = slots.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,32 @@
+"""The teacher: a frozen network that says what the cache keeps."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kd_dist.batch import TeacherSignal
+from kd_dist.models import Network
+from kd_dist.models.taps import Taps
+
+
+class Teacher(nn.Module):
+    """Images (B, 3, H, W), uint8 or in [0, 1] -> TeacherSignal in float32. Always frozen and in evaluation mode."""
+
+    def __init__(self, network: Network, taps: Mapping[str, str]) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.taps = Taps(network, taps) if taps else None
+
+    def shapes(self, size: tuple[int, int]) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
+        """What it says about an image of `size` (H, W): the shape of its logits and those of its features."""
+        features = {} if self.taps is None else self.taps.probe(size)
+        with torch.no_grad():
+            images = torch.zeros(1, 3, *size, dtype=torch.uint8, device=self.network.mean.device)
+            return tuple(self(images).logits.shape[1:]), features
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> TeacherSignal:
+        logits = self.network(images).float()
+        features = {} if self.taps is None else self.taps.collect(len(images))
+        return TeacherSignal(logits, {name: value.float() for name, value in features.items()})
