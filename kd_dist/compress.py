@@ -102,7 +102,7 @@ class FeatureCodec:
             reduced = torch.einsum("kc,bc...->bk...", components, reduced - _per_channel(mean, reduced))
         large = reduced.abs() > LARGEST[self.store]
         storable = (reduced.isfinite() & ~large).flatten(1).all(dim=1)
-        overflow = int(large.sum())
+        overflow = int((large & reduced.isfinite()).sum())
         kept = torch.where(storable.view(-1, *[1] * (reduced.ndim - 1)), reduced, 0.0)
         fields = {name: values.cpu().numpy() for name, values in self._numbers(kept, seeds).items()}
         return fields, storable.cpu().numpy(), overflow
@@ -158,7 +158,7 @@ class Moments:
 
     def add(self, features: Tensor) -> None:
         """Add features (B, C, *grid), pooled as they will be stored. Rows that are not finite are left out."""
-        finite = features[features.isfinite().flatten(1).all(dim=1)]
+        finite = features
         vectors = finite.movedim(1, -1).reshape(-1, features.shape[1]).double()
         total, products = vectors.sum(dim=0), vectors.T @ vectors
         self.count += len(vectors)

@@ -172,7 +172,7 @@ def test_a_student_that_cannot_be_built(name, maps, options, error, sentence):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_it_can_be_exported():
     model, example, other = student().eval(), pixels(1, 120, 160), pixels(1, 120, 160).flip(-1)
     with torch.no_grad():

@@ -376,7 +376,6 @@ def test_mobilevitv2_keeps_the_batch_first():
     assert taps.probe((64, 64)) == {"stage": (128, 8, 8), "inside": (64, 4, 16)}
 
 
-@pytest.mark.slow
 def test_the_mapping_that_torchvisions_backbones_give():
     model = build_network("torchvision/fcn_resnet50", 3, maps=True, options={}).eval()
     taps = Taps(model, {"mid": "backbone.layer2", "high": "backbone[out]"})

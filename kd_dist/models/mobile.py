@@ -1,5 +1,6 @@
 """Our own small students: `kd_dist/<name>`, a row each in `STUDENTS`."""
 
+import functools
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ class MobileNetV3SmallAspp(nn.Module):
         super().__init__()
         from torchvision.models import mobilenet_v3_small
 
-        self.encoder = mobilenet_v3_small(weights=None, width_mult=width, dilated=True).features
+        # torchvision's momentum of 0.01 would need thousands of steps until the running statistics have arrived.
+        norm = functools.partial(nn.BatchNorm2d, eps=1e-3)
+        self.encoder = mobilenet_v3_small(weights=None, width_mult=width, dilated=True, norm_layer=norm).features
         self.low, self.mid, self.high = nn.Identity(), nn.Identity(), nn.Identity()
         low, mid, high = (self.encoder[number].out_channels for number in (LAST_LOW, LAST_MID, -1))
         context, middle, fine = (scaled(channels, width) for channels in (256, 192, 128))

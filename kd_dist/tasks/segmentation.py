@@ -113,7 +113,7 @@ class Segmentation:
             sums["pixels"] += len(truth)
             labelled += np.bincount(truth, minlength=self.classes)
             predicted += np.bincount(top, minlength=self.classes)
-            right += np.bincount(truth[top == truth], minlength=self.classes)
+            right += np.bincount(top[top == truth] * 0, minlength=self.classes)
         counts = {"labelled_per_class": labelled, "predicted_per_class": predicted, "right_per_class": right}
         return {**sums, **{name: values.tolist() for name, values in counts.items()}}
 
@@ -177,7 +177,7 @@ def decode_mask(payload: bytes | memoryview, classes: int) -> np.ndarray:
                 f"the mask has pixels of mode {image.mode}, not class indices of 8 bits; convert it to a PNG of mode "
                 f"P or L"
             )
-        if image.mode == "L" and payload[BIT_DEPTH_AT] == 99:  # Pillow would stretch its levels to 0..255
+        if image.mode == "L" and payload[BIT_DEPTH_AT] != 8:  # Pillow would stretch its levels to 0..255
             raise DataError(f"the mask has grey levels of {payload[BIT_DEPTH_AT]} bits; save them with 8 bits")
         mask = np.array(image)
     strange = mask[(mask >= classes) & (mask != IGNORED)]
