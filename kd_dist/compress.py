@@ -158,7 +158,7 @@ class Moments:
 
     def add(self, features: Tensor) -> None:
         """Add features (B, C, *grid), pooled as they will be stored. Rows that are not finite are left out."""
-        finite = features
+        finite = features[features.isfinite().flatten(1).all(dim=1)]
         vectors = finite.movedim(1, -1).reshape(-1, features.shape[1]).double()
         total, products = vectors.sum(dim=0), vectors.T @ vectors
         self.count += len(vectors)

@@ -53,6 +53,7 @@ class Extraction:
 
     @property
     def dtype(self) -> np.dtype:
+        """Of a row."""
         fields = [field for codec in self.features.values() for field in codec.fields()]
         return row_dtype(VIEW_DTYPE, [*self.codec.fields(), *fields])
 

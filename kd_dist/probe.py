@@ -20,7 +20,8 @@ def gradient_cosine(images: Tensor, exact: Tensor, decoded: Tensor) -> float:
     respect to all of them, is of the mean of the loss `cosine`, each against its teacher's own grid. 1: training
     cannot tell the difference.
     """
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+    # Out of inference mode is also out of no_grad.
+    with torch.inference_mode(False), torch.autocast(images.device.type, enabled=False):
         student = _student(exact.shape[1], images.device)
         inputs = images.clone().float() / 255 - 0.5  # a clone, as tensors of inference mode take part in no gradient
         gradients = [_gradient(student, inputs, features.clone().float()).double() for features in (exact, decoded)]

@@ -1,6 +1,7 @@
 """What several tests start from: a folder of tiny pictures, a user's own tiny network, a tiny recipe of both."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
+from scenes import scenes
 
 from kd_dist import assemble
 from kd_dist.config import load
@@ -104,3 +106,14 @@ def pack_examples(recipe: Recipe) -> dict[str, dict]:
         task=assemble.task(recipe),
         shard_size=d.shard_size,
     )
+
+
+@pytest.fixture
+def scenery(tmp_path, monkeypatch) -> Path:
+    """A user's folder with a tiny segmentation experiment, packed, which is also the working directory."""
+    scenes(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "scene_model", raising=False)
+    pack_examples(load("scenes.yaml"))
+    return tmp_path

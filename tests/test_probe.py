@@ -91,3 +91,5 @@ def test_the_weights_of_the_student_are_of_the_size_that_keeps_the_variance():
         assert float(weight.std()) == pytest.approx((2 / weight[0].numel()) ** 0.5, rel=0.1)
         assert abs(float(weight.mean())) < 0.2 * float(weight.std())
         assert not layer.bias.any()
+    drawn = [layer.weight.detach().flatten()[:400] for layer in layers]
+    assert torch.corrcoef(torch.stack(drawn)).fill_diagonal_(0).abs().max() < 0.25  # no layer repeats another

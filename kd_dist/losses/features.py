@@ -85,7 +85,7 @@ def rkd(student: Tensor, teacher: Tensor, *, distance: float = 25.0, angle: floa
     over the pairs that are apart, cos_ijk that of the angle at i between j and k; 0 for points that coincide. Returns
     () float32. Any two grids and channels go together. Source: Park et al., CVPR 2019 (1904.05068), section 3.2, with
     the weights of their classification; the means are over all B^2 pairs and B^3 triples, as in their code. It holds
-    some ten tensors of B^3 numbers (0.7 GB at B = 256): where that is too many, `angle: 0` leaves the angles out.
+    some six tensors of B^3 numbers (0.4 GB at B = 256): where that is too many, `angle: 0` leaves the angles out.
     It compares the rows of a batch. Under DDP see `gather` in Objective.
     """
     check_rows(student, teacher)

@@ -113,7 +113,7 @@ class Segmentation:
             sums["pixels"] += len(truth)
             labelled += np.bincount(truth, minlength=self.classes)
             predicted += np.bincount(top, minlength=self.classes)
-            right += np.bincount(top[top == truth] * 0, minlength=self.classes)
+            right += np.bincount(truth[top == truth], minlength=self.classes)
         counts = {"labelled_per_class": labelled, "predicted_per_class": predicted, "right_per_class": right}
         return {**sums, **{name: values.tolist() for name, values in counts.items()}}
 
