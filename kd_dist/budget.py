@@ -1,7 +1,10 @@
 """Before the teacher is run over everything: how many bytes its signals take, and which codecs fit a disk budget."""
 
+import json
 import re
 import shutil
+import tarfile
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +23,7 @@ from kd_dist.teacher import Teacher
 
 SAMPLE_ROWS = 64  # views that a proposal's bases are fitted on
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-INDEX_BYTES = 100  # of an example, about: its entries and its key
+INDEX_BYTES, NOTES_BYTES = 80, 900  # of an index, about: an example's entries and its key; the rest
 # From the faithful to the small: (pool, share of the channels that PCA keeps, number format).
 LADDER = (
     (1, None, "fp16"),
@@ -54,45 +57,49 @@ def plan(recipe: Recipe, budget: int | None) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = assemble.teacher(recipe, recipe.cache.features).to(device)
     works = {split: extraction(recipe, split, teacher) for split in assemble.splits(recipe)}
-    # A reduced feature has no basis yet, which decides its bytes.
     train = works[assemble.TRAINING_SPLIT]
-    codecs = {name: size_of(train, name, one) for name, one in recipe.cache.features.items()}
-    logits = row_bytes(train, 0)
-    splits = {split: split_bytes(work, row_bytes(work, 0)) for split, work in works.items()}
-    splits[assemble.TRAINING_SPLIT] = split_bytes(train, row_bytes(train, sum(codecs.values())))
+    stored = works[assemble.TRAINING_SPLIT] = stored_as(train, recipe.cache.features)
+    splits = {split: split_bytes(work) for split, work in works.items()}
     found = {
         "rows": {split: len(work.examples) * work.rows for split, work in works.items()},
-        "logits_row_bytes": logits,
-        "feature_row_bytes": codecs,
+        "row_bytes": {split: work.dtype.itemsize for split, work in works.items()},
+        "logits_row_bytes": replace(stored, features={}).dtype.itemsize,
+        "feature_row_bytes": {name: codec.row_bytes for name, codec in stored.features.items()},
         "split_bytes": splits,
         "total_bytes": sum(splits.values()),
         "free_bytes": shutil.disk_usage(train.examples.folder).free,
     }
     if budget is not None:
-        rest = budget - sum(taken for split, taken in splits.items() if split != assemble.TRAINING_SPLIT)
-        found["proposal"] = propose(train, recipe.cache.features, teacher, device, rest)
-        features = sum(one["report"]["bytes"] for one in found["proposal"].values())
-        found["proposal_bytes"] = budget - rest + split_bytes(train, row_bytes(train, features))
+        others = found["total_bytes"] - splits[assemble.TRAINING_SPLIT]
+        found["proposal"] = propose(train, recipe.cache.features, teacher, device, budget - others)
+        found["proposal_bytes"] = others + split_bytes(stored_as(train, features_of(found["proposal"])))
     return found
 
 
-def size_of(work: Extraction, name: str, wanted: Feature) -> int:
-    """Bytes of a feature in a row, as a recipe describes it."""
-    codec = work.features[name]
-    if wanted.pca is not None:
-        codec = replace(codec, shape=(wanted.pca, *codec.shape[1:]))
-    return codec.row_bytes
+def stored_as(work: Extraction, wanted: Mapping[str, Feature]) -> Extraction:
+    """The extraction with its features stored as a recipe describes them, to count bytes: a reduced feature has no
+    basis yet, and takes what one of so many channels takes."""
+    shapes = {name: codec.shape for name, codec in work.features.items()}
+    codecs = {
+        name: FeatureCodec(name, (one.pca or shapes[name][0], *shapes[name][1:]), one.store, one.pool)
+        for name, one in sorted(wanted.items())
+    }
+    return replace(work, features=codecs)
 
 
-def row_bytes(work: Extraction, features: int) -> int:
-    """Bytes of a row whose features take `features`, beside its frame and its logits."""
-    return replace(work, features={}).dtype.itemsize + features
+def features_of(proposal: Mapping[str, dict[str, Any]]) -> dict[str, Feature]:
+    """A proposal as a recipe would hold it."""
+    return {name: Feature(**one["recipe"]) for name, one in proposal.items()}
 
 
-def split_bytes(work: Extraction, row: int) -> int:
-    """Bytes on disk of a split whose rows take `row` bytes: a member, its header and its index entry an example."""
-    member = npy_header_size(replace(work, features={}).dtype, work.rows) + work.rows * row
-    return len(work.examples) * (BLOCK + -(-member // BLOCK) * BLOCK + INDEX_BYTES)
+def split_bytes(work: Extraction) -> int:
+    """Bytes that a split takes on the disk: of an example a header and a member, in shards whose tars end on a record,
+    each with its index. Exact but for the index, which holds keys and notes."""
+    member = npy_header_size(work.dtype, work.rows) + work.rows * work.dtype.itemsize
+    example = BLOCK + -(-member // BLOCK) * BLOCK
+    tars = [one["examples"] * example + 2 * BLOCK for one in work.examples.manifest["shards"]]
+    records = sum(-(-tar // tarfile.RECORDSIZE) for tar in tars)
+    return records * tarfile.RECORDSIZE + len(work.examples) * INDEX_BYTES + len(tars) * NOTES_BYTES
 
 
 def propose(
@@ -103,28 +110,29 @@ def propose(
     rungs = measure_ladder(work, wanted, teacher, device)
     chosen = dict.fromkeys(rungs, 0)
 
-    def row() -> int:
-        return row_bytes(work, sum(rungs[name][rung]["report"]["bytes"] for name, rung in chosen.items()))
+    def proposal() -> dict[str, dict[str, Any]]:
+        return {name: rungs[name][rung] for name, rung in chosen.items()}
 
     def cost(name: str) -> float:
         here, below = (rungs[name][chosen[name] + step]["report"] for step in (0, 1))
         return (here["gradient_cosine"] - below["gradient_cosine"]) / (here["bytes"] - below["bytes"])
 
-    while split_bytes(work, row()) > budget:
+    while (taken := split_bytes(stored_as(work, features_of(proposal())))) > budget:
         lower = [name for name, rung in chosen.items() if rung + 1 < len(rungs[name])]
         if not lower:
             raise RecipeError(
-                f"the smallest signals that are tried take {split_bytes(work, row()):,} bytes for the training views, "
-                f"the budget leaves {budget:,}; name fewer features, draw fewer views, or give more room"
+                f"the smallest signals that are tried take {taken:,} bytes for the training views, the budget leaves "
+                f"{max(budget, 0):,}; name fewer features, draw fewer views, or give more room"
             )
         chosen[min(lower, key=cost)] += 1
-    return {name: rungs[name][rung] for name, rung in chosen.items()}
+    return proposal()
 
 
 def measure_ladder(
     work: Extraction, wanted: dict[str, Feature], teacher: Teacher, device: torch.device
 ) -> dict[str, list[dict[str, Any]]]:
-    """By feature the rungs of LADDER that its shape allows, measured, each smaller than the one before."""
+    """By feature the rungs of LADDER that its shape allows, measured, each smaller and less faithful than the one
+    before."""
     if not wanted:
         raise RecipeError("cache.features names no feature; a budget chooses how features are stored")
     shapes = {name: work.features[name].shape for name in wanted}
@@ -136,15 +144,24 @@ def measure_ladder(
     for name, tried in rungs.items():
         for pool, part, store in tried:
             kept = part and shapes[name][0] // part
+            if part and kept > moments[name, pool].count:
+                continue  # the sample has too few positions to find so many components
             basis = moments[name, pool].basis(kept)[0] if part else None
             codec = FeatureCodec(name, shapes[name], store, pool, basis)
             cosines = [measure(codec, rows, features[name])[1] * len(rows.keys) for rows, features in heard_rows]
             mean = sum(cosines) / sum(len(rows.keys) for rows, _ in heard_rows)
-            report = {**size(codec), "gradient_cosine": mean}
-            if not found[name] or report["bytes"] < found[name][-1]["report"]["bytes"]:
-                described = {"tap": wanted[name].tap, "pool": pool, "pca": kept, "store": store}
-                found[name].append({"recipe": described, "report": report})
-    return found
+            described = {"tap": wanted[name].tap, "pool": pool, "pca": kept, "store": store}
+            found[name].append({"recipe": described, "report": {**size(codec), "gradient_cosine": mean}})
+    return {name: worth(measured) for name, measured in found.items()}
+
+
+def worth(rungs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rungs that no rung of as few bytes beats, from the largest: less room never gives more."""
+    kept: list[dict[str, Any]] = []
+    for rung in sorted(rungs, key=lambda one: (one["report"]["bytes"], -one["report"]["gradient_cosine"])):
+        if not kept or rung["report"]["gradient_cosine"] > kept[-1]["report"]["gradient_cosine"]:
+            kept.append(rung)
+    return kept[::-1]
 
 
 def fits(shape: tuple[int, ...], pool: int, part: int | None) -> bool:
@@ -165,7 +182,9 @@ def sentences(found: dict[str, Any]) -> list[str]:
         lines.append(f"within the budget, {found['proposal_bytes'] / 1e9:,.3f} GB in all:")
         lines += ["cache:", "  features:"]
         for name, one in found["proposal"].items():
-            words = ", ".join(f"{option}: {value}" for option, value in one["recipe"].items() if value is not None)
+            words = ", ".join(
+                f"{option}: {json.dumps(value)}" for option, value in one["recipe"].items() if value is not None
+            )
             report = one["report"]
             ratio = report["fp16_bytes"] / report["bytes"]
             lines.append(

@@ -111,10 +111,15 @@ def heard(
 
 def measure(codec: FeatureCodec, rows: Rows, exact: Tensor) -> tuple[dict[str, Any], float]:
     """What a codec does to features (B, C, *grid): sums for `feature_report`, and the probe's gradient cosine."""
-    fields, _, _ = codec.encode(exact, rows.crcs)
-    decoded = codec.decode({name: torch.from_numpy(value).to(exact.device) for name, value in fields.items()})
+    decoded = stored(codec, exact, rows.crcs)
     images = torch.from_numpy(rows.pixels).to(exact.device).permute(0, 3, 1, 2)
     return feature_error(exact, decoded), gradient_cosine(images, exact, decoded)
+
+
+def stored(codec: FeatureCodec, exact: Tensor, seeds: np.ndarray) -> Tensor:
+    """What comes back of features (B, C, *grid) that a codec has stored, with `seeds` (B,) as for `encode`."""
+    fields, _, _ = codec.encode(exact, seeds)
+    return codec.decode({name: torch.from_numpy(value).to(exact.device) for name, value in fields.items()})
 
 
 def size(codec: FeatureCodec) -> dict[str, int]:

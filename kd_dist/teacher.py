@@ -17,6 +17,11 @@ class Teacher(nn.Module):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.taps = Taps(network, taps) if taps else None
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stays in evaluation mode, whatever its owner says to all its parts."""
+        return super().train(False)
 
     def shapes(self, size: tuple[int, int]) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
         """What it says about an image of `size` (H, W): the shape of its logits and those of its features."""

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from kd_dist import assemble
+from kd_dist.calibrate import stored
 from kd_dist.compress import feature_error, feature_report
 from kd_dist.data import Shards, on_device, read_examples
 from kd_dist.errors import ShardError
@@ -16,16 +17,16 @@ from kd_dist.signals import error_report, measured_error, merge_errors
 from kd_dist.views import input_crc, replay
 
 TOLERANCE = 1e-4  # nat, mean KL(live || cached) at T = 1; other hardware moves logits by far less
-# The manifest's error of a feature was measured on other views than those compared here. Another teacher is off by 1.
-SAMPLE, FEATURE_TOLERANCE = 1.5, 0.02
+FEATURE_TOLERANCE = 0.02  # relative error; other hardware turns a few int8 steps, another teacher is off by 1
 
 
 def verify(recipe: Recipe, split: str, sample: int, seed: int = 0) -> dict[str, Any]:
     """Check every shard's sha256, then compare `sample` examples of a split, one stored view each.
 
     Returns the examples compared, the keys whose pixels have another CRC than the teacher saw, the error of the cached
-    against the live logits (`error_report`) and features (`feature_report`), what the manifest states for their codecs,
-    and `ok`: every CRC equal, a mean KL within TOLERANCE of the codec's own, features about as near as the codec's.
+    against the live logits (`error_report`), what the manifest states for their codec, that of the cached features
+    against what their codec makes of the live ones (`feature_report`), and `ok`: every CRC equal, a mean KL within
+    TOLERANCE of the codec's own, each feature's relative error within FEATURE_TOLERANCE.
     """
     examples = assemble.examples(recipe, split)
     cache = assemble.signals(recipe, split, examples)
@@ -51,10 +52,10 @@ def verify(recipe: Recipe, split: str, sample: int, seed: int = 0) -> dict[str, 
         errors.append(measured_error(live.logits.cpu().numpy(), cache.codec.decode(rows)))
         for name, codec in codecs.items():
             fields = {field: torch.from_numpy(rows[field].copy()).to(device) for field, *_ in codec.fields()}
-            features[name] = add_sums(features[name], feature_error(live.features[name], codec.decode(fields)))
+            anew = stored(codec, live.features[name], rows["input_crc"])
+            features[name] = add_sums(features[name], feature_error(anew, codec.decode(fields)))
     error, stated = error_report(merge_errors(errors)), cache.manifest["codec_error"]["logits"]
     reports = {name: feature_report(sums) for name, sums in features.items()}
-    promised = {name: cache.manifest["feature_report"][name] for name in reports}
     return {
         "split": split,
         "examples": len(ids),
@@ -62,13 +63,9 @@ def verify(recipe: Recipe, split: str, sample: int, seed: int = 0) -> dict[str, 
         "error": error,
         "codec_error": stated,
         "features": reports,
-        "feature_codec_error": {name: {field: promised[name][field] for field in one} for name, one in reports.items()},
         "ok": not strangers
         and error["mean_kl_t1"] <= stated["mean_kl_t1"] + TOLERANCE
-        and all(
-            one["relative_error"] <= SAMPLE * promised[name]["relative_error"] + FEATURE_TOLERANCE
-            for name, one in reports.items()
-        ),
+        and all(one["relative_error"] <= FEATURE_TOLERANCE for one in reports.values()),
     }
 
 
@@ -89,8 +86,7 @@ def sentence(found: dict[str, Any]) -> str:
     line += f"{error['mean_kl_t1']:.1e} nat (codec {found['codec_error']['mean_kl_t1']:.1e}), largest difference "
     line += f"{error['max_abs']:.1e}"
     for name, one in found["features"].items():
-        stated = found["feature_codec_error"][name]["relative_error"]
-        line += f", {name} relative error {one['relative_error']:.3f} (codec {stated:.3f})"
+        line += f", {name} off by {one['relative_error']:.1e}"
     if found["other_pixels"]:
         line += (
             f"; {len(found['other_pixels'])} with other pixels than the teacher saw, first '{found['other_pixels'][0]}'"

@@ -58,11 +58,14 @@ def test_its_grids(height, width):
         assert value._version == version  # nothing afterwards changed it in place
 
 
-def test_the_channels_of_its_taps():
-    model = student().eval()
+def test_its_taps_are_the_ends_of_the_encoders_stages():
+    backbone = student().eval().backbone
+    images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        low, mid, high = model.backbone.encode(torch.zeros(1, 3, 32, 32))
-    assert [value.shape[1] for value in (low, mid, high)] == [16, 24, 576]
+        features = backbone.encode(images)
+        for value, end in zip(features, (2, 4, 13), strict=True):
+            assert torch.equal(value, backbone.encoder[:end](images))
+    assert [value.shape[1] for value in features] == [16, 24, 576]
 
 
 def test_one_image_alone_can_be_trained_on():
@@ -89,14 +92,14 @@ def test_every_part_reaches_the_logits():
 
 def test_the_pyramid_looks_as_far_as_its_rates():
     """What a single bright place can reach, but for the mean of the whole: itself, and 6, 12 and 18 places away."""
+    torch.manual_seed(0)
     pyramid = Aspp(8, 8, 8).eval()
-    nn.init.zeros_(pyramid.pooled[0].weight)
-    reach = torch.zeros(1, 8, 41, 41)
+    dark, bright = torch.zeros(2, 1, 8, 41, 41)
+    bright[..., 20, 20] = 1
     with torch.no_grad():
-        flat = pyramid(reach)
-        reach[..., 20, 20] = 1
-        changed = (pyramid(reach) != flat).any(dim=1)[0]
-    rows, columns = changed.nonzero(as_tuple=True)
+        assert (pyramid(bright) != pyramid(dark)).any(dim=1).all()  # the mean reaches every place
+        nn.init.zeros_(pyramid.pooled[0].weight)
+        rows, columns = (pyramid(bright) != pyramid(dark)).any(dim=1)[0].nonzero(as_tuple=True)
     assert set((rows - 20).abs().tolist()) == set((columns - 20).abs().tolist()) == {0, 6, 12, 18}
 
 

@@ -7,6 +7,7 @@ import torch
 from conftest import MODEL
 from processes import done, run
 from safetensors.torch import load_file
+from scenes import scenes
 
 from kd_dist import cache_teacher, journey, train
 from kd_dist.config import load
@@ -30,6 +31,16 @@ stages:
 """
 
 
+# What is kept of both features of the tiny segmentation experiment, and how far loss and gradient may be off by it.
+STORES = {
+    "fp32": ("fp32", "{tap: low, store: fp32}", "{tap: high, store: fp32}", 1e-5, 1e-4, 0.999999),
+    "fp16": ("fp16", "{tap: low, store: fp16}", "{tap: high, store: fp16}", 1e-4, 1e-3, 0.99999),
+    "int8": ("uint8", "{tap: low, store: int8}", "{tap: high, store: int8}", 2e-3, 1e-2, 0.9999),
+    "dither": ("uint8", "{tap: low, dither: true}", "{tap: high, dither: true}", 2e-3, 1e-2, 0.9999),
+    "pca": ("uint8", "{tap: low, pca: 6}", "{tap: high, pca: 12}", 1e-2, 5e-2, 0.999),
+}
+
+
 def prepare(*overrides: str) -> None:
     """Pack, and run the teacher once for each codec, each time under another name."""
     journey.pack_recipe(load("tiny.yaml", overrides))
@@ -38,9 +49,9 @@ def prepare(*overrides: str) -> None:
         cache_teacher.main(["tiny.yaml", f"teacher.name=teacher-{codec}", f"cache.logits={codec}"])
 
 
-def gradients(to: str, overrides: list[str]) -> None:
+def gradients(to: str, overrides: list[str], recipe: str = "tiny.yaml") -> None:
     """Save the loss and the gradient of the first steps of a stage, made by the loop's own parts."""
-    run = train.prepare(load("tiny.yaml", overrides, "distill"), "distill")
+    run = train.prepare(load(recipe, overrides, "distill"), "distill")
     stream, kept = train.read_ahead(run, 0), {}
     run.model.train()
     for step in range(STEPS):
@@ -61,12 +72,14 @@ def lab(tmp_path_factory) -> Path:
     return folder
 
 
-def compare(lab: Path, to: Path, codec: str, *overrides: str) -> tuple[float, float, float]:
+def compare(
+    lab: Path, to: Path, codec: str, *overrides: str, recipe: str = "tiny.yaml"
+) -> tuple[float, float, float]:
     """Worst over the steps: relative difference of the loss and of the gradient, and the gradients' cosine."""
     found = []
     for source in ("cached", "online"):
         words = [f"teacher.name=teacher-{codec}", f"cache.logits={codec}", f"train.teacher={source}", *overrides]
-        done(run(gradients, str(to / source), words, folder=lab))
+        done(run(gradients, str(to / source), words, recipe, folder=lab))
         found.append(torch.load(to / source, weights_only=True))
     cached, online = found
     losses, differences, cosines = [], [], []
@@ -115,3 +128,39 @@ def test_whole_runs_end_with_the_same_weights(lab, tmp_path):
     assert len(ends["cached"]) == 4
     for name, value in ends["cached"].items():
         assert (value - ends["online"][name]).norm() / value.norm() < 1e-5, name
+
+
+# ------------------------------------------------------------------------------------------------ features
+
+
+def stored(name: str) -> list[str]:
+    logits, low, high, *_ = STORES[name]
+    words = [f"teacher.name=teacher-{name}", f"cache.logits={logits}"]
+    return [*words, f"cache.features.low={low}", f"cache.features.high={high}"]
+
+
+def prepare_scenes() -> None:
+    """Pack, and run the teacher once for each way to store its features."""
+    journey.pack_recipe(load("scenes.yaml"))
+    for name in STORES:
+        cache_teacher.main(["scenes.yaml", *stored(name)])
+
+
+@pytest.fixture(scope="module")
+def scene_lab(tmp_path_factory) -> Path:
+    folder = scenes(tmp_path_factory.mktemp("scenes"))
+    done(run(prepare_scenes, folder=folder))
+    return folder
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_features_from_shards_give_the_loss_and_the_gradient_of_the_live_teacher(scene_lab, tmp_path, name):
+    """All terms together: kd_pixel on maps of logits, cosine with its projections, sp with nothing of its own."""
+    losses = "{kd_pixel: {temperature: 4}, cosine: {}, sp: {}, at: {}}"
+    words = [*stored(name), f"train.losses={losses}", f"train.epochs={STEPS}", "train.batch_size=10"]
+    loss, gradient, cosine = compare(scene_lab, tmp_path, name, *words, recipe="scenes.yaml")
+    print(f"{name}: loss {loss:.1e}, gradient {gradient:.1e}, 1 - cosine {1 - cosine:.1e}")
+    *_, most_loss, most_gradient, least_cosine = STORES[name]
+    assert loss < most_loss and gradient < most_gradient and cosine > least_cosine
+    if name != "fp32":
+        assert gradient > 1e-7

@@ -11,6 +11,7 @@ import pytest
 import torch
 from processes import contents, done, laboratory, ranks, run, sentence, start, wait_until
 from safetensors.torch import load_file
+from scenes import scenes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kd_dist import assemble, cache_teacher, journey, train
@@ -87,9 +88,9 @@ def state(folder: Path) -> dict:
     )
 
 
-def assert_same_weights(one: Path, other: Path, tolerance: float) -> None:
+def assert_same_weights(one: Path, other: Path, tolerance: float, tensors: int = 4) -> None:
     mine, theirs = weights(one), weights(other)
-    assert mine.keys() == theirs.keys() and len(mine) == 4
+    assert mine.keys() == theirs.keys() and len(mine) == tensors
     for name, value in mine.items():
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
 
@@ -367,3 +368,72 @@ def test_an_evaluation_counts_every_example_once_on_any_number_of_processes(lab,
     assert len(one) == 2
     for name in ("val_accuracy", "val_nll", "teacher_accuracy", "retention"):
         assert [record[name] for record in four] == pytest.approx([record[name] for record in one], rel=1e-5), name
+
+
+# ---------------------------------------------------------------------------------------------- features and maps
+
+TERMS = "{cross_entropy: {}, kd_pixel: {weight: 0.5, temperature: 4}, cosine: {weight: 0.3}, sp: {gather: %s}}"
+ALL_TERMS = ["cross_entropy", "kd_pixel", "cosine", "sp"]
+
+
+def prepare_scenes() -> None:
+    journey.pack_recipe(load("scenes.yaml"))
+    cache_teacher.main(["scenes.yaml"])
+
+
+@pytest.fixture(scope="module")
+def scene_lab(tmp_path_factory) -> Path:
+    """The tiny segmentation experiment, packed and cached. Its networks have no BatchNorm."""
+    folder = scenes(tmp_path_factory.mktemp("scenes"))
+    done(run(prepare_scenes, folder=folder))
+    return folder
+
+
+def trained_on_scenes(lab: Path, runs: Path, *overrides: str, gather: str = "true", world: int = 1) -> Path:
+    words = ["scenes.yaml", "--stage", "distill", f"runs={runs}", f"train.losses={TERMS % gather}", *SGD[2:]]
+    each = [[*words, "train.batch_size=5", "train.epochs=3", *overrides]] * world
+    for one in ranks(train.main, each, lab) if world > 1 else [run(train.main, *each, folder=lab)]:
+        done(one)
+    return runs / "scenes" / "distill" / "seed-0"
+
+
+def test_projections_and_gathered_relations_train_on_two_processes_as_on_one(scene_lab, tmp_path):
+    """10 examples in steps of 5, so the ranks have 3 and 2: all terms and all weights, the projections' too."""
+    one = trained_on_scenes(scene_lab, tmp_path / "one")
+    two = trained_on_scenes(scene_lab, tmp_path / "two", world=2)
+    assert {name.split(".")[0] for name in weights(one)} == {"network", "projections"}
+    assert len([name for name in weights(one) if name.startswith("projections")]) == 4
+    assert_same_weights(one, two, 2e-5, tensors=10)
+    for mine, other in zip(result(one)["history"], result(two)["history"], strict=True):
+        assert [mine[name] for name in ALL_TERMS] == pytest.approx([other[name] for name in ALL_TERMS], rel=1e-4)
+        assert mine["val_miou"] == pytest.approx(other["val_miou"], abs=1e-6)
+    apart = trained_on_scenes(scene_lab, tmp_path / "apart", gather="false", world=2)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):  # each rank relates its own rows only
+        assert_same_weights(one, apart, 2e-5, tensors=10)
+
+
+def test_a_run_with_projections_resumes_bit_for_bit(scene_lab, tmp_path):
+    whole = trained_on_scenes(scene_lab, tmp_path / "whole")
+    trained_on_scenes(scene_lab, tmp_path / "parts", "train.max_steps=3")
+    parts = trained_on_scenes(scene_lab, tmp_path / "parts")
+    assert_same_weights(whole, parts, 0, tensors=10)
+
+
+def test_every_term_is_printed_and_logged_and_the_examples_are_drawn(scene_lab, tmp_path):
+    words = ["scenes.yaml", "--stage", "distill", f"runs={tmp_path}", "train.log_every=1"]
+    ended = run(train.main, words, folder=scene_lab)
+    done(ended)
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 2
+    for line in lines:
+        assert all(f"{name} " in line for name in ("cross_entropy", "kd_pixel", "cosine", "val miou", "retention"))
+    folder = tmp_path / "scenes" / "distill" / "seed-0"
+    found = scalars(folder)
+    assert {f"train/{name}" for name in ("cross_entropy", "kd_pixel", "cosine")} <= found.keys()
+    assert {"epoch/val_miou", "epoch/val_iou/0", "epoch/val_iou/2", "epoch/teacher_miou"} <= found.keys()
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    drawn = events.Images("epoch/examples")
+    assert len(drawn) == 2
+    # Four columns of pictures 24 wide, or as wide as their titles, and four rows 16 high.
+    assert drawn[0].width >= 4 * 24 and drawn[0].height >= 4 * 16

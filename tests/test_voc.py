@@ -14,7 +14,7 @@ from kd_dist.tasks import TASKS
 
 LISTS = {
     "train": b"2007_01\r\n2007_02\r\n\r\n",
-    "val": b"2008_03\n  \n2007_04",
+    "val": b"2008_03 \n  \n\t2007_04",
     "trainval": b"2007_01\n2007_02\n2008_03\n",
 }
 

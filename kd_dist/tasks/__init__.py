@@ -23,5 +23,5 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
 
 def retention(metric: str, student: float, teacher: float) -> float | None:
     """The share of the teacher's metric that the student keeps (1.0 = all); None where that is undefined."""
-    kept, reference = (student, teacher) if not METRICS[metric] else (teacher, student)
+    kept, reference = (student, teacher) if METRICS[metric] else (teacher, student)
     return kept / reference if reference > 0 else None
