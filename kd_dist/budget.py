@@ -23,7 +23,7 @@ from kd_dist.teacher import Teacher
 
 SAMPLE_ROWS = 64  # views that a proposal's bases are fitted on
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-INDEX_BYTES, NOTES_BYTES = 80, 900  # of an index, about: an example's entries and its key; the rest
+INDEX_BYTES, NOTES_BYTES = 80, 500  # of an index, about: an example's entries and its key; the rest
 # From the faithful to the small: (pool, share of the channels that PCA keeps, number format).
 LADDER = (
     (1, None, "fp16"),
@@ -172,14 +172,14 @@ def fits(shape: tuple[int, ...], pool: int, part: int | None) -> bool:
 def sentences(found: dict[str, Any]) -> list[str]:
     """The plan in words; the proposal as lines for a recipe."""
     lines = [
-        f"{split}: {found['rows'][split]:,} views, {taken / 1e6:,.1f} MB"
+        f"{split}: {found['rows'][split]:,} views, {taken / 1e6:,.2f} MB"
         for split, taken in found["split_bytes"].items()
     ]
     parts = {"logits and frame": found["logits_row_bytes"], **found["feature_row_bytes"]}
     lines.append("bytes of a training view: " + ", ".join(f"{name} {taken:,}" for name, taken in parts.items()))
-    lines.append(f"in all {found['total_bytes'] / 1e9:,.3f} GB, free on the disk {found['free_bytes'] / 1e9:,.1f} GB")
+    lines.append(f"in all {found['total_bytes'] / 1e6:,.2f} MB, free on the disk {found['free_bytes'] / 1e9:,.1f} GB")
     if "proposal" in found:
-        lines.append(f"within the budget, {found['proposal_bytes'] / 1e9:,.3f} GB in all:")
+        lines.append(f"within the budget, {found['proposal_bytes'] / 1e6:,.2f} MB in all:")
         lines += ["cache:", "  features:"]
         for name, one in found["proposal"].items():
             words = ", ".join(

@@ -147,12 +147,13 @@ def cache_split(recipe: Recipe, split: str, teacher: Teacher, accelerator: Accel
     """Cache one split with all processes; returns its manifest. What is committed already is kept."""
     work = extraction(recipe, split, teacher)
     content = identity(work, recipe, split, teacher, accelerator.device)
-    done = None
+    done = manifest.finished(work.folder)
     if (work.folder / manifest.FILE_NAME).is_file():
         there = manifest.read_manifest(work.folder)
-        there["codec"] = {name: value for name, value in there["codec"].items() if name != "bases_sha256"}
+        codec = there["codec"] = {name: value for name, value in there["codec"].items() if name != "bases_sha256"}
+        if done is not None:  # more features than the recipe names do no harm
+            codec["features"] = {name: one for name, one in codec["features"].items() if name in work.features}
         refuse_other(work.folder, {name: there.get(name) for name in content}, content)
-        done = manifest.finished(work.folder)
     accelerator.wait_for_everyone()  # every rank has read it before one changes it
     if done is not None:
         accelerator.print(f"cache {split}: done before, {done['examples']:,} examples x {work.rows} views")
