@@ -17,6 +17,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.taps = Taps(network, taps) if taps else None
+        self.probed = False
         self.eval()
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -32,6 +33,9 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> TeacherSignal:
+        if self.taps is not None and not self.probed:  # finds out which features a later module changes in place
+            self.taps.probe(tuple(images.shape[2:]))
+            self.probed = True
         logits = self.network(images).float()
         features = {} if self.taps is None else self.taps.collect(len(images))
         return TeacherSignal(logits, {name: value.float() for name, value in features.items()})

@@ -39,7 +39,6 @@ def verify(recipe: Recipe, split: str, sample: int, seed: int = 0) -> dict[str, 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codecs = {name: codec for name, codec in cache.features.items() if name in recipe.cache.features}
     teacher, decode = assemble.teacher(recipe, codecs).to(device), assemble.task(recipe).decode
-    teacher.shapes(recipe.views.shape)  # finds out which features a later module changes in place
     codecs = on_device(codecs, device)
     strangers, errors, features = [], [], dict.fromkeys(codecs)
     for chosen in np.array_split(ids, -(-len(ids) // recipe.cache.batch_size)):
