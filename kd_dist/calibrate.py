@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd_dist.compress import Basis, FeatureCodec, Moments, feature_error, feature_report, pooled
 from kd_dist.data import on_device, read_examples
-from kd_dist.errors import DataError
+from kd_dist.errors import DataError, RecipeError
 from kd_dist.extract import Extraction, Rows, add_sums, make_rows
 from kd_dist.plan import mix, permute
 from kd_dist.probe import gradient_cosine
@@ -58,12 +58,20 @@ def calibrate(
 def fit(
     work: Extraction, wanted: Mapping[str, Feature], teacher: Teacher, device: torch.device
 ) -> tuple[dict[str, Basis], dict[str, float]]:
-    """The bases of the features that a recipe reduces, and the share of the variance that each keeps."""
+    """The bases of the features that a recipe reduces, and the share of the variance that each keeps.
+
+    Raises RecipeError for more components than there are channels or positions.
+    """
     reduced = {name: one for name, one in wanted.items() if one.pca is not None}
     moments = measure_moments(work, [(name, one.pool) for name, one in reduced.items()], teacher, device, BASIS_ROWS)
-    found = {name: moments[name, one.pool].basis(one.pca) for name, one in reduced.items()}
-    bases = {name: Basis(*(value.cpu() for value in basis)) for name, (basis, _) in found.items()}
-    return bases, {name: share for name, (_, share) in found.items()}
+    bases, kept = {}, {}
+    for name, one in reduced.items():
+        try:
+            basis, kept[name] = moments[name, one.pool].basis(one.pca)
+        except RecipeError as error:
+            raise RecipeError(f"cache.features.{name}.pca: {error}") from error
+        bases[name] = Basis(*(value.cpu() for value in basis))
+    return bases, kept
 
 
 def measure_moments(

@@ -14,8 +14,10 @@ from accelerate import Accelerator
 from PIL import Image
 from processes import contents, done, laboratory, run, sentence, start, wait_until
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from kd_dist import assemble, cache_teacher, journey, manifest, train
+from kd_dist.cli import app
 from kd_dist.config import load
 from kd_dist.errors import MismatchError, ShardError
 from kd_dist.recipe import Recipe
@@ -286,6 +288,27 @@ def test_a_killed_extraction_goes_on_and_ends_with_the_same_bytes(home):
         kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("signals-*.idx")}
     done(run(cache_teacher.main, ["tiny.yaml", *words], folder=home))
     assert contents(home / "shards") == whole
+
+
+def test_the_inspect_command_says_what_a_cache_holds(scenery):
+    words, recipe = ["inspect", "scenes.yaml"], load("scenes.yaml")
+    before = CliRunner().invoke(app, words)
+    assert isinstance(before.exception, ShardError) and "there is no manifest" in str(before.exception)
+    cache_teacher.cache_teacher(recipe)
+    folders = {split: assemble.signals_folder(recipe, split) for split in ("train", "val")}
+    made = {split: manifest.read_manifest(folder) for split, folder in folders.items()}
+    found = CliRunner().invoke(app, [*words, "--json"])
+    assert found.exit_code == 0 and json.loads(found.stdout) == made
+    digest = made["train"]["teacher"]["weights_sha256"][:12]
+    text = CliRunner().invoke(app, words).stdout
+    for split, folder in folders.items():
+        assert f"{folder}: scene_model:network, weights random, seed 0, sha256 {digest}\n" in text
+        assert cache_teacher.summary(split, made[split]) in text
+    report = made["train"]["feature_report"]["low"]
+    assert text.count("  low: 208 bytes a row, 1/7.4 of fp16; relative error ") == 1
+    assert f"relative error {report['relative_error']:.3f}, cosine {report['cosine']:.4f}, gradient cosine " in text
+    manifest.write_manifest(folders["val"], {**made["val"], "complete": False})
+    assert CliRunner().invoke(app, words).stdout.endswith("not finished; run `kd-dist cache-teacher` again\n")
 
 
 @pytest.mark.slow

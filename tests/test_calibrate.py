@@ -179,5 +179,8 @@ def test_what_comes_back_is_what_the_codec_decodes(scenery):
 
 def test_more_components_than_channels_are_one_sentence(scenery):
     own = parts("cache.features.high.pca=17")
-    with pytest.raises(RecipeError, match="^17 principal components cannot be found in 480 positions of 16 channels; "):
+    words = (
+        "^cache.features.high.pca: 17 principal components cannot be found in 480 positions of 16 channels; use 1 to"
+    )
+    with pytest.raises(RecipeError, match=words):
         calibrate.calibrate(own.work, own.recipe.cache.features, own.teacher, CPU)

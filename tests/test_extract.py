@@ -38,7 +38,8 @@ class Odd(nn.Module):
 
     def __init__(self, classes, factor, limit):
         super().__init__()
-        self.low, self.high, self.head = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Identity(), nn.Conv2d(4, classes, 1)
+        self.low, self.high = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Identity()
+        self.head = nn.Conv2d(4, classes, 1)
         self.factor, self.limit = factor, limit
 
     def forward(self, images):
@@ -133,10 +134,8 @@ def test_every_feature_of_every_row_is_what_the_live_teacher_says(scenery, batch
         # fp16 of the principal components.
         high = np.einsum("kc,bchw->bkhw", components, said["high"] - mean)
         assert (np.abs(own["high"] - high) <= 2**-11 * np.abs(high) + 2**-25 + SLACK).all()
-        for name, exact in (
-            ("low", own["low"] * scale),
-            ("high", np.einsum("kc,bk...->bc...", components, high) + mean),
-        ):
+        back = np.einsum("kc,bkhw->bchw", components, high) + mean
+        for name, exact in (("low", own["low"] * scale), ("high", back)):
             fields = {field: torch.from_numpy(own[field].copy()) for field, *_ in codecs[name].fields()}
             assert codecs[name].decode(fields).numpy() == pytest.approx(exact, abs=1e-3)
             decoded += 1

@@ -83,6 +83,29 @@ def test_the_command_ends_with_what_it_found(cached):
 # ---------------------------------------------------------------------------------------------- features
 
 
+TWISTED = """\
+from scene_model import network as straight
+from torch import nn
+
+
+class Twist(nn.Conv2d):
+    def forward(self, images):
+        return -super().forward(images)
+
+
+class Negative(nn.Module):
+    def forward(self, values):
+        return -values
+
+
+def network(classes, width=4):
+    parts = straight(classes, width)
+    parts.low.__class__ = Twist
+    parts.act = nn.Sequential(Negative(), nn.ReLU())
+    return parts
+"""
+
+
 @pytest.fixture
 def seen(scenery) -> Recipe:
     """The tiny segmentation experiment, cached with features."""
@@ -104,39 +127,12 @@ def test_features_of_an_honest_cache_are_what_their_codec_makes_of_the_live_ones
 
 def test_features_of_other_weights_are_found_and_named(seen):
     """The logits agree: only what is tapped has changed its sign, and the next layer makes up for it."""
-    text = Path("scene_model.py").read_text()
-    twist = """
-
-import torch
-
-
-class Twist(nn.Conv2d):
-    def forward(self, images):
-        return -super().forward(images)
-
-
-def twisted(classes, width=4):
-    parts = network(classes, width)
-    parts.low.__class__ = Twist
-    parts.act = nn.Sequential(Negative(), nn.ReLU())
-    return parts
-
-
-class Negative(nn.Module):
-    def forward(self, values):
-        return -values
-"""
-    Path("scene_model.py").write_text(text + twist)
+    Path("twisted_model.py").write_text(TWISTED)
     folder = assemble.signals_folder(seen, "train")
-    other = load("scenes.yaml", ["teacher.model=scene_model:twisted"])
+    other = load("scenes.yaml", ["teacher.model=twisted_model:network"])
     content = manifest.read_manifest(folder)
     content["teacher"]["model"] = other.teacher.model
     manifest.write_manifest(folder, content)
-    import importlib
-
-    import scene_model
-
-    importlib.reload(scene_model)
     found = verify(other, "train", 64)
     assert found["error"]["mean_kl_t1"] < 1e-6 and not found["ok"]
     assert found["features"]["low"]["relative_error"] > 1 and found["features"]["high"]["relative_error"] < 1e-3
@@ -157,9 +153,7 @@ def test_a_feature_that_was_tampered_with_is_found(seen):
         packed = pack_rows(cache.dtype, rows["view"], rows["input_crc"], fields)
         examples.append((key, {"teacher.npy": to_npy(packed)}))
     write_shard(path, examples, old.notes)
-    with pytest.raises(
-        ShardError, match="signals-000001.tar: its index holds 4 examples with sha256 .*, the manifest 4"
-    ):
+    with pytest.raises(ShardError, match="signals-000001.tar: is missing or damaged, its sha256 is not the manifest's"):
         verify(seen, "train", 64)
     content = manifest.read_manifest(folder)
     content["shards"][1] = manifest.shard_entry(Shard(path))
