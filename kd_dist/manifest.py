@@ -14,7 +14,7 @@ from kd_dist.errors import ShardError
 from kd_dist.shards import Shard, is_committed, published
 
 FORMAT = "kd_dist"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knew neither tasks nor features
 FILE_NAME = "manifest.json"
 ABSENT = "(absent)"  # what `first_difference` shows for a value that one side does not have
 

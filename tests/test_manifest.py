@@ -30,13 +30,13 @@ CONTENT = {"kind": "examples", "shards": [{"name": "data-000000.tar", "sha256": 
 def test_what_is_written_is_read(tmp_path):
     folder = tmp_path / "pets" / "train"
     write_manifest(folder, CONTENT)
-    assert read_manifest(folder) == {**CONTENT, "format": "kd_dist", "version": 1}
+    assert read_manifest(folder) == {**CONTENT, "format": "kd_dist", "version": 2}
     assert os.listdir(folder) == [FILE_NAME] == ["manifest.json"]
 
 
 def test_the_mark_of_the_format_is_always_ours(tmp_path):
     write_manifest(tmp_path, {"version": 7, "format": "other"})
-    assert read_manifest(tmp_path) == {"format": "kd_dist", "version": 1}
+    assert read_manifest(tmp_path) == {"format": "kd_dist", "version": 2}
 
 
 def test_the_bytes_are_sorted_ascii_and_end_with_a_newline(tmp_path):
@@ -73,9 +73,9 @@ def test_a_manifest_that_cannot_be_written_keeps_the_old_one(tmp_path, content):
         (b"[]", "this is not a manifest of kd_dist"),
         (b"{}", "this is not a manifest of kd_dist"),
         (b'{"format": "other", "version": 1}', "this is not a manifest of kd_dist"),
-        (b'{"format": "kd_dist"}', "has version None and this kd_dist reads version 1"),
-        (b'{"format": "kd_dist", "version": true}', "has version True and this kd_dist reads version 1"),
-        (b'{"format": "kd_dist", "version": 2}', "has version 2 and this kd_dist reads version 1; install the kd_dist"),
+        (b'{"format": "kd_dist"}', "has version None and this kd_dist reads version 2"),
+        (b'{"format": "kd_dist", "version": true}', "has version True and this kd_dist reads version 2"),
+        (b'{"format": "kd_dist", "version": 1}', "has version 1 and this kd_dist reads version 2; install the kd_dist"),
     ],
 )
 def test_what_is_refused(tmp_path, text, message):
