@@ -225,7 +225,8 @@ class Corridor(Dataset[Batch]):
     def _signals(self, stored: np.ndarray) -> TeacherSignal:
         """The logits decoded; of the features their fields as they are."""
         names = [field[0] for codec in self.codecs.values() for field in codec.fields()]
-        fields = {name: torch.from_numpy(np.ascontiguousarray(stored[name])) for name in names}
+        # A copy: the field of a single row counts as contiguous, and keeps a stride that torch refuses.
+        fields = {name: torch.from_numpy(stored[name].copy()) for name in names}
         return TeacherSignal(torch.from_numpy(self.signals.codec.decode(stored)), fields)
 
     def _view_numbers(self, ids: np.ndarray, epoch: int) -> np.ndarray:

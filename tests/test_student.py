@@ -127,7 +127,8 @@ def test_the_student_and_its_projections_receive_a_gradient(scenery, name):
             assert gradient.abs().max() > 0, key
 
 
-def test_features_from_shards_reach_the_student_as_the_teacher_gave_them(scenery):
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_features_from_shards_reach_the_student_as_the_teacher_gave_them(scenery, batch_size):
     """Stored exactly, the decoded features are the live ones, and so is every gradient of the student."""
     exact = [
         "cache.logits=fp32",
@@ -138,6 +139,7 @@ def test_features_from_shards_reach_the_student_as_the_teacher_gave_them(scenery
     teacher = assemble.teacher(recipe, recipe.cache.features)
     cache_teacher.cache_split(recipe, "train", teacher, Accelerator(cpu=True))
     corridor = assemble.training_corridor(recipe, "distill", 0, 1)
+    corridor = dataclasses.replace(corridor, plan=dataclasses.replace(corridor.plan, batch_size=batch_size))
     device = torch.device("cpu")
     seen = 0
     for batch in batches(corridor, 0, len(corridor), 0, pin=False):
