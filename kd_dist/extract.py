@@ -79,9 +79,7 @@ class Said(NamedTuple):
     overflow: dict[str, int]  # by feature: values too large for their format
 
 
-def extract(
-    work: Extraction, teacher: Teacher, device: torch.device, mine: range, advance: Advance
-) -> None:
+def extract(work: Extraction, teacher: Teacher, device: torch.device, mine: range, advance: Advance) -> None:
     """Write those of the shards numbered `mine` that are not committed yet."""
     wanted = []
     for number in mine:

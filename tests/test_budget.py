@@ -114,6 +114,8 @@ def test_a_smaller_budget_never_gives_more(scenery):
     assert [faithful(one) for one in found] == sorted(map(faithful, found), reverse=True)
     sizes = [one["proposal_bytes"] for one in found]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    # `low` gives up most bytes for the least: pooled, while `high` keeps its grid.
+    assert faithful(found[2]) > 1.999 and found[2]["proposal"]["high"]["recipe"]["pool"] == 1
     # With all the room there is, every feature keeps what the best rung keeps.
     assert faithful(found[0]) == pytest.approx(2, abs=1e-4) and faithful(found[-1]) < faithful(found[0])
 

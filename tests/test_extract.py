@@ -20,7 +20,7 @@ from kd_dist.config import load
 from kd_dist.data import BASES, batches
 from kd_dist.errors import DataError, MismatchError, ShardError
 from kd_dist.recipe import Recipe
-from kd_dist.signals import LogitsCodec, row_dtype
+from kd_dist.signals import LogitsCodec, dtype_from_json, row_dtype
 from kd_dist.views import VIEW_DTYPE, canonical, draw, replay
 
 TRAIN, VIEWS = SPLITS["train"], 2
@@ -103,6 +103,7 @@ def test_a_row_is_what_the_manifest_says(scenery):
     ]
     expected = row_dtype(VIEW_DTYPE, fields)
     assert {one.dtype for one in stored.values()} == {expected} and expected.itemsize == about["row_bytes"]
+    assert dtype_from_json(about["row_dtype"]) == expected
     assert all(one.shape == (VIEWS,) for one in stored.values())
     assert about["codec"]["features"] == {
         "high": {"tap": "high", "pool": 1, "pca": 6, "store": "fp16", "dither": False, "shape": [16, 4, 6]},
@@ -198,7 +199,7 @@ def odd_recipe(network: str, *words: str) -> Recipe:
 
 @pytest.mark.parametrize("network", ["silent", "loud"])
 def test_an_example_whose_feature_cannot_be_stored_is_listed_and_left_out(odd, network):
-    recipe = odd_recipe(network)
+    recipe = odd_recipe(network, "cache.batch_size=1")
     about, stored = cached(recipe), rows(recipe)
     reason = "the teacher's high of views [0, 1] are not finite or too large for a row"
     assert about["quarantined"] == [{"key": WHITE, "reason": reason}]
