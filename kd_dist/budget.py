@@ -28,14 +28,16 @@ INDEX_BYTES, NOTES_BYTES = 80, 500  # of an index, about: an example's entries a
 LADDER = (
     (1, None, "fp16"),
     (1, None, "int8"),
-    (2, None, "int8"),
     (1, 4, "int8"),
-    (2, 2, "int8"),
+    (2, None, "int8"),
+    (1, 8, "int8"),
+    (1, 16, "int8"),
     (2, 4, "int8"),
+    (1, 32, "int8"),
     (2, 8, "int8"),
-    (4, 4, "int8"),
-    (4, 8, "int8"),
+    (2, 16, "int8"),
     (4, 16, "int8"),
+    (4, 32, "int8"),
 )
 
 

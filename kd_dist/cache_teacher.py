@@ -31,6 +31,8 @@ from kd_dist.signals import LogitsCodec, dtype_to_json, error_report, merge_erro
 from kd_dist.tasks import TASKS
 from kd_dist.teacher import Teacher
 
+POOR = 0.5  # relative error of a feature that is worth a warning
+
 
 def identity(work: Extraction, recipe: Recipe, split: str, teacher: Teacher, device: torch.device) -> dict[str, Any]:
     """What the manifest must say for the shards in the folder to be this extraction's."""
@@ -208,6 +210,12 @@ def summary(split: str, made: dict[str, Any]) -> str:
         f"mean KL {error['mean_kl_t1']:.1e} nat, top class equal in {error['top_class_agreement']:.2%}"
     )
     lines += [feature_sentence(name, one) for name, one in made["feature_report"].items()]
+    lines += [
+        f"warning: '{name}' as it is stored is off by {one['relative_error']:.0%} of the feature; keep more of it, or "
+        f"store it as fp32 if its values are tiny"
+        for name, one in made["feature_report"].items()
+        if one["relative_error"] > POOR
+    ]
     lines += [
         f"warning: {count:,} values of '{name}' overflow {made['codec']['features'][name]['store']}; their rows are "
         f"quarantined; store it as int8, bf16 or fp32"

@@ -108,8 +108,7 @@ def heard(
             keep = np.flatnonzero(fine.cpu().numpy())
             found += len(keep)
             if len(keep):
-                kept = rows._replace(keys=[rows.keys[row] for row in keep], crcs=rows.crcs[keep])
-                yield kept._replace(pixels=rows.pixels[keep]), {name: value[fine] for name, value in features.items()}
+                yield rows.only(keep), {name: value[fine] for name, value in features.items()}
     if not found:
         raise DataError(
             f"{work.folder}: the teacher's features are not finite on any of {len(numbers)} views; check its weights "

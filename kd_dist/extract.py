@@ -68,6 +68,13 @@ class Rows(NamedTuple):
     sizes: np.ndarray | None  # (b, 2), of the masks
     pixels: np.ndarray  # (b, H, W, 3) uint8
 
+    def only(self, places: np.ndarray) -> "Rows":
+        """The rows at these places."""
+        return Rows(
+            [self.keys[place] for place in places],
+            *(one if one is None else one[places] for one in self[1:]),
+        )
+
 
 class Said(NamedTuple):
     """Rows after the teacher."""
