@@ -5,7 +5,7 @@ on the device where the features are.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -229,19 +229,11 @@ def feature_error(exact: Tensor, decoded: Tensor) -> dict[str, float]:
     return {"count": len(exact), **{name: float(one) for name, one in sums.items()}}
 
 
-def merge(errors: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The sums of several `feature_error` as those of one; of none, zeros."""
-    merged = {"count": 0, "squared_error": 0.0, "squared_norm": 0.0, "cosine": 0.0}
-    for one in errors:
-        merged = {name: merged[name] + one[name] for name in merged}
-    return merged
-
-
-def feature_report(merged: Mapping[str, float]) -> dict[str, float]:
+def feature_report(sums: Mapping[str, float]) -> dict[str, float]:
     """For a manifest: `relative_error`, |exact - decoded| / |exact| over everything, and the mean `cosine` a row."""
     return {
-        "relative_error": math.sqrt(merged["squared_error"] / (merged["squared_norm"] or 1.0)),
-        "cosine": merged["cosine"] / max(merged["count"], 1),
+        "relative_error": math.sqrt(sums["squared_error"] / (sums["squared_norm"] or 1.0)),
+        "cosine": sums["cosine"] / max(sums["count"], 1),
     }
 
 
