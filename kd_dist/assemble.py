@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 
 from kd_dist import manifest
 from kd_dist.checkpoint import refuse_other_run
+from kd_dist.compress import FeatureCodec
 from kd_dist.config import shared_features, to_dict
 from kd_dist.data import Corridor, Shards, SignalShards
 from kd_dist.errors import DataError, MismatchError, ModelError, RecipeError
-from kd_dist.losses import features_read, projections, signals_needed
+from kd_dist.losses import LOSSES, features_read, projections, signals_needed
 from kd_dist.models import Network, build_network, load_weights, weights_digest
 from kd_dist.plan import Order, Plan, Sequential
 from kd_dist.recipe import Recipe, Stage
@@ -140,15 +141,29 @@ def network(recipe: Recipe, which: str, reference: str | None, seed: int) -> Net
     return built
 
 
-def check_models(recipe: Recipe) -> None:
-    """Build both models with random weights and try their taps: a mistake is told before anything is spent."""
-    size = recipe.views.shape
-    for which, taps in (("teacher", feature_taps(recipe, recipe.cache.features)), ("student", recipe.student.taps)):
-        try:
-            built = network(recipe, which, None, recipe.seed)
-            Teacher(built, taps).shapes(size)
-        except (ModelError, RecipeError) as error:
-            raise type(error)(f"{which}.model: {error}") from error
+def feature_codecs(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FeatureCodec]:
+    """How the features of these shapes (C, *grid) are stored, in the order of a row; none has its basis yet.
+
+    Raises a RecipeError for a feature that cannot be pooled or reduced so much.
+    """
+    found = {}
+    for name, one in sorted(recipe.cache.features.items()):
+        if one.pca is not None and one.pca > shapes[name][0]:
+            raise RecipeError(
+                f"cache.features.{name}.pca: {one.pca} components cannot be had from the {shapes[name][0]} channels of "
+                f"'{one.tap}'; use fewer"
+            )
+        found[name] = FeatureCodec(name, shapes[name], one.store, one.pool, None, one.dither)
+    return found
+
+
+def with_projections(recipe: Recipe, stage: Stage, built: Network, channels: Mapping[str, int]) -> Student:
+    """The network with taps for these features, the teacher's `channels` of each, and the projections to them."""
+    wanted = {
+        loss: {feature: channels[feature] for feature in names}
+        for loss, names in projections(stage.losses, list(channels)).items()
+    }
+    return Student(built, {feature: recipe.student.taps[feature] for feature in channels}, wanted, recipe.views.shape)
 
 
 def feature_taps(recipe: Recipe, names: Iterable[str]) -> dict[str, str]:
@@ -172,16 +187,11 @@ def module(recipe: Recipe, name: str, corridor: Corridor, taught_by: Teacher | N
     online teacher."""
     stage, features = recipe.stages[name], stage_features(recipe, name)
     built = network(recipe, stage.model, first_weights(recipe, name), stage_seed(recipe, name))
-    size = recipe.views.shape
     if taught_by is not None:
-        _, shapes = taught_by.shapes(size)
+        _, shapes = taught_by.shapes(recipe.views.shape)
     else:
         shapes = {feature: corridor.signals.features[feature].shape for feature in features}
-    wanted = {
-        loss: {feature: shapes[feature][0] for feature in names}
-        for loss, names in projections(stage.losses, list(features)).items()
-    }
-    return Student(built, {feature: recipe.student.taps[feature] for feature in features}, wanted, size)
+    return with_projections(recipe, stage, built, {feature: shapes[feature][0] for feature in features})
 
 
 def teacher_identity(recipe: Recipe, built: Network | None = None) -> dict[str, Any]:
@@ -302,6 +312,8 @@ def stage_identity(recipe: Recipe, name: str, corridor: Corridor) -> dict[str, A
     free = {"max_steps", "log_every", "checkpoint_every", "accumulate"}
     section = to_dict(getattr(recipe, stage.model))
     section.pop("weights")
+    taps = section.pop("taps", {})  # those that the losses read stand under `features`
+    used = feature_taps(recipe, stage_features(recipe, name))
     start = first_weights(recipe, name)
     file = weights_file(recipe, start)
     return manifest.plain(
@@ -316,7 +328,7 @@ def stage_identity(recipe: Recipe, name: str, corridor: Corridor) -> dict[str, A
             "order": manifest.plain(vars(corridor.plan.order)),
             "examples": corridor.examples.fingerprint,
             "signals": None if corridor.signals is None else corridor.signals.fingerprint,
-            "features": feature_taps(recipe, stage_features(recipe, name)),
+            "features": {feature: {"teacher": tap, "student": taps[feature]} for feature, tap in used.items()},
             "online_teacher": teacher_identity(recipe) if is_online(stage) else None,
         }
     )
@@ -328,6 +340,11 @@ def role(recipe: Recipe, name: str) -> str:
     if stage.model == "teacher":
         return "teacher"
     return "student_kd" if signals_needed(stage.losses) else "student_alone"
+
+
+def reads_logits(stage: Stage) -> bool:
+    """Whether some loss reaches all of the model: features may be taken below its last layers."""
+    return any(LOSSES[loss].student == "logits" for loss in stage.losses)
 
 
 def planned_steps(stage: Stage, corridor: Corridor) -> int:

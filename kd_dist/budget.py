@@ -12,7 +12,7 @@ import torch
 
 from kd_dist import assemble
 from kd_dist.cache_teacher import extraction
-from kd_dist.calibrate import PROBE_ROWS, heard, measure, measure_moments, size
+from kd_dist.calibrate import heard, measure, measure_moments, probed, size
 from kd_dist.compress import FeatureCodec
 from kd_dist.errors import RecipeError
 from kd_dist.extract import Extraction
@@ -62,6 +62,7 @@ def plan(recipe: Recipe, budget: int | None) -> dict[str, Any]:
     train = works[assemble.TRAINING_SPLIT]
     stored = works[assemble.TRAINING_SPLIT] = stored_as(train, recipe.cache.features)
     splits = {split: split_bytes(work) for split, work in works.items()}
+    splits[assemble.TRAINING_SPLIT] = training_bytes(train, recipe.cache.features)
     found = {
         "rows": {split: len(work.examples) * work.rows for split, work in works.items()},
         "row_bytes": {split: work.dtype.itemsize for split, work in works.items()},
@@ -74,7 +75,8 @@ def plan(recipe: Recipe, budget: int | None) -> dict[str, Any]:
     if budget is not None:
         others = found["total_bytes"] - splits[assemble.TRAINING_SPLIT]
         found["proposal"] = propose(train, recipe.cache.features, teacher, device, budget - others)
-        found["proposal_bytes"] = others + split_bytes(stored_as(train, features_of(found["proposal"])))
+        found["proposal_bytes"] = others + training_bytes(train, features_of(found["proposal"]))
+        found["cache"] = {option: getattr(recipe.cache, option) for option in ("logits", "batch_size", "threads")}
     return found
 
 
@@ -104,6 +106,13 @@ def split_bytes(work: Extraction) -> int:
     return records * tarfile.RECORDSIZE + len(work.examples) * INDEX_BYTES + len(tars) * NOTES_BYTES
 
 
+def training_bytes(work: Extraction, wanted: Mapping[str, Feature]) -> int:
+    """Bytes of the training split with features stored as a recipe describes them, principal components included."""
+    channels = {name: codec.shape[0] for name, codec in work.features.items()}
+    bases = sum(4 * channels[name] * (one.pca + 1) for name, one in wanted.items() if one.pca is not None)
+    return split_bytes(stored_as(work, wanted)) + bases
+
+
 def propose(
     work: Extraction, wanted: dict[str, Feature], teacher: Teacher, device: torch.device, budget: int
 ) -> dict[str, dict[str, Any]]:
@@ -119,12 +128,12 @@ def propose(
         here, below = (rungs[name][chosen[name] + step]["report"] for step in (0, 1))
         return (here["gradient_cosine"] - below["gradient_cosine"]) / (here["bytes"] - below["bytes"])
 
-    while (taken := split_bytes(stored_as(work, features_of(proposal())))) > budget:
+    while (taken := training_bytes(work, features_of(proposal()))) > budget:
         lower = [name for name, rung in chosen.items() if rung + 1 < len(rungs[name])]
         if not lower:
             raise RecipeError(
                 f"the smallest signals that are tried take {taken:,} bytes for the training views, the budget leaves "
-                f"{max(budget, 0):,}; name fewer features, draw fewer views, or give more room"
+                f"{max(budget, 0):,}; name fewer features, draw fewer views, or give {taken - budget:,} bytes more"
             )
         chosen[min(lower, key=cost)] += 1
     return proposal()
@@ -141,7 +150,7 @@ def measure_ladder(
     rungs = {name: [rung for rung in LADDER if fits(shape, *rung[:2])] for name, shape in shapes.items()}
     pools = {(name, pool) for name, tried in rungs.items() for pool, part, _ in tried if part}
     moments = measure_moments(work, sorted(pools), teacher, device, SAMPLE_ROWS)
-    heard_rows = list(heard(work, SAMPLE_ROWS, PROBE_ROWS, teacher, device))
+    heard_rows = list(heard(work, *probed(work, SAMPLE_ROWS), teacher, device))
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
     for name, tried in rungs.items():
         for pool, part, store in tried:
@@ -182,7 +191,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
     lines.append(f"in all {found['total_bytes'] / 1e6:,.2f} MB, free on the disk {found['free_bytes'] / 1e9:,.1f} GB")
     if "proposal" in found:
         lines.append(f"within the budget, {found['proposal_bytes'] / 1e6:,.2f} MB in all:")
-        lines += ["cache:", "  features:"]
+        lines += ["cache:", *(f"  {option}: {value}" for option, value in found["cache"].items()), "  features:"]
         for name, one in found["proposal"].items():
             words = ", ".join(
                 f"{option}: {json.dumps(value)}" for option, value in one["recipe"].items() if value is not None

@@ -17,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from kd_dist import assemble, guard, manifest
 from kd_dist.calibrate import calibrate
-from kd_dist.compress import FeatureCodec, save_bases
+from kd_dist.compress import save_bases
 from kd_dist.config import load
 from kd_dist.data import BASES, feature_codecs, on_device
 from kd_dist.errors import ShardError, one_sentence
@@ -89,7 +89,7 @@ def finish(work: Extraction, content: dict[str, Any]) -> dict[str, Any]:
         first = final["quarantined"][0]
         raise ShardError(
             f"{work.folder}: no example has signals that could be stored, the first is '{first['key']}': "
-            f"{first['reason']}; check the teacher's weights and normalisation"
+            f"{first['reason']}; check the teacher's weights and normalisation, or store what is too large as fp32"
         )
     manifest.write_manifest(work.folder, final)
     return final
@@ -107,10 +107,7 @@ def extraction(recipe: Recipe, split: str, teacher: Teacher) -> Extraction:
         policy=assemble.view_policy(recipe),
         views=assemble.stored_views(recipe, split),
         codec=LogitsCodec(recipe.cache.logits, recipe.task.classes, grid[1:] or None),
-        features={
-            name: FeatureCodec(name, shapes[name], one["store"], one["pool"], None, one["dither"])
-            for name, one in sorted(wanted.items())  # the order of the fields in a row
-        },
+        features=assemble.feature_codecs(recipe, shapes) if wanted else {},
         batch_size=recipe.cache.batch_size,
         threads=recipe.cache.threads,
     )
@@ -127,8 +124,8 @@ def prepare_codecs(
         begun = manifest.read_manifest(work.folder)
         if begun["feature_report"].keys() == work.features.keys():
             return
-    work.folder.mkdir(parents=True, exist_ok=True)
     bases, report = calibrate(work, recipe.cache.features, teacher, device) if work.features else ({}, {})
+    work.folder.mkdir(parents=True, exist_ok=True)
     sha256 = None
     if bases:
         payload = save_bases(bases)
@@ -158,6 +155,7 @@ def cache_split(recipe: Recipe, split: str, teacher: Teacher, accelerator: Accel
         refuse_other(work.folder, {name: there.get(name) for name in content}, content)
     accelerator.wait_for_everyone()  # every rank has read it before one changes it
     if done is not None:
+        feature_codecs(work.folder, done["codec"])  # refuses a folder that has lost its bases
         accelerator.print(f"cache {split}: done before, {done['examples']:,} examples x {work.rows} views")
         return done
     if accelerator.is_main_process:

@@ -36,7 +36,7 @@ def calibrate(
     codecs = {name: replace(codec, basis=bases.get(name)) for name, codec in work.features.items()}
     codecs = on_device(codecs, device)
     errors, cosines, count = dict.fromkeys(codecs), dict.fromkeys(codecs, 0.0), 0
-    for rows, features in heard(work, BASIS_ROWS, PROBE_ROWS, teacher, device):
+    for rows, features in heard(work, *probed(work, BASIS_ROWS), teacher, device):
         count += len(rows.keys)
         for name, codec in codecs.items():
             error, cosine = measure(codec, rows, features[name])
@@ -77,13 +77,22 @@ def fit(
 def measure_moments(
     work: Extraction, pools: Iterable[tuple[str, int]], teacher: Teacher, device: torch.device, count: int
 ) -> dict[tuple[str, int], Moments]:
-    """By (feature, pool) what a basis of the pooled feature is made from, over the first `count` views of `heard`."""
+    """By (feature, pool) what a basis of the pooled feature is made from, over the first `count` views of `heard`, or
+    what `probed` leaves of them."""
     moments = {pair: Moments() for pair in pools}
     if moments:
-        for _, features in heard(work, 0, count, teacher, device):
+        for _, features in heard(work, 0, probed(work, count)[0], teacher, device):
             for (name, pool), one in moments.items():
                 one.add(pooled(features[name], pool))
     return moments
+
+
+def probed(work: Extraction, fitted: int) -> tuple[int, int]:
+    """From which view on, and on how many, codecs are measured when bases are fitted on the `fitted` views before:
+    fewer where there are not as many, a quarter of all at the most."""
+    views = len(work.examples) * work.rows
+    count = min(PROBE_ROWS, max(1, views // 4))
+    return min(fitted, max(1, views - count)), count
 
 
 def heard(

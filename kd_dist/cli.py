@@ -133,6 +133,7 @@ def inspect(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fal
     from kd_dist import assemble, manifest
     from kd_dist.cache_teacher import summary
     from kd_dist.config import load
+    from kd_dist.data import feature_codecs
 
     loaded = load(recipe, overrides or [])
     folders = {split: assemble.signals_folder(loaded, split) for split in assemble.splits(loaded)}
@@ -141,6 +142,7 @@ def inspect(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fal
         typer.echo(json.dumps(found))
         return
     for split, made in found.items():
+        feature_codecs(folders[split], made["codec"])  # refuses a folder that has lost its bases
         teacher, digest = made["teacher"], made["teacher"]["weights_sha256"][:12]
         typer.echo(f"{folders[split]}: {teacher['model']}, weights {teacher['weights']}, sha256 {digest}")
         typer.echo(summary(split, made) if made["complete"] else "not finished; run `kd-dist cache-teacher` again")

@@ -325,6 +325,10 @@ def _feature_problems(recipe: Recipe) -> Problems:
                 yield (*keys, name), (
                     f"'{name}' cannot name a feature; use 1 to 32 of a-z 0-9 _, a letter first, no '_scale' at the end"
                 )
+    for name in recipe.student.taps:
+        if name not in recipe.cache.features:
+            known = hint(name, recipe.cache.features)
+            yield ("student", "taps", name), f"cache.features keeps no feature '{name}' to compare it with{known}"
     for name, feature in recipe.cache.features.items():
         if feature.dither and feature.store != "int8":
             yield ("cache", "features", name, "dither"), f"is for int8, not for {feature.store}"

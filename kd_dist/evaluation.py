@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -38,15 +39,7 @@ def evaluate(
 
 def first_examples(corridor: Corridor) -> Batch:
     """A few examples of a split, to look at."""
-    batch = corridor[0]
-    return batch._replace(
-        keys=batch.keys[:SHOWN],
-        images=batch.images[:SHOWN],
-        targets=batch.targets[:SHOWN],
-        sizes=batch.sizes if batch.sizes is None else batch.sizes[:SHOWN],
-        valid=batch.valid[:SHOWN],
-        signals=batch.signals and batch.signals._replace(logits=batch.signals.logits[:SHOWN]),
-    )
+    return replace(corridor, plan=replace(corridor.plan, batch_size=SHOWN, world=1), rank=0)[0]
 
 
 def picture(task: Task, batch: Batch, predictions: dict[str, Tensor]) -> np.ndarray | None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from kd_dist import assemble, manifest, report
+from kd_dist import assemble, manifest, report, trial
 from kd_dist.checkpoint import write_atomic
 from kd_dist.config import load, to_dict
 from kd_dist.data import batches
@@ -29,7 +29,7 @@ def run(path: Path, overrides: Sequence[str], seeds: int, num_processes: int) ->
     first = load(path, overrides)
     per_seed = [[*overrides, f"seed={first.seed + number}"] for number in range(seeds)]
     recipes = [load(path, one) for one in per_seed]
-    assemble.check_models(first)
+    trial.check_models(first)
     pack_recipe(first)
     cached = False
     for name, stage in first.stages.items():

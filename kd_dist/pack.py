@@ -50,7 +50,7 @@ def pack(
     if len(listing.classes) != task.classes:
         raise DataError(
             f"data.source {source}: has {len(listing.classes)} classes, the recipe's task.classes says {task.classes}; "
-            f"set task.classes to {len(listing.classes)}"
+            f"set task.classes to {len(listing.classes)}, or name other classes in data.options if the source can"
         )
     splits = assign(listing.items, fractions)
     for split in required:

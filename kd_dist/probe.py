@@ -13,7 +13,9 @@ WIDTHS = (16, 32, 64)  # of the probe's convolutions, each of stride 2
 
 
 def gradient_cosine(images: Tensor, exact: Tensor, decoded: Tensor) -> float:
-    """The cosine, in [-1, 1], between two gradients of one student: with the exact and with the decoded features.
+    """The cosine, in [-1, 1], between two gradients of one student: with the exact and with the decoded features of an
+    example, averaged over the examples. By itself, because a batch's gradient mostly says what all its examples share:
+    features of another image would pass for the right ones.
 
     images (B, 3, H, W) uint8; exact (B, C, *grid) and decoded (B, C, *pooled grid) float, all on one device. The
     student is three convolutions and a projection to C channels, its weights always the same; the gradient, with
@@ -24,8 +26,12 @@ def gradient_cosine(images: Tensor, exact: Tensor, decoded: Tensor) -> float:
     with torch.inference_mode(False), torch.autocast(images.device.type, enabled=False):
         student = _student(exact.shape[1], images.device)
         inputs = images.clone().float() / 255 - 0.5  # a clone, as tensors of inference mode take part in no gradient
-        gradients = [_gradient(student, inputs, features.clone().float()).double() for features in (exact, decoded)]
-    return float(F.cosine_similarity(*gradients, dim=0))
+        pairs = [
+            [_gradient(student, inputs[row], features[row].clone().float()) for features in (exact, decoded)]
+            for row in torch.arange(len(images)).split(1)
+        ]
+    cosines = [F.cosine_similarity(*(gradient.double() for gradient in pair), dim=0) for pair in pairs]
+    return float(torch.stack(cosines).mean())
 
 
 def _student(channels: int, device: torch.device) -> nn.Sequential:

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from kd_dist import assemble, checkpoint, guard, manifest, monitor
+from kd_dist import assemble, checkpoint, guard, manifest, monitor, trial
 from kd_dist.batch import Batch, StudentOutput
 from kd_dist.checkpoint import Progress
 from kd_dist.config import load, to_dict
@@ -285,8 +285,11 @@ def prepare(recipe: Recipe, name: str) -> Run:
     """Build every part of a stage. Everything that can be wrong with the recipe and the data is found here."""
     stage, seed = recipe.stages[name], assemble.stage_seed(recipe, name)
     precision = {None: None, "fp32": "no"}.get(stage.precision, stage.precision)
-    accelerator = Accelerator(mixed_precision=precision)
+    # Losses on features alone leave the layers above them without a gradient, which DDP must be told.
+    whole = DistributedDataParallelKwargs(find_unused_parameters=not assemble.reads_logits(stage))
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[whole])
     guard.check_world(accelerator.num_processes)
+    trial.check_relations(recipe, name, accelerator.num_processes)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would train in fp32
         raise TrainingError(f"stages.{name}.precision: fp16 needs a GPU; use bf16 or fp32 here")
     rank, world = accelerator.process_index, accelerator.num_processes

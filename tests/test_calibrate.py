@@ -115,7 +115,7 @@ def test_views_whose_features_are_not_finite_are_left_out(scenery):
 
 
 def test_the_report_is_what_numpy_computes(scenery, monkeypatch):
-    """Fitted on 12 views, measured on the 8 others."""
+    """Fitted on 12 views, measured on a quarter of the 20 that there are."""
     monkeypatch.setattr(calibrate, "BASIS_ROWS", 12)
     monkeypatch.setattr(calibrate, "PROBE_ROWS", 8)
     own = parts()
@@ -128,19 +128,19 @@ def test_the_report_is_what_numpy_computes(scenery, monkeypatch):
     _, sizes, components = np.linalg.svd(vectors - mean, full_matrices=False)
     assert report["kept_variance"] == pytest.approx((sizes[:6] ** 2).sum() / (sizes**2).sum(), rel=1e-6)
     assert 0.5 < report["kept_variance"] < 1
-    fresh = exact(own, 12, 8)[1]["high"].astype(np.float64).transpose(0, 2, 3, 1)
+    fresh = exact(own, 12, 5)[1]["high"].astype(np.float64).transpose(0, 2, 3, 1)
     decoded = ((fresh - mean) @ components[:6].T).astype(np.float16) @ components[:6] + mean
     error = np.sqrt(((fresh - decoded) ** 2).sum() / (fresh**2).sum())
     norms = np.linalg.norm(fresh, axis=-1) * np.linalg.norm(decoded, axis=-1)
     assert report["relative_error"] == pytest.approx(error, rel=1e-3)
     assert report["cosine"] == pytest.approx(((fresh * decoded).sum(axis=-1) / norms).mean(), abs=1e-5)
-    assert 0.9 < report["gradient_cosine"] < 1 and report["rows"] == 8
+    assert 0.9 < report["gradient_cosine"] < 1 and report["rows"] == 5
     assert (report["bytes"], report["fp16_bytes"]) == (2 * 6 * 24, 2 * 16 * 24)
     # Of what is pooled, the error against the whole map. Nothing was reduced, so nothing is said of a variance.
-    assert "kept_variance" not in reports["low"] and reports["low"]["rows"] == 8
+    assert "kept_variance" not in reports["low"] and reports["low"]["rows"] == 5
     assert (reports["low"]["bytes"], reports["low"]["fp16_bytes"]) == (8 * 24 + 2 * 8, 2 * 8 * 96)
-    low = torch.from_numpy(exact(own, 12, 8)[1]["low"])
-    cells = low.reshape(8, 8, 4, 2, 6, 2).mean(dim=(3, 5))
+    low = torch.from_numpy(exact(own, 12, 5)[1]["low"])
+    cells = low.reshape(5, 8, 4, 2, 6, 2).mean(dim=(3, 5))
     wide = torch.nn.functional.interpolate(cells, (8, 12), mode="bilinear", align_corners=False)
     assert reports["low"]["relative_error"] == pytest.approx(float((wide - low).norm() / low.norm()), rel=0.02)
 
@@ -179,9 +179,14 @@ def test_what_comes_back_is_what_the_codec_decodes(scenery):
 
 
 def test_more_components_than_channels_are_one_sentence(scenery):
-    own = parts("cache.features.high.pca=17")
-    words = (
-        "^cache.features.high.pca: 17 principal components cannot be found in 480 positions of 16 channels; use 1 to"
-    )
+    words = "^cache.features.high.pca: 17 components cannot be had from the 16 channels of 'high'; use fewer"
     with pytest.raises(RecipeError, match=words):
-        calibrate.calibrate(own.work, own.recipe.cache.features, own.teacher, CPU)
+        parts("cache.features.high.pca=17")
+
+
+def test_codecs_are_measured_on_views_that_no_basis_was_fitted_on(scenery):
+    work = parts().work
+    assert len(work.examples) * work.rows == 20
+    for fitted in (1, 12, 15, 16, 512):
+        start, count = calibrate.probed(work, fitted)
+        assert (start, count) == (min(fitted, 15), 5)

@@ -31,11 +31,13 @@ def test_it_is_the_gradient_that_autograd_finds_by_hand():
     exact, decoded = gaussian(4, 6, 4, 4), gaussian(4, 6, 4, 4, seed=1)
     network, found = _student(6, torch.device("cpu")), []
     for target in (exact, decoded):
-        network.zero_grad()
-        (1 - F.cosine_similarity(network(images().float() / 255 - 0.5), target, dim=1)).mean().backward()
-        found.append(torch.cat([one.grad.flatten() for one in network.parameters()]))
+        for row in range(4):
+            network.zero_grad()
+            image = images()[row : row + 1].float() / 255 - 0.5
+            (1 - F.cosine_similarity(network(image), target[row : row + 1], dim=1)).mean().backward()
+            found.append(torch.cat([one.grad.flatten() for one in network.parameters()]))
     assert len(list(network.parameters())) == 8
-    by_hand = float(F.cosine_similarity(*found, dim=0))
+    by_hand = float(F.cosine_similarity(torch.stack(found[:4]), torch.stack(found[4:]), dim=1).mean())
     assert abs(by_hand) < 0.9 and gradient_cosine(images(), exact, decoded) == pytest.approx(by_hand, abs=1e-4)
 
 
@@ -51,8 +53,20 @@ def test_the_more_a_codec_loses_the_lower_it_is():
 
 def test_a_feature_that_lost_everything_agrees_with_nothing():
     zeros, features = torch.zeros(4, 6, 4, 4), gaussian(4, 6, 4, 4)
-    assert abs(gradient_cosine(images(), features, zeros)) < 0.1
-    assert abs(gradient_cosine(images(), zeros, features)) < 0.1
+    assert abs(gradient_cosine(images(), features, zeros)) < 0.2
+    assert abs(gradient_cosine(images(), zeros, features)) < 0.2
+
+
+def test_the_features_of_another_image_do_not_pass_for_the_right_ones():
+    """All images have a part of every feature in common, as those of a real teacher do."""
+    own = 2 * gaussian(8, 16, 1, 1, seed=1) + gaussian(8, 16, 8, 8, seed=2)
+    features = F.relu(gaussian(1, 16, 1, 1) / 2 + own)
+    others = gradient_cosine(images(8), features, features.roll(1, 0))
+    average = gradient_cosine(images(8), features, features.mean(dim=(0, 2, 3), keepdim=True).expand_as(features))
+    int8 = FeatureCodec("f", (16, 8, 8), "int8")
+    fields, _, _ = int8.encode(features, np.zeros(8, np.uint32))
+    stored = int8.decode({name: torch.from_numpy(values) for name, values in fields.items()})
+    assert others < 0.6 and average < 0.8 and gradient_cosine(images(8), features, stored) > 0.999
 
 
 def test_it_always_says_the_same_and_leaves_the_generator_and_its_inputs_alone():

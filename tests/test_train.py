@@ -437,3 +437,22 @@ def test_every_term_is_printed_and_logged_and_the_examples_are_drawn(scene_lab, 
     assert len(drawn) == 2
     # Four columns of pictures 24 wide, or as wide as their titles, and four rows 16 high.
     assert drawn[0].width >= 4 * 24 and drawn[0].height >= 4 * 16
+
+
+def test_losses_on_early_features_alone_train_on_two_processes_as_on_one(scene_lab, tmp_path):
+    """Nothing above `low` has a gradient then, which DDP would stop at."""
+    only = "train.losses={cosine: {features: [low]}, at: {features: [low]}}"
+    one = trained_on_scenes(scene_lab, tmp_path / "one", only)
+    two = trained_on_scenes(scene_lab, tmp_path / "two", only, world=2)
+    assert_same_weights(one, two, 2e-5, tensors=8)
+
+
+def test_taps_that_a_stage_does_not_read_are_no_part_of_it(scene_lab, tmp_path):
+    """A baseline that was trained before there were features is still that baseline."""
+    words = ["scenes.yaml", "--stage", "pretrain", f"runs={tmp_path}", "train.epochs=1"]
+    for more in ([], ["student.taps={low: act}"]):
+        done(run(train.main, [*words, *more], folder=scene_lab))
+    words = ["scenes.yaml", "--stage", "distill", f"runs={tmp_path}", "train.epochs=1"]
+    done(run(train.main, words, folder=scene_lab))
+    said = sentence(run(train.main, [*words, "student.taps={low: act, high: high}"], folder=scene_lab))
+    assert "was made with features.low.student = 'low', the recipe says 'act'" in said

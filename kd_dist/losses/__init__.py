@@ -174,6 +174,8 @@ def _check_features(row: Loss, written: Mapping[str, Any], features: Collection[
         raise RecipeError("needs features: name them in cache.features and student.taps alike")
     if not written.get("features", features):
         raise RecipeError("option 'features' must name at least one; leave it out to read all")
+    if len(set(written.get("features", ()))) < len(written.get("features", ())):
+        raise RecipeError("option 'features' names one of them twice")
     for name in written.get("features", ()):
         if name not in features:
             raise RecipeError(f"teacher and student do not both have a feature '{name}'{hint(name, features)}")

@@ -1,0 +1,59 @@
+"""A recipe tried out on black images before anything is spent: models, taps, codecs, losses."""
+
+import torch
+
+from kd_dist import assemble
+from kd_dist.batch import Batch, TeacherSignal
+from kd_dist.errors import ModelError, RecipeError
+from kd_dist.losses import LOSSES, Objective
+from kd_dist.recipe import Recipe
+from kd_dist.teacher import Teacher
+
+
+def check_models(recipe: Recipe) -> None:
+    """Build both models with random weights, try their taps, codecs and losses: a mistake is told before anything is
+    spent."""
+    size, shapes = recipe.views.shape, {}
+    all_taps = {"teacher": assemble.feature_taps(recipe, recipe.cache.features), "student": recipe.student.taps}
+    for which, taps in all_taps.items():
+        try:
+            # Only looked at, in evaluation mode, like a teacher.
+            shapes[which] = Teacher(assemble.network(recipe, which, None, recipe.seed), taps).shapes(size)
+        except (ModelError, RecipeError) as error:
+            raise type(error)(f"{which}.model: {error}") from error
+    logits, features = shapes["teacher"]
+    codecs = assemble.feature_codecs(recipe, features)
+    stored = {name: (shape[0], *codecs[name].stored_shape[1:]) for name, shape in features.items()}
+    said = TeacherSignal(torch.randn(2, *logits), {name: torch.randn(2, *shape) for name, shape in stored.items()})
+    for name in recipe.stages:
+        if assemble.stage_features(recipe, name):
+            _try_losses(recipe, name, said)
+
+
+def _try_losses(recipe: Recipe, name: str, said: TeacherSignal) -> None:
+    """A stage's losses on two black images: what does not fit says so."""
+    stage, size = recipe.stages[name], recipe.views.shape
+    read = {feature: said.features[feature] for feature in assemble.stage_features(recipe, name)}
+    channels = {feature: value.shape[1] for feature, value in read.items()}
+    built = assemble.network(recipe, stage.model, None, recipe.seed)
+    student = assemble.with_projections(recipe, stage, built, channels).eval()
+    images = torch.zeros(2, 3, *size, dtype=torch.uint8)
+    targets = torch.zeros(2, *(size if assemble.task(recipe).maps else ()), dtype=torch.int64)
+    batch = Batch(("", ""), images, targets, None, torch.ones(2, dtype=torch.bool), 2, said._replace(features=read))
+    try:
+        with torch.no_grad():
+            Objective(stage.losses, stage.epochs)(student(images), batch, 0.0)
+    except ModelError as error:
+        raise ModelError(f"stages.{name}.losses: {error}") from error
+
+
+def check_relations(recipe: Recipe, name: str, world: int) -> None:
+    """Raise a RecipeError when a relational loss has a single row to relate: it would be 0 for good."""
+    stage = recipe.stages[name]
+    for loss, written in stage.losses.items():
+        parts = stage.accumulate * (1 if written.get("gather") else world)
+        if LOSSES[loss].relational and stage.batch_size < 2 * parts:
+            raise RecipeError(
+                f"stages.{name}.losses.{loss}: relates the rows of a micro-batch, of which batch_size "
+                f"{stage.batch_size} in {parts} parts leaves fewer than two; take larger batches, or accumulate less"
+            )
