@@ -324,7 +324,8 @@ def stage_identity(recipe: Recipe, name: str, corridor: Corridor) -> dict[str, A
             "task": to_dict(recipe.task),
             "metric": recipe.evaluate.metric,
             "seed": stage_seed(recipe, name),
-            "views": views_identity(recipe, TRAINING_SPLIT),
+            # Fresh views, as a stage without a teacher takes them, do not depend on how many are stored.
+            "views": {**views_identity(recipe, TRAINING_SPLIT), "count": corridor.views},
             "order": manifest.plain(vars(corridor.plan.order)),
             "examples": corridor.examples.fingerprint,
             "signals": None if corridor.signals is None else corridor.signals.fingerprint,

@@ -181,6 +181,9 @@ def cache_teacher(recipe: Recipe) -> None:
         backend.allow_tf32 = False
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     teacher = assemble.teacher(recipe, recipe.cache.features).to(accelerator.device)
+    read = {feature for name in recipe.stages for feature in assemble.stage_features(recipe, name)}
+    for feature in sorted(recipe.cache.features.keys() - read):
+        accelerator.print(f"warning: no stage reads the feature '{feature}', which is cached all the same")
     for split in assemble.splits(recipe):
         made = cache_split(recipe, split, teacher, accelerator)
         if accelerator.is_main_process:

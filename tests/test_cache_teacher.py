@@ -105,6 +105,12 @@ def test_the_validation_split_has_the_canonical_view_alone(home):
     assert all(len(own) == 1 and own["view"][0] == expected for own in stored.values())
 
 
+def test_a_feature_that_no_stage_reads_is_pointed_out(scenery, capsys):
+    cache_teacher.cache_teacher(load("scenes.yaml", ["student.taps={low: low}"]))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no stage reads" in line]
+    assert lines == ["warning: no stage reads the feature 'high', which is cached all the same"]
+
+
 def test_two_classes_store_one_margin(home):
     shutil.rmtree("shards")
     for split in SPLITS:

@@ -450,7 +450,7 @@ def test_losses_on_early_features_alone_train_on_two_processes_as_on_one(scene_l
 def test_taps_that_a_stage_does_not_read_are_no_part_of_it(scene_lab, tmp_path):
     """A baseline that was trained before there were features is still that baseline."""
     words = ["scenes.yaml", "--stage", "pretrain", f"runs={tmp_path}", "train.epochs=1"]
-    for more in ([], ["student.taps={low: act}"]):
+    for more in ([], ["student.taps={low: act}"], ["views.count=5"]):
         done(run(train.main, [*words, *more], folder=scene_lab))
     words = ["scenes.yaml", "--stage", "distill", f"runs={tmp_path}", "train.epochs=1"]
     done(run(train.main, words, folder=scene_lab))
