@@ -29,7 +29,7 @@ from kd_dist.recipe import Recipe
 from kd_dist.shards import Shard, published, shard_path
 from kd_dist.signals import LogitsCodec, dtype_to_json, error_report, merge_errors
 from kd_dist.tasks import TASKS
-from kd_dist.teacher import Teacher
+from kd_dist.teacher import Teacher, repeatable
 
 POOR = 0.5  # relative error of a feature that is worth a warning
 
@@ -177,9 +177,7 @@ def cache_teacher(recipe: Recipe) -> None:
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # ranks finish their last shards far apart
     accelerator = Accelerator(kwargs_handlers=[patient])
     guard.check_world(accelerator.num_processes)
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        backend.allow_tf32 = False
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    repeatable()
     teacher = assemble.teacher(recipe, recipe.cache.features).to(accelerator.device)
     read = {feature for name in recipe.stages for feature in assemble.stage_features(recipe, name)}
     for feature in sorted(recipe.cache.features.keys() - read):

@@ -10,6 +10,13 @@ from kd_dist.models import Network
 from kd_dist.models.taps import Taps
 
 
+def repeatable() -> None:
+    """Have a GPU compute as exactly as it can, and the same each time: what is cached is compared with it later."""
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        backend.allow_tf32 = False
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+
+
 class Teacher(nn.Module):
     """Images (B, 3, H, W), uint8 or in [0, 1] -> TeacherSignal in float32. Always frozen and in evaluation mode."""
 

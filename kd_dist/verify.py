@@ -14,6 +14,7 @@ from kd_dist.extract import add_sums
 from kd_dist.plan import mix, permute
 from kd_dist.recipe import Recipe
 from kd_dist.signals import error_report, measured_error, merge_errors
+from kd_dist.teacher import repeatable
 from kd_dist.views import input_crc, replay
 
 TOLERANCE = 1e-4  # nat, mean KL(live || cached) at T = 1; other hardware moves logits by far less
@@ -36,6 +37,7 @@ def verify(recipe: Recipe, split: str, sample: int, seed: int = 0) -> dict[str, 
     if not len(kept):
         raise ShardError(f"{cache.folder}: every example is quarantined; there is nothing to compare")
     ids = kept[permute(np.arange(min(sample, len(kept))), len(kept), mix(seed))]
+    repeatable()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codecs = {name: codec for name, codec in cache.features.items() if name in recipe.cache.features}
     teacher, decode = assemble.teacher(recipe, codecs).to(device), assemble.task(recipe).decode

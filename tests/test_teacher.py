@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from kd_dist import assemble
+from kd_dist import assemble, cache_teacher
 from kd_dist.config import load
 from kd_dist.errors import ModelError
 from kd_dist.models import build_network
 from kd_dist.teacher import Teacher
+from kd_dist.verify import verify
 
 SIZE = (16, 24)
 RESTLESS = '''\
@@ -108,3 +109,19 @@ def test_a_tap_of_no_module_is_one_sentence(scenery):
     recipe = load("scenes.yaml", ["cache.features.low.tap=lows"])
     with pytest.raises(ModelError, match="scene_model:network: feature 'low': there is no module 'lows'; did you mean"):
         assemble.teacher(recipe, recipe.cache.features)
+
+
+def test_a_cache_and_its_check_ask_for_exact_arithmetic(scenery):
+    flags = ("allow_tf32", "benchmark", "deterministic")
+    before = {name: getattr(torch.backends.cudnn, name) for name in flags}
+    try:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        cache_teacher.cache_teacher(load("scenes.yaml"))
+        after = {name: getattr(torch.backends.cudnn, name) for name in flags}
+        assert after == {"allow_tf32": False, "benchmark": False, "deterministic": True}
+        torch.backends.cuda.matmul.allow_tf32 = True
+        verify(load("scenes.yaml"), "train", 2)
+        assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        for name, value in before.items():
+            setattr(torch.backends.cudnn, name, value)
