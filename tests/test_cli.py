@@ -14,7 +14,7 @@ from kd_dist import assemble, cache_teacher, train
 from kd_dist.cli import app
 from kd_dist.config import load
 
-ROW = {"role", "stage", "seed", "name", "metric", "value", "parameters", "macs", "latency_ms"}
+ROW = {"role", "stage", "seed", "name", "metric", "value", "parts", "parameters", "macs", "latency_ms"}
 
 SOURCE = '''\
 """A user's own source: eight pictures a split, some with a label that is no number."""

@@ -6,7 +6,9 @@ import statistics
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from processes import Ended, contents, done, kd_dist, laboratory, run, sentence, start, wait_until
+from scenes import scenes
 
 from kd_dist import assemble
 
@@ -208,3 +210,28 @@ def manifest_says_complete(folder: Path) -> bool:
 
 def has_result(folder: Path, stage: str) -> bool:
     return (folder / RUNS.format(stage, 0) / "result.json").exists()
+
+
+def test_segmentation_from_raw_pictures_to_a_report_with_classes_and_examples(tmp_path):
+    """The teacher is given, no stage trains it: it has its row all the same."""
+    folder = scenes(tmp_path)
+    done(run(kd_dist, "run", "scenes.yaml", folder=folder))
+    made = folder / "runs" / "scenes"
+    report = json.loads((made / "report.json").read_text())
+    assert [(row["role"], row["stage"]) for row in report["summary"]] == [
+        ("teacher", "given"),
+        ("student_alone", "pretrain"),
+        ("student_kd", "distill"),
+    ]
+    for row in report["summary"]:
+        assert row["metric"] == "miou" and [name for name, _ in row["parts"]] == ["ground", "left", "right"]
+        assert row["mean"] == pytest.approx(statistics.fmean(value for _, value in row["parts"]))
+    page = (made / "report.md").read_text()
+    assert "| class | given | pretrain | distill |" in page and "| left | " in page and "(examples.png)" in page
+    with Image.open(made / "examples.png") as picture:  # image, truth and three models; four pictures of 16 x 24
+        assert picture.mode == "RGB" and picture.width >= 5 * 24 and picture.height >= 4 * 16
+    before = (made / "report.json").read_text()
+    again = run(kd_dist, "run", "scenes.yaml", folder=folder)
+    done(again)
+    assert again.output.count("done before") == 4  # two splits of the cache, two stages
+    assert json.loads((made / "report.json").read_text())["summary"] == json.loads(before)["summary"]
