@@ -116,27 +116,34 @@ def training_bytes(work: Extraction, wanted: Mapping[str, Feature]) -> int:
 def propose(
     work: Extraction, wanted: dict[str, Feature], teacher: Teacher, device: torch.device, budget: int
 ) -> dict[str, dict[str, Any]]:
-    """The rung of LADDER for each feature: all begin with the first, then the one step down that costs the least
-    gradient cosine for the bytes it saves is taken until the split fits into `budget` bytes."""
-    rungs = measure_ladder(work, wanted, teacher, device)
-    chosen = dict.fromkeys(rungs, 0)
+    """The rung of LADDER for each feature with which the gradient cosines add up to the most while the split fits into
+    `budget` bytes."""
+    choices = combinations(measure_ladder(work, wanted, teacher, device))
+    sizes = [training_bytes(work, features_of(choice)) for choice in choices]
+    for choice, taken in zip(choices, sizes, strict=True):
+        if taken <= budget:
+            return choice
+    raise RecipeError(
+        f"the smallest signals that are tried take {min(sizes):,} bytes for the training views, the budget leaves "
+        f"{max(budget, 0):,}; name fewer features, draw fewer views, or give {min(sizes) - budget:,} bytes more"
+    )
 
-    def proposal() -> dict[str, dict[str, Any]]:
-        return {name: rungs[name][rung] for name, rung in chosen.items()}
 
-    def cost(name: str) -> float:
-        here, below = (rungs[name][chosen[name] + step]["report"] for step in (0, 1))
-        return (here["gradient_cosine"] - below["gradient_cosine"]) / (here["bytes"] - below["bytes"])
-
-    while (taken := training_bytes(work, features_of(proposal()))) > budget:
-        lower = [name for name, rung in chosen.items() if rung + 1 < len(rungs[name])]
-        if not lower:
-            raise RecipeError(
-                f"the smallest signals that are tried take {taken:,} bytes for the training views, the budget leaves "
-                f"{max(budget, 0):,}; name fewer features, draw fewer views, or give {taken - budget:,} bytes more"
-            )
-        chosen[min(lower, key=cost)] += 1
-    return proposal()
+def combinations(rungs: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, dict[str, Any]]]:
+    """Every choice of a rung for each feature that no other beats in as few bytes, from the most faithful."""
+    found: list[dict[str, Any]] = [{"choice": {}, "report": {"bytes": 0, "gradient_cosine": 0.0}}]
+    for name, tried in rungs.items():
+        found = worth(
+            [
+                {
+                    "choice": {**one["choice"], name: rung},
+                    "report": {part: one["report"][part] + rung["report"][part] for part in one["report"]},
+                }
+                for one in found
+                for rung in tried
+            ]
+        )
+    return [one["choice"] for one in found]
 
 
 def measure_ladder(

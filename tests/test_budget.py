@@ -1,8 +1,10 @@
 """Before caching: the bytes that are told are those on the disk, a proposal fits its budget and can be pasted."""
 
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from processes import kd_dist, run, sentence
@@ -113,11 +115,33 @@ def test_a_smaller_budget_never_gives_more(scenery):
     assert [one["proposal_bytes"] <= room for one, room in zip(found, rooms, strict=True)] == [True] * 6
     assert [faithful(one) for one in found] == sorted(map(faithful, found), reverse=True)
     sizes = [one["proposal_bytes"] for one in found]
-    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 5
     # `low` gives up most bytes for the least: pooled, while `high` keeps its grid.
     assert faithful(found[2]) > 1.999 and found[2]["proposal"]["high"]["recipe"]["pool"] == 1
     # With all the room there is, every feature keeps what the best rung keeps.
     assert faithful(found[0]) == pytest.approx(2, abs=1e-4) and faithful(found[-1]) < faithful(found[0])
+
+
+def test_the_choices_hold_the_best_for_every_budget():
+    random = np.random.default_rng(0)
+    rungs = {
+        name: [
+            {"name": name, "report": {"bytes": int(size), "gradient_cosine": float(cosine)}}
+            for size, cosine in zip(random.integers(1, 50, 5), random.random(5), strict=True)
+        ]
+        for name in "abc"
+    }
+
+    def total(choice: tuple, part: str) -> float:
+        return sum(rung["report"][part] for rung in choice)
+
+    offered = [tuple(choice.values()) for choice in budget.combinations(rungs)]
+    assert 3 <= len(offered) < 125
+    everything = list(itertools.product(*rungs.values()))
+    for room in range(int(min(total(one, "bytes") for one in everything)), 151):
+        best = max(total(one, "gradient_cosine") for one in everything if total(one, "bytes") <= room)
+        first = next(one for one in offered if total(one, "bytes") <= room)
+        assert total(first, "gradient_cosine") == pytest.approx(best)
 
 
 def test_rungs_that_a_smaller_one_beats_are_passed_over():
