@@ -506,3 +506,39 @@ def test_a_damaged_recipe_is_read_or_refused_in_one_sentence(written, data):
         load(path)
     except RecipeError as error:
         assert re.match(r"configs/pets\.yaml:\d+: ", str(error))
+
+
+# ---------------------------------------------------------------------------------------------- features and metrics
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (
+            ["cache.features={mid: {tap: a}}", "student.taps={mdi: b}"],
+            "student.taps.mdi: cache.features keeps no feature 'mdi' to compare it with; did you mean 'mid'?",
+        ),
+        (
+            ["cache.features={low_scale: {tap: a}}"],
+            "cache.features.low_scale: 'low_scale' cannot name a feature; use 1 to 32 of a-z 0-9 _, a letter first, no "
+            "'_scale' at the end",
+        ),
+        (["cache.features={logits: {tap: a}}"], "cache.features.logits: 'logits' cannot name a feature; use"),
+        (
+            ["cache.features={f: {tap: a, store: fp16, dither: true}}"],
+            "cache.features.f.dither: is for int8, not for fp16",
+        ),
+        (["cache.features={f: {tap: a, pool: 0}}"], "cache.features.f.pool: must be a whole number, at least 1, not 0"),
+        (["evaluate.metric=miou"], "evaluate.metric: unknown metric 'miou' of classification; known: accuracy, nll"),
+        (
+            ["task={name: segmentation, classes: 256}", "evaluate.metric=miou"],
+            "task.classes: a mask has room for 255 classes, not for 256",
+        ),
+        (
+            ["stages.distill.losses={cosine: {}}"],
+            "stages.distill.losses.cosine: needs features: name them in cache.features and student.taps alike",
+        ),
+    ],
+)
+def test_features_and_metrics_that_cannot_be_are_refused(written, words, sentence):
+    assert refusal(written(TEXT), words).startswith(f"command line: {sentence}")
