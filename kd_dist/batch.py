@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+IGNORED = 255  # in a mask: a pixel without a label, neither learnt from nor counted
+
 
 class Example(NamedTuple):
     """One decoded example of a shard, before any view is replayed on it."""

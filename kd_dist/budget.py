@@ -61,8 +61,10 @@ def plan(recipe: Recipe, budget: int | None) -> dict[str, Any]:
     works = {split: extraction(recipe, split, teacher) for split in assemble.splits(recipe)}
     train = works[assemble.TRAINING_SPLIT]
     stored = works[assemble.TRAINING_SPLIT] = stored_as(train, recipe.cache.features)
-    splits = {split: split_bytes(work) for split, work in works.items()}
-    splits[assemble.TRAINING_SPLIT] = training_bytes(train, recipe.cache.features)
+    splits = {
+        split: training_bytes(train, recipe.cache.features) if work is stored else split_bytes(work)
+        for split, work in works.items()
+    }
     found = {
         "rows": {split: len(work.examples) * work.rows for split, work in works.items()},
         "row_bytes": {split: work.dtype.itemsize for split, work in works.items()},

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from kd_dist.batch import IGNORED
 from kd_dist.choose import describe, fits, hint
 from kd_dist.errors import RecipeError
 from kd_dist.losses import check_losses, signals_needed
@@ -30,7 +31,7 @@ Place = Callable[[int], str]  # a line number, from 1, to what an error begins w
 Problems = Iterator[tuple[Keys, str]]  # where a value is, and the sentence that says what is wrong with it
 
 COMMAND_LINE = "command line"
-MOST_MASK_CLASSES = 255  # of a mask's 256 values the last says "ignored"
+MOST_MASK_CLASSES = IGNORED  # of a mask's 256 values the last says "ignored"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # 32: `<key>.<teacher>.npy` has to fit a tar header
 FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 FEATURE = re.compile(r"(?!(?:logits|margin|view|row_crc|input_crc)$)(?!.*_scale$)[a-z][a-z0-9_]{0,31}")  # names a field

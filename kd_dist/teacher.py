@@ -34,6 +34,7 @@ class Teacher(nn.Module):
     def shapes(self, size: tuple[int, int]) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
         """What it says about an image of `size` (H, W): the shape of its logits and those of its features."""
         features = {} if self.taps is None else self.taps.probe(size)
+        self.probed = True
         with torch.no_grad():
             images = torch.zeros(1, 3, *size, dtype=torch.uint8, device=self.network.mean.device)
             return tuple(self(images).logits.shape[1:]), features

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_dist.batch import IGNORED
 from kd_dist.errors import ModelError
 from kd_dist.losses.grid import on_grid
 from kd_dist.losses.table import Loss
 
-IGNORED = 255  # in a mask: a pixel without a label
 TEMPERATURE = (0.1, 100.0)  # colder, the teacher is one-hot; hotter, rounding (1e-6 T^2 nats) drowns the value
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from kd_dist.batch import Example
+from kd_dist.batch import IGNORED, Example
 from kd_dist.errors import DataError
 from kd_dist.tasks.images import (
     certainty,
@@ -26,7 +26,6 @@ from kd_dist.tasks.images import (
 from kd_dist.views import replay_mask, sample
 
 HIGHER_IS_BETTER = {"miou": True, "pixel_accuracy": True}
-IGNORED = 255  # a pixel that is neither learnt from nor counted
 MASK = "mask.png"  # the extension of a mask in a shard
 BIT_DEPTH_AT = 24  # in a PNG: 8 bytes signature, then length, name, width and height of its first chunk, 4 bytes each
 GAP = 4  # pixels between the parts of a picture
