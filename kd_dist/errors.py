@@ -37,6 +37,10 @@ class TrainingError(KdError):
     """A training run that cannot go on."""
 
 
+class Preempted(Exception):
+    """Not an error: a signal asked the command to stop, and all that it had done is saved. Its exit status is 0."""
+
+
 @contextmanager
 def one_sentence() -> Iterator[None]:
     """For the commands: an error that a user can mend becomes one sentence on stderr and exit status 1.
@@ -50,6 +54,9 @@ def one_sentence() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except Preempted as stop:
+        print(stop, file=sys.stderr, flush=True)
+        sys.exit(0)
     except KdError as error:
         sys.exit(f"{label}: {error}")
     except OSError as error:
