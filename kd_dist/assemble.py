@@ -309,7 +309,7 @@ def stage_identity(recipe: Recipe, name: str, corridor: Corridor) -> dict[str, A
     """All that decides the result of a stage, for its checkpoints: another value is another run."""
     stage: Stage = recipe.stages[name]
     # What may change between a stop and its resume; the plan gives a step the same examples for every `accumulate`.
-    free = {"max_steps", "log_every", "checkpoint_every", "accumulate"}
+    free = {"max_steps", "log_every", "checkpoint_every", "accumulate", "find_batch_size"}
     section = to_dict(getattr(recipe, stage.model))
     section.pop("weights")
     taps = section.pop("taps", {})  # those that the losses read stand under `features`

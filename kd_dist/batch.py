@@ -37,6 +37,7 @@ class Batch(NamedTuple):
     valid: Tensor  # (B,) bool; False for the single filler row of an empty share
     total: int  # valid examples of the whole step: all ranks, all its micro-batches
     signals: TeacherSignal | None  # None when the stage uses no cache
+    failed: tuple[str, ...] = ()  # why examples could not be read, a sentence each
 
 
 class StudentOutput(NamedTuple):

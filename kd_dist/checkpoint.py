@@ -4,25 +4,29 @@
 and renamed; older ones go only after that. Nothing is pickled.
 """
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as deserialized
 from safetensors.torch import save as serialized
-from torch import nn
+from torch import Tensor
 
 from kd_dist.errors import TrainingError
 from kd_dist.manifest import first_difference
 from kd_dist.shards import published
 
-VERSION = 1
+VERSION = 2  # 1 had no digests
 PREFIX = "checkpoint-"
+WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_AGAIN = "delete it to start the stage again"
 
 
 @dataclass
@@ -30,8 +34,13 @@ class Progress:
     """Everything that changes while a stage trains, beside weights and optimiser."""
 
     step: int = 0  # optimiser steps taken or skipped: the cursor into the plan
-    skipped: int = 0  # of them, steps skipped for a non-finite gradient
-    streak: int = 0  # non-finite steps in a row, up to now
+    skipped: int = 0  # of them, steps that were skipped
+    streak: int = 0  # skipped steps in a row, up to now
+    failed: int = 0  # examples that could not be read
+    scale: float = 1.0  # of the loss; fp16 alone has another
+    calm: int = 0  # steps taken since the scale fell
+    lr_factor: float = 1.0  # by which the guard has lowered the learning rate
+    recent: list[float] = field(default_factory=list)  # losses of the steps taken last, where spikes are looked for
     best: float | None = None  # best validation metric
     best_epoch: int = -1
     history: list[dict[str, Any]] = field(default_factory=list)  # one record an epoch
@@ -43,44 +52,60 @@ def write_atomic(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def save_weights(module: nn.Module, path: Path) -> None:
-    """The module's state as one safetensors file, replaced atomically."""
-    # Each a copy of its own: safetensors refuses tensors that share memory, as tied weights do.
-    copies = {name: value.detach().cpu().clone().contiguous() for name, value in module.state_dict().items()}
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Weights by name as one safetensors file, replaced atomically."""
     with published(path) as file:
-        file.write(serialized(copies))  # not save_file: on a full disk it raises no OSError
+        file.write(_serialized(weights))  # not save_file: on a full disk it raises no OSError
+
+
+def _serialized(tensors: Mapping[str, Tensor]) -> bytes:
+    # Each a copy of its own: safetensors refuses tensors that share memory, as tied weights do.
+    return serialized({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()})
 
 
 def save(
-    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, progress: Progress, identity: dict
+    folder: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Any], progress: Progress, identity: dict
 ) -> None:
-    """Write a checkpoint for `progress.step`, make it durable, then delete the older ones."""
+    """Write a checkpoint for `progress.step`, make it durable, then delete the older ones.
+
+    `weights` by name, and `moments` as an optimiser's `state_dict()`. A checkpoint of the same step is kept: it is what
+    the run went on from, and no step has been made since.
+    """
     final = folder / f"{PREFIX}{progress.step:08d}"
+    if final.exists():
+        return
     temporary = folder / f"{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_weights(module, temporary / "model.safetensors")
-    state = optimizer.state_dict()
-    tensors = {f"{number}.{name}": value for number, one in state["state"].items() for name, value in one.items()}
-    copies = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    (temporary / "optimizer.safetensors").write_bytes(serialized(copies))
+    states = {
+        f"{number}.{name}": value
+        for number, one in moments["state"].items()
+        for name, value in one.items()
+        if torch.is_tensor(value)
+    }
+    payloads = {WEIGHTS: _serialized(weights), MOMENTS: _serialized(states)}
+    for name, payload in payloads.items():
+        (temporary / name).write_bytes(payload)
     record = {
         "version": VERSION,
         "identity": identity,
         "progress": asdict(progress),
-        "optimizer": {"groups": state["param_groups"]},
-        "scaler": None if scaler is None else scaler.state_dict(),
+        "optimizer": {"groups": moments["param_groups"]},
+        "sha256": {name: hashlib.sha256(payload).hexdigest() for name, payload in payloads.items()},
     }
-    (temporary / "state.json").write_text(json.dumps(record, sort_keys=True, indent=1))
+    (temporary / STATE).write_text(json.dumps(record, sort_keys=True, indent=1))
     for path in (*temporary.iterdir(), temporary):
         _flush(path)
-    if final.exists():  # the same step again, after a resume that took no step
-        shutil.rmtree(final)
     os.rename(temporary, final)
     _flush(folder)
     for old in sorted(folder.glob(f"{PREFIX}*")):
         if old != final:
             shutil.rmtree(old)
+
+
+def unsound(weights: Mapping[str, Tensor]) -> str | None:
+    """The name of a weight that is not finite, which nobody should go on from; None when all are."""
+    return next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
 
 
 def latest(folder: Path) -> Path | None:
@@ -89,35 +114,37 @@ def latest(folder: Path) -> Path | None:
     return max(complete, default=None)
 
 
-def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, identity: dict) -> Progress:
-    """Restore all that `save` wrote. Raises TrainingError for a torn, foreign or future checkpoint and for weights of
-    another model."""
+def load(path: Path, identity: dict) -> tuple[dict[str, Tensor], dict[str, Any], Progress]:
+    """What `save` wrote: weights, moments, progress. Raises TrainingError for a torn, damaged, foreign or future
+    checkpoint."""
     try:
-        record = json.loads((path / "state.json").read_text())
-        weights = load_file(path / "model.safetensors")
-        tensors = load_file(path / "optimizer.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise TrainingError(f"{path}: cannot be read ({error}); delete it to start the stage again") from error
-    if record.get("version") != VERSION:
+        record = json.loads((path / STATE).read_bytes())
+        version = record["version"]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
+        raise TrainingError(f"{path}: {STATE} cannot be read ({error!r}); {_AGAIN}") from error
+    if version != VERSION:
         raise TrainingError(
-            f"{path}: has version {record.get('version')}, this kd_dist reads {VERSION}; upgrade kd_dist"
+            f"{path}: has version {version}, this kd_dist reads {VERSION}; use the kd_dist that wrote it"
         )
-    refuse_other_run(path, record["identity"], identity)
     try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise TrainingError(
-            f"{path}: its weights are of another model than the recipe builds now ({' '.join(str(error).split())}); "
-            f"restore the model's code, or delete the folder"
-        ) from error
+        refuse_other_run(path, record["identity"], identity)
+        weights, states = (_checked(path / name, record["sha256"][name]) for name in (WEIGHTS, MOMENTS))
+        progress, groups = Progress(**record["progress"]), record["optimizer"]["groups"]
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise TrainingError(f"{path}: cannot be read ({error!r}); {_AGAIN}") from error
     state: dict[int, dict[str, Any]] = {}
-    for name, value in tensors.items():
+    for name, value in states.items():
         number, key = name.split(".", 1)
         state.setdefault(int(number), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": record["optimizer"]["groups"]})
-    if scaler is not None and record["scaler"] is not None:
-        scaler.load_state_dict(record["scaler"])
-    return Progress(**record["progress"])
+    return weights, {"state": state, "param_groups": groups}, progress
+
+
+def _checked(path: Path, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a file that is still what was written."""
+    payload = path.read_bytes()
+    if hashlib.sha256(payload).hexdigest() != sha256:
+        raise ValueError(f"{path.name} is damaged: its sha256 is not {sha256[:12]}")
+    return deserialized(payload)
 
 
 def refuse_other_run(path: Path, there: dict, here: dict) -> None:

@@ -16,7 +16,7 @@ from kd_dist.tasks import Task
 SHOWN = 4  # examples in a picture
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: under ZeRO 3 weights that are gathered in it could not be trained again
 def evaluate(
     predict: Callable[[Batch], Tensor], batches: Iterable[Batch], task: Task, device: torch.device
 ) -> dict[str, float]:

@@ -13,9 +13,10 @@ class Share(NamedTuple):
     """What one micro-batch of this rank left behind."""
 
     terms: dict[str, Tensor]  # () each; they add up, over ranks and micro-batches, to the step's means
-    logit_max: Tensor  # (), the largest absolute logit
+    peaks: Tensor  # (B,), the largest absolute logit of each row
     keys: tuple[str, ...]
     waited: float  # seconds that the loop waited for the batch
+    failed: tuple[str, ...] = ()  # examples that could not be read, a sentence each
 
 
 class Meter:
@@ -37,7 +38,7 @@ class Meter:
             for share in shares:
                 for name in self.names:
                     self.sums[name] = share.terms[name] + self.sums[name].to(share.terms[name].device)
-                self.logit_max = torch.maximum(self.logit_max.to(share.logit_max), share.logit_max)
+                self.logit_max = torch.maximum(self.logit_max.to(share.peaks), share.peaks.max())
 
     def report(self, accelerator: Accelerator) -> dict[str, float]:
         """Means per taken step over all ranks (NaN when none was taken). A collective call: every rank makes it."""

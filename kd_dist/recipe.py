@@ -18,6 +18,7 @@ class Bound(NamedTuple):
 
 Count = Annotated[int, Bound(lambda number: number >= 1, "at least 1")]
 Natural = Annotated[int, Bound(lambda number: number >= 0, "at least 0")]
+Above1 = Annotated[float, Bound(lambda number: number > 1, "above 1")]
 Positive = Annotated[float, Bound(lambda number: number > 0, "above 0")]
 NonNegative = Annotated[float, Bound(lambda number: number >= 0, "at least 0")]
 Fraction = Annotated[float, Bound(lambda number: 0 <= number <= 1, "between 0 and 1")]
@@ -134,6 +135,9 @@ class Stage:
     min_lr: NonNegative = 0.0  # learning rate at the end
     clip: Positive | None = 1.0  # largest norm of the gradient; null: not clipped
     precision: Literal["fp32", "fp16", "bf16"] | None = None  # null: the launcher's choice
+    sync_bn: bool = False  # BatchNorm statistics over all ranks; on GPUs
+    spike: Above1 | None = None  # a step whose loss is more than so many medians of those before is skipped; null: none
+    find_batch_size: bool = False  # raise `accumulate` until a micro-batch fits into memory
     patience: Count | None = None  # epochs without improvement before the run stops; null: never
     log_every: Count = 50  # steps
     checkpoint_every: Count | None = None  # steps; the end of an epoch always saves one

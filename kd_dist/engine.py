@@ -1,0 +1,275 @@
+"""How a step is taken: by one process, by DDP, or by DeepSpeed's ZeRO. The loop and the guard see the same methods.
+
+Weights are kept in float32; lower precision is autocast around the forward pass, with a loss scale for fp16. So a
+checkpoint means the same wherever it was made, and a run may go on under another engine.
+"""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    convert_to_fp32,
+)
+from torch import Tensor, nn
+
+from kd_dist.batch import StudentOutput
+from kd_dist.errors import TrainingError
+
+DTYPES = {"fp32": None, "no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+FIRST_SCALE = 2.0**16  # of fp16's loss; a non-finite step halves it, as many steps without one double it as
+SCALE_GROWS_AFTER = 2000
+
+
+class _Plugin(DeepSpeedPlugin):
+    """DeepSpeed's settings without those of transformers, which Accelerate would ask to be installed."""
+
+    def set_deepspeed_weakref(self) -> None:
+        pass
+
+
+def launched_precision() -> str:
+    """The precision that the launcher asks for: no, bf16 or fp16."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def accelerator(find_unused_parameters: bool) -> Accelerator:
+    """The processes that the launcher started, and how they work together. Raises a TrainingError for settings of
+    DeepSpeed that belong to the recipe, or that this engine does not know."""
+    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)]
+    plugin = None
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        if importlib.util.find_spec("deepspeed") is None:
+            raise TrainingError("the launcher asks for DeepSpeed, which is missing; pip install 'kd_dist[deepspeed]'")
+        if not torch.cuda.is_available():  # Accelerate would take each process for the only one
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        plugin = _Plugin()
+        _check_deepspeed(plugin.deepspeed_config)
+    return Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
+
+
+def _check_deepspeed(settings: dict[str, Any]) -> None:
+    zero = settings.get("zero_optimization", {})
+    if zero.get("stage") not in (1, 2, 3):
+        raise TrainingError(
+            f"DeepSpeed: zero_stage is {zero.get('stage')}; give 1, 2 or 3, or launch without DeepSpeed"
+        )
+    for what in ("offload_optimizer", "offload_param"):
+        device = (zero.get(what) or {}).get("device")
+        if device not in (None, "none"):
+            raise TrainingError(f"DeepSpeed: {what} to {device!r} is not supported; remove it from the settings")
+    for what in ("optimizer", "scheduler"):
+        if what in settings:
+            raise TrainingError(f"DeepSpeed: '{what}' is the recipe's; remove it from the settings")
+    for what in ("fp16", "bf16"):
+        if settings.get(what, {}).get("enabled") is True:
+            raise TrainingError(f"DeepSpeed: remove '{what}' from the settings and give the stage `precision: {what}`")
+
+
+class Engine:
+    """One process, or several under DDP, where each holds all weights, gradients and moments."""
+
+    sharded = False  # whether `gradients` are a part of them, disjoint over the ranks
+
+    def __init__(
+        self, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype | None
+    ) -> None:
+        self.accelerator, self.module, self.dtype = accelerator, module, dtype
+        self._prepare(optimizer)
+
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.optimizer = self.accelerator.prepare(self.module), optimizer
+
+    def forward(self, images: Tensor) -> StudentOutput:
+        """The student's output in float32, computed in the run's precision."""
+        if self.dtype is None:
+            return self.model(images)
+        with torch.autocast(images.device.type, self.dtype):
+            return convert_to_fp32(self.model(images))
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        """For the forward and backward pass of one micro-batch, the `last` of its step or not."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def backward(self, loss: Tensor, scale: float) -> None:
+        """Add this rank's share of the step, () float32, to the gradient. Shares of ranks add up to the step's mean."""
+        self._backward(loss * (self.accelerator.num_processes * scale))  # ranks are averaged, not added
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def gradients(self, scale: float) -> list[Tensor]:
+        """The gradient of the step without its loss scale, to be changed in place; complete after the last micro-batch.
+        Call it once a step."""
+        found = self._gradients()
+        if scale != 1 and found:
+            torch._foreach_mul_(found, 1 / scale)
+        return found
+
+    def _gradients(self) -> list[Tensor]:
+        return [value.grad for value in self.module.parameters() if value.grad is not None]
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def step(self) -> None:
+        """Move the weights and forget the gradient."""
+        self.optimizer.step()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the gradient."""
+        self.optimizer.zero_grad()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights by name and the optimiser's `state_dict()`, whole on every rank. A collective call."""
+        return self.module.state_dict(), self.optimizer.state_dict()
+
+    def load(self, weights: dict[str, Tensor], moments: dict[str, Any]) -> None:
+        """Take over what `state` returned, here or under another engine. RuntimeError: weights of another module."""
+        self.module.load_state_dict(weights)
+        self.optimizer.load_state_dict(moments)
+
+
+class DeepSpeed(Engine):
+    """DeepSpeed's ZeRO 1, 2 or 3: moments, gradients and weights are divided among the ranks.
+
+    Accelerate steps inside `backward`. Here the two are apart, so that the ranks can agree in between.
+    """
+
+    sharded = True
+
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        self.trained = [value for group in optimizer.param_groups for value in group["params"]]
+        self.sizes = [len(group["params"]) for group in optimizer.param_groups]
+        settings = self.accelerator.deepspeed_plugin.deepspeed_config
+        # Sizes serve DeepSpeed's own statistics alone: the loop accumulates, clips and scales by itself.
+        settings |= {"train_micro_batch_size_per_gpu": 1, "train_batch_size": self.accelerator.num_processes}
+        settings |= {"gradient_accumulation_steps": 1, "gradient_clipping": 0.0, "zero_force_ds_cpu_optimizer": False}
+        self.model, _ = self.accelerator.prepare(self.module, optimizer)
+        self.optimizer = self.model.optimizer  # ZeRO's
+        self.stage = self.model.zero_optimization_stage()
+
+    @contextlib.contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        self.model.set_gradient_accumulation_boundary(last)
+        yield
+
+    def _backward(self, loss: Tensor) -> None:
+        self.model.backward(loss, scale_wrt_gas=False)
+
+    def _gradients(self) -> list[Tensor]:
+        return [part for group in self.optimizer.averaged_gradients.values() for part in group]
+
+    def step(self) -> None:
+        self.model.step()
+
+    def clear(self) -> None:
+        zero = self.optimizer
+        zero.zero_grad()
+        if self.stage == 3:
+            zero.averaged_gradients = {}
+        else:
+            zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
+            zero.all_grad_tensors = dict.fromkeys(zero.all_grad_tensors)
+            zero.micro_step_id = -1
+
+    def _whole(self, modifier: int | None = None) -> AbstractContextManager:
+        """Within it every parameter is whole on every rank; changes made on rank `modifier` are kept."""
+        if self.stage < 3:
+            return contextlib.nullcontext()
+        from deepspeed.zero import GatheredParameters
+
+        return GatheredParameters(list(self.module.parameters()), modifier_rank=modifier)
+
+    def _flat(self) -> list[Tensor]:
+        """This rank's part of the weights that are trained, one tensor a group, as the optimiser knows them."""
+        zero = self.optimizer
+        return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+
+    def _link(self) -> None:
+        """Let DeepSpeed find each parameter's moments: by itself it looks after its first group alone has stepped."""
+        if self.stage < 3:
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        with self._whole():
+            weights = {name: value.detach().clone() for name, value in self.module.state_dict().items()}
+        base = self.optimizer.optimizer
+        states: dict[int, dict[str, Tensor]] = {}
+        if base.state:
+            self._link()
+            one = next(iter(base.state.values()))
+            shared = {name: value for name, value in one.items() if torch.is_tensor(value) and value.ndim == 0}
+            divided = [name for name, value in one.items() if torch.is_tensor(value) and value.ndim]
+            for number, value in enumerate(self.trained):
+                full = {name: safe_get_full_optimizer_state(value, name).clone() for name in divided}
+                states[number] = {**{name: one.clone() for name, one in shared.items()}, **full}
+        return weights, {"state": states, "param_groups": self._groups()}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The optimiser's groups as a `state_dict()` has them: parameters by number."""
+        first, found = 0, []
+        for group, size in zip(self.optimizer.optimizer.param_groups, self.sizes, strict=True):
+            kept = {name: value for name, value in group.items() if name != "params"}
+            found.append({**kept, "params": list(range(first, first + size))})
+            first += size
+        return found
+
+    def load(self, weights: dict[str, Tensor], moments: dict[str, Any]) -> None:
+        with self._whole(modifier=0):
+            self.module.load_state_dict(weights)
+        by_parameter = {id(value): weights[name] for name, value in self.module.named_parameters()}
+        for value in self.trained:
+            self._put(value, by_parameter[id(value)], None)
+        base, states = self.optimizer.optimizer, moments["state"]
+        base.state.clear()
+        if states:
+            shared = {name: value for name, value in states[0].items() if value.ndim == 0}
+            divided = [name for name, value in states[0].items() if value.ndim]
+            for flat in self._flat():
+                base.state[flat] = {name: value.clone() for name, value in shared.items()}
+                base.state[flat] |= {name: torch.zeros_like(flat) for name in divided}
+            self._link()
+            for number, value in enumerate(self.trained):
+                for name in divided:
+                    self._put(value, states[number][name], name)
+        for group, saved in zip(base.param_groups, moments["param_groups"], strict=True):
+            group |= {name: value for name, value in saved.items() if name != "params"}
+
+    def _put(self, parameter: nn.Parameter, whole: Tensor, name: str | None) -> None:
+        """Set this rank's part of a trained weight, or of the state `name` that the optimiser has for it."""
+        whole = whole.to(parameter.device)
+        if self.stage < 3:
+            parameter.set_full_hp_param(whole, name)
+            return
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size, rank = safe_get_local_fp32_param(parameter).numel(), self.accelerator.process_index
+        part = whole.flatten()[rank * size : (rank + 1) * size]
+        part = nn.functional.pad(part, (0, size - len(part)))  # the last parts may reach beyond the end
+        if name is None:
+            safe_set_local_fp32_param(parameter, part)
+        else:
+            safe_set_local_optimizer_state(parameter, part, name)
+
+
+def start(
+    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, precision: str
+) -> Engine | DeepSpeed:
+    """The engine for the processes that the launcher started. `precision` is fp32, bf16 or fp16."""
+    kind = DeepSpeed if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
+    return kind(accelerator, module, optimizer, DTYPES[precision])

@@ -1,0 +1,92 @@
+"""The end of an epoch: evaluate, record, warn, keep the best weights, draw, print."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from kd_dist import assemble, checkpoint, monitor
+from kd_dist.checkpoint import Progress
+from kd_dist.data import batches
+from kd_dist.evaluation import agree_on_buffers, evaluate, picture
+from kd_dist.losses import Objective
+from kd_dist.stage import Run
+from kd_dist.tasks import is_better, retention
+
+
+def end_epoch(run: Run, progress: Progress, means: dict[str, float]) -> None:
+    """Evaluate, record, warn, and keep the weights when they are the best so far. Every rank calls it."""
+    accelerator, metric = run.accelerator, run.metric
+    agree_on_buffers(accelerator, run.student)
+    values = run_evaluation(run)
+    epoch = -(-progress.step // run.train.plan.steps_per_epoch) - 1
+    record = {
+        "epoch": epoch,
+        "step": progress.step,
+        **means,
+        **{f"val_{name}": value for name, value in values.items()},
+    }
+    if run.teacher_metrics is not None:
+        record[f"teacher_{metric}"] = run.teacher_metrics[metric]
+        record["retention"] = retention(metric, values[metric], run.teacher_metrics[metric])
+    progress.history.append(record)
+    if is_better(metric, values[metric], progress.best):
+        progress.best, progress.best_epoch = values[metric], len(progress.history) - 1
+        weights, _ = run.engine.state()
+        if accelerator.is_main_process:
+            checkpoint.save_weights(backbone(weights), run.folder / assemble.BEST)
+    run.log("epoch", {name: value for name, value in record.items() if value is not None}, progress.step)
+    draw(run, progress.step)
+    accelerator.print(console_line(record, run.stage.epochs, run.objective, metric), flush=True)
+    for warning in monitor.warnings(progress.history, **asdict(run.limits)):
+        run.warn(f"warning: {warning}")
+
+
+def backbone(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of the student's own model, without the projections that it is trained with."""
+    prefix = "network.backbone."
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[nn.Module]:
+    """The module in evaluation mode, put back afterwards."""
+    module.eval()
+    try:
+        yield module
+    finally:
+        module.train()
+
+
+def run_evaluation(run: Run) -> dict[str, float]:
+    """The student's metrics on the validation split, exact over all ranks, in float32."""
+    stream = batches(run.validation, 0, len(run.validation), 0, pin=False)
+    with evaluating(run.student) as student:
+        return evaluate(lambda batch: student(batch.images).logits, stream, run.task, run.accelerator.device)
+
+
+def draw(run: Run, step: int) -> None:
+    """Image, truth, cached teacher and student side by side, for TensorBoard, where the task has such a picture."""
+    if run.shown is None:
+        return
+    with evaluating(run.student) as student, torch.no_grad():  # on every rank: its weights may be spread over them
+        said = student(run.shown.images.to(run.accelerator.device)).logits
+    if run.writer is not None:
+        columns = {run.stage.model: said}
+        if run.shown.signals is not None:
+            columns = {"cached teacher": run.shown.signals.logits, **columns}
+        run.writer.add_image("epoch/examples", picture(run.task, run.shown, columns), step, dataformats="HWC")
+
+
+def console_line(record: dict[str, Any], epochs: int, objective: Objective, metric: str) -> str:
+    """An epoch's record as the terminal shows it."""
+    terms = " ".join(f"{name} {record[name]:.4f}" for name in objective.losses)
+    line = f"epoch {record['epoch'] + 1}/{epochs}  loss {record['loss']:.4f} ({terms})  lr {record['lr']:.2e}"
+    line += f"  grad {record['grad_norm']:.2f}  {record['examples_per_second']:,.0f} ex/s"
+    line += f"  wait {record['data_wait']:.0%}  val {metric} {record[f'val_{metric}']:.4f}"
+    if record.get("retention") is not None:
+        line += f"  teacher {record[f'teacher_{metric}']:.4f}  retention {record['retention']:.1%}"
+    return line

@@ -1,0 +1,164 @@
+"""One stage of a recipe, ready to train: every part built, everything that can be wrong found."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from kd_dist import assemble, checkpoint, engine, guard, manifest, trial
+from kd_dist.batch import Batch
+from kd_dist.config import to_dict
+from kd_dist.data import Corridor, batches
+from kd_dist.engine import Engine
+from kd_dist.errors import MismatchError, TrainingError
+from kd_dist.evaluation import evaluate, first_examples
+from kd_dist.losses import Objective
+from kd_dist.plan import shuffle_problem
+from kd_dist.recipe import Monitor, Recipe, Stage
+from kd_dist.student import Student
+from kd_dist.tasks import Task
+from kd_dist.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of one training run; all values, nothing that changes but the tensors they hold."""
+
+    accelerator: Accelerator
+    name: str  # of the stage
+    stage: Stage
+    folder: Path
+    identity: dict[str, Any]
+    seed: int
+    student: Student
+    engine: Engine  # which trains it
+    fp16: bool
+    kept: guard.Keep  # the student's buffers before the step
+    teacher: Teacher | None  # only when it is online
+    objective: Objective
+    train: Corridor
+    validation: Corridor
+    workers: int
+    error_limit: int  # examples that may fail
+    task: Task
+    metric: str
+    teacher_metrics: dict[str, float] | None  # of the cached teacher on the validation split
+    shown: Batch | None  # examples of which each epoch draws a picture
+    limits: Monitor
+    writer: SummaryWriter | None  # on the main process
+
+    @property
+    def steps(self) -> int:
+        return assemble.planned_steps(self.stage, self.train)
+
+    def log(self, group: str, scalars: dict[str, float], step: int) -> None:
+        """Scalars for TensorBoard."""
+        if self.writer is not None:
+            for name, value in scalars.items():
+                self.writer.add_scalar(f"{group}/{name}", value, step)
+
+    def warn(self, sentence: str) -> None:
+        """On the console, once."""
+        self.accelerator.print(sentence, file=sys.stderr, flush=True)
+
+
+def agree(about: dict[str, Any], cursor: str) -> None:
+    """Raise a MismatchError unless every rank holds the same data, plan, recipe and cursor.
+
+    It must be the first collective call of a run: ranks that differ would hang in any other.
+    """
+    everyone = gather_object([(manifest.digest(manifest.plain(about)), cursor)])
+    for rank, other in enumerate(everyone):
+        if other != everyone[0]:
+            raise MismatchError(
+                f"rank {rank} starts from {other[1]} with recipe and data {other[0][:12]}, rank 0 from "
+                f"{everyone[0][1]} with {everyone[0][0][:12]}; give every node the same recipe, shards and runs folder"
+            )
+
+
+def prepare(recipe: Recipe, name: str) -> Run:
+    """Build every part of a stage. Everything that can be wrong with the recipe and the data is found here."""
+    stage, seed = recipe.stages[name], assemble.stage_seed(recipe, name)
+    # Losses on features alone leave the layers above them without a gradient, which DDP must be told.
+    accelerator = engine.accelerator(find_unused_parameters=not assemble.reads_logits(stage))
+    guard.check_world(accelerator.num_processes)
+    trial.check_relations(recipe, name, accelerator.num_processes)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    precision = stage.precision or engine.launched_precision()
+    corridor = assemble.training_corridor(recipe, name, rank, world)
+    identity, folder = assemble.stage_identity(recipe, name, corridor), assemble.stage_folder(recipe, name)
+    validation = assemble.VALIDATION_SPLIT
+    known = stage.model == "student" and manifest.finished(assemble.signals_folder(recipe, validation)) is not None
+    last = checkpoint.latest(folder)
+    about = {**identity, "stage": to_dict(stage), "known": known, "precision": precision}
+    agree(about, "the beginning" if last is None else last.name)
+    problem = shuffle_problem(corridor.plan.order, stage.batch_size)
+    if problem is not None:
+        accelerator.print(f"warning: {problem}", file=sys.stderr)
+    teacher = None
+    if assemble.is_online(stage):
+        teacher = assemble.teacher(recipe, assemble.stage_features(recipe, name)).to(accelerator.device)
+    module = synchronised(assemble.module(recipe, name, corridor, teacher), stage, name, accelerator)
+    task = assemble.task(recipe)
+    evaluation = assemble.evaluation_corridor(recipe, validation, rank, world, cached=False)
+    shown = assemble.evaluation_corridor(recipe, validation, 0, world, known) if task.maps else None
+    return Run(
+        accelerator=accelerator,
+        name=name,
+        stage=stage,
+        folder=folder,
+        identity=identity,
+        seed=seed,
+        student=module,
+        engine=engine.start(accelerator, module, build_optimizer(module, stage), precision),
+        fp16=precision == "fp16",
+        kept=guard.Keep(module),
+        teacher=teacher,
+        objective=Objective(stage.losses, stage.epochs),
+        train=corridor,
+        validation=evaluation,
+        workers=recipe.data.workers,
+        error_limit=0,
+        task=task,
+        metric=recipe.evaluate.metric,
+        teacher_metrics=cached_teacher_metrics(recipe, validation, accelerator) if known else None,
+        shown=None if shown is None else first_examples(shown),
+        limits=recipe.monitor,
+        writer=SummaryWriter(folder / "tensorboard") if accelerator.is_main_process else None,
+    )
+
+
+def synchronised(module: Student, stage: Stage, name: str, accelerator: Accelerator) -> Student:
+    """The student, with `sync_bn` its BatchNorm statistics taken over all ranks."""
+    if not stage.sync_bn or accelerator.num_processes == 1:
+        return module
+    if accelerator.device.type == "cpu":
+        raise TrainingError(f"stages.{name}.sync_bn: PyTorch synchronises BatchNorm on GPUs only; set it to false here")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+
+
+def build_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
+    """AdamW or SGD; biases and norm parameters (one dimension) are not decayed."""
+    trained = [value for value in module.parameters() if value.requires_grad]
+    groups = [
+        {"params": [value for value in trained if value.ndim > 1], "weight_decay": stage.weight_decay},
+        {"params": [value for value in trained if value.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if stage.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=stage.lr, momentum=stage.momentum)
+    return torch.optim.AdamW(groups, lr=stage.lr)
+
+
+def cached_teacher_metrics(recipe: Recipe, split: str, accelerator: Accelerator) -> dict[str, float]:
+    """The metrics of the teacher's cached signals: what a student is compared with, without a teacher."""
+    corridor = assemble.evaluation_corridor(
+        recipe, split, accelerator.process_index, accelerator.num_processes, cached=True
+    )
+    stream = batches(corridor, 0, len(corridor), 0, pin=False)
+    return evaluate(lambda batch: batch.signals.logits, stream, assemble.task(recipe), accelerator.device)
