@@ -131,12 +131,16 @@ class Engine:
         """Forget the gradient."""
         self.optimizer.zero_grad()
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Weights by name and the optimiser's `state_dict()`, whole on every rank. A collective call."""
-        return self.module.state_dict(), self.optimizer.state_dict()
+    def weights(self) -> dict[str, Tensor]:
+        """Weights and buffers by name, whole on every rank. A collective call."""
+        return self.module.state_dict()
+
+    def moments(self) -> dict[str, Any]:
+        """The optimiser's `state_dict()`, whole on every rank. A collective call."""
+        return self.optimizer.state_dict()
 
     def load(self, weights: dict[str, Tensor], moments: dict[str, Any]) -> None:
-        """Take over what `state` returned, here or under another engine. RuntimeError: weights of another module."""
+        """Take over what `weights` and `moments` returned, here or under another engine. RuntimeError: weights of another module."""
         self.module.load_state_dict(weights)
         self.optimizer.load_state_dict(moments)
 
@@ -188,7 +192,7 @@ class DeepSpeed(Engine):
         """Within it every parameter is whole on every rank; changes made on rank `modifier` are kept."""
         if self.stage < 3:
             return contextlib.nullcontext()
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         return GatheredParameters(list(self.module.parameters()), modifier_rank=modifier)
 
@@ -203,22 +207,26 @@ class DeepSpeed(Engine):
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def weights(self) -> dict[str, Tensor]:
+        with self._whole():
+            return {name: value.detach().clone() for name, value in self.module.state_dict().items()}
+
+    def moments(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        with self._whole():
-            weights = {name: value.detach().clone() for name, value in self.module.state_dict().items()}
         base = self.optimizer.optimizer
         states: dict[int, dict[str, Tensor]] = {}
         if base.state:
             self._link()
             one = next(iter(base.state.values()))
             shared = {name: value for name, value in one.items() if torch.is_tensor(value) and value.ndim == 0}
-            divided = [name for name, value in one.items() if torch.is_tensor(value) and value.ndim]
+            divided = sorted(
+                name for name, value in one.items() if torch.is_tensor(value) and value.ndim
+            )  # as on all ranks
             for number, value in enumerate(self.trained):
                 full = {name: safe_get_full_optimizer_state(value, name).clone() for name in divided}
                 states[number] = {**{name: one.clone() for name, one in shared.items()}, **full}
-        return weights, {"state": states, "param_groups": self._groups()}
+        return {"state": states, "param_groups": self._groups()}
 
     def _groups(self) -> list[dict[str, Any]]:
         """The optimiser's groups as a `state_dict()` has them: parameters by number."""
@@ -239,7 +247,7 @@ class DeepSpeed(Engine):
         base.state.clear()
         if states:
             shared = {name: value for name, value in states[0].items() if value.ndim == 0}
-            divided = [name for name, value in states[0].items() if value.ndim]
+            divided = sorted(name for name, value in states[0].items() if value.ndim)
             for flat in self._flat():
                 base.state[flat] = {name: value.clone() for name, value in shared.items()}
                 base.state[flat] |= {name: torch.zeros_like(flat) for name in divided}

@@ -35,7 +35,7 @@ def end_epoch(run: Run, progress: Progress, means: dict[str, float]) -> None:
     progress.history.append(record)
     if is_better(metric, values[metric], progress.best):
         progress.best, progress.best_epoch = values[metric], len(progress.history) - 1
-        weights, _ = run.engine.state()
+        weights = run.engine.weights()
         if accelerator.is_main_process:
             checkpoint.save_weights(backbone(weights), run.folder / assemble.BEST)
     run.log("epoch", {name: value for name, value in record.items() if value is not None}, progress.step)

@@ -228,7 +228,7 @@ def log_step(run: Run, progress: Progress, scalars: dict[str, float], epoch: flo
 
 def save(run: Run, progress: Progress) -> None:
     """A checkpoint by the main process; the others wait, so that none runs ahead of what is durable."""
-    weights, moments = run.engine.state()
+    weights, moments = run.engine.weights(), run.engine.moments()
     if run.accelerator.is_main_process:
         wrong = checkpoint.unsound(weights)
         if wrong is None:
