@@ -2,9 +2,13 @@
 
 import io
 import json
+import re
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ import torch
 import webdataset
 from accelerate import Accelerator
 from PIL import Image
-from processes import contents, done, laboratory, run, sentence, start, wait_until
+from processes import Started, contents, done, laboratory, run, sentence, start, start_ranks, wait_until
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -289,8 +293,8 @@ def test_a_killed_extraction_goes_on_and_ends_with_the_same_bytes(home):
         assert child.kill().status == -9
         assert not manifest.read_manifest(folder)["complete"]
         assert not (folder / f"signals-{number + 1:06d}.idx").exists()
-        for name, time in kept.items():
-            assert (folder / name).stat().st_mtime_ns == time, f"{name} was written again"
+        for name, moment in kept.items():
+            assert (folder / name).stat().st_mtime_ns == moment, f"{name} was written again"
         kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("signals-*.idx")}
     done(run(cache_teacher.main, ["tiny.yaml", *words], folder=home))
     assert contents(home / "shards") == whole
@@ -325,3 +329,103 @@ def test_a_half_made_cache_is_refused_in_one_sentence(home):
     path.write_text(json.dumps({**json.loads(path.read_text()), "complete": False}))
     said = sentence(run(train.main, ["tiny.yaml", "--stage", "distill", RANDOM], folder=home))
     assert said.endswith("/teacher: not finished; run the command that makes it once more, it goes on where it was")
+
+
+# ---------------------------------------------------------------------------------------------- whatever happens
+
+SMALL = [RANDOM, "data.shard_size=4"]  # many shards, so many moments between two of them
+FEATURES = 'cache.features={body: {tap: "2", pca: 4}}'  # bases to be killed while they are fitted
+
+
+@pytest.fixture
+def ward(tmp_path, monkeypatch) -> Path:
+    """A user's folder with its examples in shards of four: 6, 3 and 3 in the splits."""
+    laboratory(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tiny_model", raising=False)
+    journey.pack_recipe(load("tiny.yaml", SMALL))
+    return tmp_path
+
+
+def undisturbed(home: Path, *words: str) -> dict[str, bytes]:
+    """What the command leaves when nothing happens to it; the folders are as before."""
+    done(run(cache_teacher.main, ["tiny.yaml", *words], folder=home))
+    whole = signals(home)
+    forget(home)
+    return whole
+
+
+def signals(home: Path) -> dict[str, bytes]:
+    return contents(home / "shards" / "tiny", "*/teacher/*")
+
+
+def forget(home: Path) -> None:
+    for split in SPLITS:
+        shutil.rmtree(home / "shards" / "tiny" / split / "teacher", ignore_errors=True)
+
+
+def started(home: Path, words: list[str], count: int) -> list[Started]:
+    """The command, in so many processes."""
+    if count == 1:
+        return [start(cache_teacher.main, ["tiny.yaml", *words], folder=home)]
+    return start_ranks(cache_teacher.main, count * [["tiny.yaml", *words]], home)
+
+
+def published(home: Path) -> int:
+    return sum(path.suffix != ".tmp" for path in (home / "shards" / "tiny").glob("*/teacher/*"))
+
+
+def ward_round(home: Path, words: list[str], total: int, random: Random) -> tuple[bool, int]:
+    """Start the command on what is there and send it a signal at some moment of its life. Returns whether it came in
+    time, and how many files were there by then."""
+    count, number = random.choice((1, 2)), random.choice((signal.SIGKILL, signal.SIGTERM))
+    running, moment = started(home, words, count), random.randrange(total + 1)
+    if random.random() < 0.7 and moment > published(home):
+        over = [one.process for one in running]
+        wait_until(lambda: published(home) >= moment or not any(one.is_alive() for one in over), f"file {moment}")
+        time.sleep(random.uniform(0, 0.02))
+    else:
+        time.sleep(random.uniform(0, 1.0))  # while it starts, or finds out what is done
+    there = published(home)
+    for one in running:
+        one.send(number)
+    ended = [one.wait() for one in running]
+    assert all(one.status in (0, -number) and not re.search("^error|^Traceback", one.output, re.M) for one in ended)
+    hit = [one.status == -number or " stopped by SIGTERM after " in one.stderr for one in ended]
+    return any(hit), there
+
+
+def ward_rounds(home: Path, rounds: int) -> None:
+    """Kill and resume, on one process or two; nothing that was published ever differs from the undisturbed run."""
+    words, random = [*SMALL, FEATURES], Random(rounds)
+    whole = undisturbed(home, *words)
+    assert len(whole) == 2 * (6 + 3 + 3) + 3 + 1  # tars and indexes, manifests, bases
+    moments = []
+    for _ in range(rounds):
+        hit, there = ward_round(home, words, len(whole), random)
+        if hit:
+            moments.append(there)
+        for name, content in signals(home).items():
+            unfinished = name.endswith(".tmp") or (name.endswith(".json") and not json.loads(content)["complete"])
+            assert unfinished or content == whole[name], name
+        if not hit:
+            assert signals(home) == whole
+            forget(home)
+    print(moments)
+    assert len(moments) > rounds / 2 and sum(0 < there < len(whole) for there in moments) > rounds / 4, moments
+    assert 0 in moments
+    done(run(cache_teacher.main, ["tiny.yaml", *words], folder=home))
+    assert signals(home) == whole
+
+
+@pytest.mark.slow
+def test_killed_or_stopped_at_any_moment_it_ends_with_the_same_bytes(ward):
+    ward_rounds(ward, 25)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.timeout(4 * 3600)
+def test_a_thousand_kills_change_no_byte(ward):
+    ward_rounds(ward, 1000)
