@@ -104,7 +104,10 @@ class Started(NamedTuple):
     def send(self, number: int) -> None:
         """A signal, for it and for whatever it started, if they still run."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+            try:
+                os.killpg(self.process.pid, number)
+            except ProcessLookupError:  # it has no group of its own yet
+                os.kill(self.process.pid, number)
 
     def kill(self) -> Ended:
         """SIGKILL, for it and for whatever it started."""
