@@ -1,37 +1,43 @@
 """Run a teacher once over every (example, view) and write its signals.
 
-Batch size, dtype and thread count are fixed and recorded, so any number of processes writes the same bytes.
+Batch size, dtype and thread count are fixed and recorded, so any number of processes writes the same bytes. They meet
+in the folder alone: each waits for the files that the others write, and none can hang in a collective call.
 `accelerate launch -m kd_dist.cache_teacher RECIPE`.
 """
 
 import argparse
 import functools
 import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 
 from kd_dist import assemble, guard, manifest
 from kd_dist.calibrate import calibrate
 from kd_dist.compress import save_bases
 from kd_dist.config import load
 from kd_dist.data import BASES, feature_codecs, on_device
-from kd_dist.errors import ShardError, one_sentence
+from kd_dist.errors import ContactError, ModelError, Preempted, ShardError, cause, is_out_of_memory, one_sentence
 from kd_dist.extract import STEM, Extraction, add_sums, extract
 from kd_dist.losses import LOSSES
 from kd_dist.pack import refuse_other
+from kd_dist.preempt import Notice, noticed
 from kd_dist.progress import progress
 from kd_dist.recipe import Recipe
-from kd_dist.shards import Shard, published, shard_path
+from kd_dist.shards import Shard, is_committed, published, shard_path
 from kd_dist.signals import LogitsCodec, dtype_to_json, error_report, merge_errors
 from kd_dist.tasks import TASKS
 from kd_dist.teacher import Teacher, repeatable
 
 POOR = 0.5  # relative error of a feature that is worth a warning
+LAST_SHARD = 10  # times the slowest shard of this process, that another may take for one
+LONGEST_LOOK = 2.0  # seconds between two looks for the files of others
 
 
 def identity(work: Extraction, recipe: Recipe, split: str, teacher: Teacher, device: torch.device) -> dict[str, Any]:
@@ -121,9 +127,8 @@ def prepare_codecs(
     A run that goes on keeps the bases of the one before: half the rows may be written with them.
     """
     if (work.folder / manifest.FILE_NAME).is_file():
-        begun = manifest.read_manifest(work.folder)
-        if begun["feature_report"].keys() == work.features.keys():
-            return
+        return
+    torch.set_num_threads(work.threads)  # as for the rows: the last bits of the bases depend on it
     bases, report = calibrate(work, recipe.cache.features, teacher, device) if work.features else ({}, {})
     work.folder.mkdir(parents=True, exist_ok=True)
     sha256 = None
@@ -142,50 +147,120 @@ def prepare_codecs(
     manifest.write_manifest(work.folder, {**begun, "complete": False})
 
 
-def cache_split(recipe: Recipe, split: str, teacher: Teacher, accelerator: Accelerator) -> dict[str, Any]:
-    """Cache one split with all processes; returns its manifest. What is committed already is kept."""
+def cache_split(
+    recipe: Recipe, split: str, teacher: Teacher, accelerator: Accelerator, notice: Notice | None = None
+) -> dict[str, Any]:
+    """Cache one split with all processes; returns its manifest. What is committed already is kept.
+
+    Raises Preempted at the teacher's next batch once a signal is noticed, and ContactError when the other processes
+    write nothing for long.
+    """
     work = extraction(recipe, split, teacher)
     content = identity(work, recipe, split, teacher, accelerator.device)
+    path, patience, notice = work.folder / manifest.FILE_NAME, 60 * recipe.cache.patience, notice or Notice()
+    if not accelerator.is_main_process:
+        wait_for([path], Path.is_file, patience, notice)
     done = manifest.finished(work.folder)
-    if (work.folder / manifest.FILE_NAME).is_file():
+    if path.is_file():
         there = manifest.read_manifest(work.folder)
         codec = there["codec"] = {name: value for name, value in there["codec"].items() if name != "bases_sha256"}
         if done is not None:  # more features than the recipe names do no harm
             codec["features"] = {name: one for name, one in codec["features"].items() if name in work.features}
         refuse_other(work.folder, {name: there.get(name) for name in content}, content)
-    accelerator.wait_for_everyone()  # every rank has read it before one changes it
     if done is not None:
         feature_codecs(work.folder, done["codec"])  # refuses a folder that has lost its bases
         accelerator.print(f"cache {split}: done before, {done['examples']:,} examples x {work.rows} views")
         return done
     if accelerator.is_main_process:
         prepare_codecs(work, content, recipe, teacher, accelerator.device)
-    accelerator.wait_for_everyone()
     begun = manifest.read_manifest(work.folder)
     content = {name: begun[name] for name in (*content, "feature_report", "row_dtype")}
     work = replace(work, features=on_device(feature_codecs(work.folder, content["codec"]), accelerator.device))
-    mine = range(accelerator.process_index, len(work.examples.paths), accelerator.num_processes)
+    numbers = range(len(work.examples.paths))
+    mine = numbers[accelerator.process_index :: accelerator.num_processes]
     total = sum(len(work.examples.shard(number)) for number in mine)
     with progress(f"cache {split}", total, "examples", accelerator.is_main_process) as advance:
-        extract(work, teacher, accelerator.device, mine, advance)
-    accelerator.wait_for_everyone()
+        slowest = extract(work, teacher, accelerator.device, mine, advance)
+    others = [shard_path(work.folder, STEM, number) for number in numbers if number not in mine]
+    wait_for(others, is_committed, max(patience, LAST_SHARD * slowest), notice)
     return finish(work, content) if accelerator.is_main_process else content
+
+
+def wait_for(paths: Sequence[Path], there: Callable[[Path], bool], patience: float, notice: Notice) -> None:
+    """Wait until every file is `there`, which other processes write.
+
+    Raises Preempted once a signal is noticed, and ContactError when none has come for `patience` seconds.
+    """
+    pause, last, missing = 0.05, time.monotonic(), list(paths)
+    while left := [path for path in missing if not there(path)]:
+        if len(left) < len(missing):
+            last, missing = time.monotonic(), left
+        waited = time.monotonic() - last
+        if waited > patience:
+            raise ContactError(
+                f"{left[0]} is not there, and nothing new has come for {waited:,.0f} s; it must be one folder to all"
+            )
+        if notice.name is not None:
+            raise Preempted
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_LOOK)
+
+
+@contextmanager
+def interruptible(teacher: Teacher, notice: Notice) -> Iterator[None]:
+    """Within the block the teacher raises Preempted instead of taking another batch once a signal is noticed."""
+
+    def stop(module: torch.nn.Module, arguments: tuple) -> None:
+        if notice.name is not None:
+            raise Preempted
+
+    hook = teacher.register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def stopped(recipe: Recipe, split: str, signal: str) -> str:
+    """What is said when a signal has stopped the work at a split."""
+    folder, count = assemble.signals_folder(recipe, split), len(assemble.examples(recipe, split).paths)
+    done = sum(is_committed(shard_path(folder, STEM, number)) for number in range(count))
+    return f"cache {split}: stopped by {signal} after {done} of {count} shards; the same command goes on"
+
+
+def too_large(recipe: Recipe, split: str, error: Exception) -> str:
+    """What is said when a teacher needs more memory than there is."""
+    return (
+        f"cache {split}: out of memory ({cause(error)}); run the same command where there is more, or lower "
+        f"cache.batch_size (now {recipe.cache.batch_size}) or views.size or take a smaller teacher, and delete "
+        f"{assemble.signals_folder(recipe, split)}, which was begun with the old ones"
+    )
 
 
 def cache_teacher(recipe: Recipe) -> None:
     """Run the recipe's teacher over every split that it needs and report what it said."""
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # ranks finish their last shards far apart
-    accelerator = Accelerator(kwargs_handlers=[patient])
+    accelerator = Accelerator()
     guard.check_world(accelerator.num_processes)
     repeatable()
     teacher = assemble.teacher(recipe, recipe.cache.features).to(accelerator.device)
     read = {feature for name in recipe.stages for feature in assemble.stage_features(recipe, name)}
     for feature in sorted(recipe.cache.features.keys() - read):
         accelerator.print(f"warning: no stage reads the feature '{feature}', which is cached all the same")
-    for split in assemble.splits(recipe):
-        made = cache_split(recipe, split, teacher, accelerator)
-        if accelerator.is_main_process:
-            print(summary(split, made), flush=True)
+    with noticed() as notice, interruptible(teacher, notice):
+        for split in assemble.splits(recipe):
+            try:
+                made = cache_split(recipe, split, teacher, accelerator, notice)
+            except Preempted:
+                raise Preempted(stopped(recipe, split, notice.name)) from None
+            except OSError as error:  # of a full disk, write() does not say which
+                error.filename = error.filename or str(assemble.signals_folder(recipe, split))
+                raise
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise ModelError(too_large(recipe, split, error)) from error
+                raise
+            if accelerator.is_main_process:
+                print(summary(split, made), flush=True)
     accelerator.end_training()
 
 

@@ -2,11 +2,14 @@
 
 import errno
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 INTERRUPTED = 130  # exit status of what Ctrl-C ended
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 class KdError(Exception):
@@ -37,8 +40,44 @@ class TrainingError(KdError):
     """A training run that cannot go on."""
 
 
+class ContactError(KdError):
+    """The other processes of a distributed run do not answer: one of them has died or hangs."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(
+            f"lost contact with the other processes ({cause}); one of them has died or hangs: look for its message; "
+            f"the same command goes on from the last checkpoint or finished shards"
+        )
+
+
 class Preempted(Exception):
     """Not an error: a signal asked the command to stop, and all that it had done is saved. Its exit status is 0."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, torch's allocator for the CPU or Python had too little memory."""
+    # By name: a command that needs no torch should not load it for its errors.
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in _names(error):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        words in text for words in ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+    )
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether torch.distributed failed: by an error of its own, or a RuntimeError that names the sources of gloo."""
+    return "DistError" in _names(error) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def cause(error: BaseException) -> str:
+    """What a library's error says, in one line, without the place in its sources, its stack and its advice."""
+    text = re.split(r"Exception raised from|This is typically", str(error))[0]
+    return textwrap.shorten(re.sub(r"^\[[^]]*\]", "", text), 300).rstrip(".") or type(error).__name__
+
+
+def _names(error: BaseException) -> set[str]:
+    return {one.__name__ for one in type(error).__mro__ if one.__module__.partition(".")[0] == "torch"}
 
 
 @contextmanager
@@ -60,9 +99,19 @@ def one_sentence() -> Iterator[None]:
     except KdError as error:
         sys.exit(f"{label}: {error}")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (*NO_ROOM, errno.EIO):
             raise
+        mend = "make room or choose another folder" if error.errno in NO_ROOM else "check the disk"
         sys.exit(
-            f"{label}: {error.filename or 'writing'}: {error.strerror}; make room or choose another folder, then run "
-            f"the same command again: finished shards and checkpoints are kept"
+            f"{label}: {error.filename or 'writing'}: {error.strerror}; {mend}, then run the same command again: "
+            f"finished shards and checkpoints are kept"
         )
+    except Exception as error:
+        if is_out_of_memory(error):
+            sys.exit(
+                f"{label}: out of memory ({cause(error)}); take a smaller batch, image or model, or run the same "
+                f"command where there is more"
+            )
+        if is_lost_contact(error):
+            sys.exit(f"{label}: {ContactError(cause(error))}")
+        raise

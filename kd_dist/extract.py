@@ -8,6 +8,7 @@ import contextlib
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -86,9 +87,12 @@ class Said(NamedTuple):
     overflow: dict[str, int]  # by feature: values too large for their format
 
 
-def extract(work: Extraction, teacher: Teacher, device: torch.device, mine: range, advance: Advance) -> None:
-    """Write those of the shards numbered `mine` that are not committed yet."""
-    wanted = []
+def extract(work: Extraction, teacher: Teacher, device: torch.device, mine: range, advance: Advance) -> float:
+    """Write those of the shards numbered `mine` that are not committed yet; returns the seconds that the slowest took.
+
+    What teacher or examples raise comes out of here, and what was being written is dropped.
+    """
+    wanted, slowest = [], 0.0
     for number in mine:
         if is_committed(shard_path(work.folder, STEM, number)):
             advance(len(work.examples.shard(number)))
@@ -100,8 +104,10 @@ def extract(work: Extraction, teacher: Teacher, device: torch.device, mine: rang
     ):
         for number in wanted:
             notes: dict[str, Any] = {"quarantined": [], "error": merge_errors([]), "teacher": None, "overflow": None}
-            rows = len(work.examples.shard(number)) * work.rows
+            rows, start = len(work.examples.shard(number)) * work.rows, time.monotonic()
             write_shard(shard_path(work.folder, STEM, number), encode(work, take(ran, rows), notes, advance), notes)
+            slowest = max(slowest, time.monotonic() - start)
+    return slowest
 
 
 def read_rows(work: Extraction, numbers: list[int]) -> Iterator[Rows]:

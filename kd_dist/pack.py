@@ -1,5 +1,6 @@
 """Raw data set -> example shards. Restartable: committed shards are kept, the rest is written."""
 
+import contextlib
 import hashlib
 import os
 from collections import defaultdict
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_dist import manifest
-from kd_dist.errors import DataError, MismatchError
+from kd_dist.errors import DataError, MismatchError, Preempted
+from kd_dist.preempt import Notice, noticed
 from kd_dist.progress import progress
 from kd_dist.shards import Shard, is_committed, member_key, shard_path, write_shard
 from kd_dist.sources import Item, list_items
@@ -33,7 +35,7 @@ def pack(
 
     Every image is decoded and every label or mask checked once, here: what fails is left out and listed, with its
     reason, as quarantined in the manifest. `required` names the splits that must end up with an example. The same data
-    and recipe give the same bytes.
+    and recipe give the same bytes. Raises Preempted at the next item once a signal is noticed.
     """
     identity = {
         "kind": "examples",
@@ -59,9 +61,16 @@ def pack(
     for items in splits.values():  # before anything is written
         refuse_twins(items)
     manifests = {}
-    for split, items in sorted(splits.items()):
-        content = {**identity, "split": split, "class_names": list(listing.classes), "listing": listing_digest(items)}
-        manifests[split] = pack_split(folder / split, items, content, task)
+    with noticed() as notice:
+        for split, items in sorted(splits.items()):
+            about = {"split": split, "class_names": list(listing.classes), "listing": listing_digest(items)}
+            try:
+                manifests[split] = pack_split(folder / split, items, {**identity, **about}, task, notice)
+            except Preempted:
+                raise Preempted(stopped(folder / split, len(items), shard_size, notice.name)) from None
+            except OSError as error:  # of a full disk, write() does not say which
+                error.filename = error.filename or str(folder / split)
+                raise
     return manifests
 
 
@@ -138,7 +147,16 @@ def refuse_twins(items: Iterable[Item]) -> None:
         names[key] = item.name
 
 
-def pack_split(folder: Path, items: list[Item], content: dict[str, Any], task: Task) -> dict[str, Any]:
+def stopped(folder: Path, items: int, shard_size: int, signal: str) -> str:
+    """What is said when a signal has stopped the work at a split."""
+    count = -(-items // shard_size)
+    done = sum(is_committed(shard_path(folder, STEM, number)) for number in range(count))
+    return f"pack {folder.name}: stopped by {signal} after {done} of {count} shards; the same command goes on"
+
+
+def pack_split(
+    folder: Path, items: list[Item], content: dict[str, Any], task: Task, notice: Notice
+) -> dict[str, Any]:
     """Write one split's shards and, last, its manifest marked complete."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / manifest.FILE_NAME).exists():
@@ -153,7 +171,9 @@ def pack_split(folder: Path, items: list[Item], content: dict[str, Any], task: T
             chunk = items[number * size : (number + 1) * size]
             if not is_committed(path):
                 notes: dict[str, Any] = {"quarantined": []}
-                write_shard(path, _checked(chunk, task, pool, notes["quarantined"]), notes)
+                # Closed when writing fails: what has not been decoded by then is left alone.
+                with contextlib.closing(_checked(chunk, task, pool, notes["quarantined"], notice)) as checked:
+                    write_shard(path, checked, notes)
             advance(len(chunk))
     shards = [Shard(path) for path in paths]
     quarantined = [row for shard in shards for row in shard.notes["quarantined"]]
@@ -176,7 +196,7 @@ def pack_split(folder: Path, items: list[Item], content: dict[str, Any], task: T
 
 
 def _checked(
-    items: list[Item], task: Task, pool: ThreadPoolExecutor, quarantined: list[dict[str, str]]
+    items: list[Item], task: Task, pool: ThreadPoolExecutor, quarantined: list[dict[str, str]], notice: Notice
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     def read(item: Item) -> dict[str, bytes] | str:
         try:
@@ -185,6 +205,8 @@ def _checked(
             return str(error)
 
     for item, members in zip(items, pool.map(read, items), strict=True):
+        if notice.name is not None:
+            raise Preempted
         key = item_key(item)
         if isinstance(members, str):
             quarantined.append({"key": key, "name": item.name, "reason": members})

@@ -114,6 +114,7 @@ class Cache:
     features: dict[str, Feature] = field(default_factory=dict)  # of training views; the others keep logits alone
     batch_size: Count = 64  # views in a forward pass of the teacher; the last bits of its output depend on it
     threads: Count = 1  # CPU threads of the teacher; fixed for the same reason
+    patience: Positive = 30.0  # minutes without a new shard after which a process stops waiting for the others
 
 
 @dataclass(frozen=True, kw_only=True)

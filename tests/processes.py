@@ -101,10 +101,17 @@ class Started(NamedTuple):
             raise AssertionError(f"still running after {PATIENCE} s: {self.kill()}")
         return self._ended()
 
+    def send(self, number: int) -> None:
+        """A signal, for it and for whatever it started, if they still run."""
+        with contextlib.suppress(ProcessLookupError):
+            try:
+                os.killpg(self.process.pid, number)
+            except ProcessLookupError:  # it has no group of its own yet
+                os.kill(self.process.pid, number)
+
     def kill(self) -> Ended:
         """SIGKILL, for it and for whatever it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.send(signal.SIGKILL)
         self.process.join()
         return self._ended()
 
@@ -157,7 +164,7 @@ def kd_dist(*words: str) -> None:
     cli.main()
 
 
-def ranks(function: Callable, each: Iterable[list[str]], folder: Path) -> list[Ended]:
+def start_ranks(function: Callable, each: Iterable[list[str]], folder: Path) -> list[Started]:
     """Call `function(arguments)` in one distributed process for each arguments, as a launcher does."""
     each = list(each)
     with socket.socket() as probe:
@@ -168,7 +175,12 @@ def ranks(function: Callable, each: Iterable[list[str]], folder: Path) -> list[E
     for rank, arguments in enumerate(each):
         environment = {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
         started.append(start(function, arguments, folder=folder, **environment))
-    return [one.wait() for one in started]
+    return started
+
+
+def ranks(function: Callable, each: Iterable[list[str]], folder: Path) -> list[Ended]:
+    """The same, to their ends."""
+    return [one.wait() for one in start_ranks(function, each, folder)]
 
 
 def wait_until(happened: Callable[[], bool], what: str) -> None:

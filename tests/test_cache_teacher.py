@@ -2,9 +2,15 @@
 
 import io
 import json
+import os
+import re
 import shutil
+import signal
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -12,14 +18,15 @@ import torch
 import webdataset
 from accelerate import Accelerator
 from PIL import Image
-from processes import contents, done, laboratory, run, sentence, start, wait_until
+from processes import Started, contents, done, laboratory, run, sentence, start, start_ranks, wait_until
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from kd_dist import assemble, cache_teacher, journey, manifest, train
 from kd_dist.cli import app
 from kd_dist.config import load
-from kd_dist.errors import MismatchError, ShardError
+from kd_dist.data import BASES
+from kd_dist.errors import MismatchError, ShardError, one_sentence
 from kd_dist.recipe import Recipe
 from kd_dist.shards import Shard
 from kd_dist.signals import CODECS, LogitsCodec
@@ -289,8 +296,8 @@ def test_a_killed_extraction_goes_on_and_ends_with_the_same_bytes(home):
         assert child.kill().status == -9
         assert not manifest.read_manifest(folder)["complete"]
         assert not (folder / f"signals-{number + 1:06d}.idx").exists()
-        for name, time in kept.items():
-            assert (folder / name).stat().st_mtime_ns == time, f"{name} was written again"
+        for name, moment in kept.items():
+            assert (folder / name).stat().st_mtime_ns == moment, f"{name} was written again"
         kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("signals-*.idx")}
     done(run(cache_teacher.main, ["tiny.yaml", *words], folder=home))
     assert contents(home / "shards") == whole
@@ -325,3 +332,359 @@ def test_a_half_made_cache_is_refused_in_one_sentence(home):
     path.write_text(json.dumps({**json.loads(path.read_text()), "complete": False}))
     said = sentence(run(train.main, ["tiny.yaml", "--stage", "distill", RANDOM], folder=home))
     assert said.endswith("/teacher: not finished; run the command that makes it once more, it goes on where it was")
+
+
+# ---------------------------------------------------------------------------------------------- whatever happens
+
+SMALL = [RANDOM, "data.shard_size=4"]  # many shards, so many moments between two of them
+FEATURES = 'cache.features={body: {tap: "2", pca: 4}}'  # bases to be killed while they are fitted
+
+
+@pytest.fixture
+def ward(tmp_path, monkeypatch) -> Path:
+    """A user's folder with its examples in shards of four: 6, 3 and 3 in the splits."""
+    laboratory(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tiny_model", raising=False)
+    journey.pack_recipe(load("tiny.yaml", SMALL))
+    return tmp_path
+
+
+def undisturbed(home: Path, *words: str) -> dict[str, bytes]:
+    """What the command leaves when nothing happens to it; the folders are as before."""
+    cache_teacher.main(["tiny.yaml", *words])
+    whole = signals(home)
+    forget(home)
+    return whole
+
+
+def signals(home: Path) -> dict[str, bytes]:
+    return contents(home / "shards" / "tiny", "*/teacher/*")
+
+
+def forget(home: Path) -> None:
+    for split in SPLITS:
+        shutil.rmtree(home / "shards" / "tiny" / split / "teacher", ignore_errors=True)
+
+
+def started(home: Path, words: list[str], count: int) -> list[Started]:
+    """The command, in so many processes."""
+    if count == 1:
+        return [start(cache_teacher.main, ["tiny.yaml", *words], folder=home)]
+    return start_ranks(cache_teacher.main, count * [["tiny.yaml", *words]], home)
+
+
+def published(home: Path) -> int:
+    return sum(path.suffix != ".tmp" for path in (home / "shards" / "tiny").glob("*/teacher/*"))
+
+
+def ward_round(home: Path, words: list[str], total: int, random: Random) -> tuple[bool, int]:
+    """Start the command on what is there and send it a signal at some moment of its life. Returns whether it came in
+    time, and how many files were there by then."""
+    count, number = random.choice((1, 2)), random.choice((signal.SIGKILL, signal.SIGTERM))
+    running, moment = started(home, words, count), random.randrange(total + 1)
+    if random.random() < 0.7 and moment > published(home):
+        over = [one.process for one in running]
+        wait_until(lambda: published(home) >= moment or not any(one.is_alive() for one in over), f"file {moment}")
+        time.sleep(random.uniform(0, 0.02))
+    else:
+        time.sleep(random.uniform(0, 1.0))  # while it starts, or finds out what is done
+    there = published(home)
+    for one in running:
+        one.send(number)
+    ended = [one.wait() for one in running]
+    assert all(one.status in (0, -number) and not re.search("^error|^Traceback", one.output, re.M) for one in ended)
+    hit = [one.status == -number or " stopped by SIGTERM after " in one.stderr for one in ended]
+    return any(hit), there
+
+
+def ward_rounds(home: Path, rounds: int) -> None:
+    """Kill and resume, on one process or two; nothing that was published ever differs from the undisturbed run."""
+    words, random = [*SMALL, FEATURES], Random(rounds)
+    whole = undisturbed(home, *words)
+    assert len(whole) == 2 * (6 + 3 + 3) + 3 + 1  # tars and indexes, manifests, bases
+    moments = []
+    for _ in range(rounds):
+        hit, there = ward_round(home, words, len(whole), random)
+        if hit:
+            moments.append(there)
+        for name, content in signals(home).items():
+            unfinished = name.endswith(".tmp") or (name.endswith(".json") and not json.loads(content)["complete"])
+            assert unfinished or content == whole[name], name
+        if not hit:
+            assert signals(home) == whole
+            forget(home)
+    assert len(moments) > rounds / 2 and sum(0 < there < len(whole) for there in moments) > rounds / 4, moments
+    assert 0 in moments
+    done(run(cache_teacher.main, ["tiny.yaml", *words], folder=home))
+    assert signals(home) == whole
+
+
+@pytest.mark.slow
+def test_killed_or_stopped_at_any_moment_it_ends_with_the_same_bytes(ward):
+    ward_rounds(ward, 25)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.timeout(4 * 3600)
+def test_a_thousand_kills_change_no_byte(ward):
+    ward_rounds(ward, 1000)
+
+
+SABOTEUR = """\
+import torch
+from torch import nn
+
+strike = None
+
+
+class Network(nn.Sequential):
+    def forward(self, images):
+        if strike is not None:
+            strike(images)
+        return super().forward(images)
+
+
+def network(classes):
+    return Network(
+        nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, classes)
+    )
+"""
+STRUCK = [*SMALL, "teacher.model=saboteur:network", "teacher.options={}", "cache.batch_size=1"]
+
+
+@pytest.fixture
+def struck(ward, monkeypatch) -> Iterator[Callable]:
+    """`struck(number, action)`: the user's model calls `action()` in its forward pass of batch `number`, from 1."""
+    (ward / "saboteur.py").write_text(SABOTEUR)
+    monkeypatch.delitem(sys.modules, "saboteur", raising=False)
+    import saboteur
+
+    def arm(number: int, action: Callable[[], object]) -> list[int]:
+        """Returns the numbers of the batches that came, for the test to see that the moment has come."""
+        came = []
+
+        def strike(images: torch.Tensor) -> None:
+            came.append(len(came) + 1)
+            if came[-1] == number:
+                action()
+
+        monkeypatch.setattr(saboteur, "strike", strike)
+        return came
+
+    yield arm
+
+
+def said(*words: str) -> object:
+    """What the command, in this process, ends with."""
+    with pytest.raises(SystemExit) as ended, one_sentence():
+        cache_teacher.main(["tiny.yaml", *words])
+    return ended.value.code
+
+
+def nothing_wrong(home: Path, whole: dict[str, bytes], shards: int | None = None) -> None:
+    """A folder of an unfinished run holds nothing half-written, and what it holds is right."""
+    there = signals(home)
+    assert not [name for name in there if name.endswith(".tmp")]
+    for name, content in there.items():
+        assert content == whole[name] or (name.endswith(".json") and not json.loads(content)["complete"]), name
+    assert shards is None or sum(name.endswith(".idx") for name in there) == shards
+
+
+def goes_on(home: Path, whole: dict[str, bytes], *words: str) -> None:
+    cache_teacher.main(["tiny.yaml", *words])
+    assert signals(home) == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_at_the_next_batch_and_keeps_what_is_finished(ward, struck, capsys, number):
+    """Eight batches a shard: the twentieth is in the third, the first being the trial of the teacher's shapes."""
+    whole = undisturbed(ward, *STRUCK)
+    came = struck(20, lambda: os.kill(os.getpid(), number))
+    assert said(*STRUCK) == 0
+    assert 20 <= len(came) <= 21
+    last = capsys.readouterr().err.splitlines()[-1]
+    name = signal.Signals(number).name
+    assert last == f"cache train: stopped by {name} after 2 of 6 shards; the same command goes on"
+    nothing_wrong(ward, whole, shards=2)
+    assert signal.getsignal(number) == signal.SIG_DFL
+    struck(0, print)
+    goes_on(ward, whole, *STRUCK)
+
+
+def test_a_signal_while_the_bases_are_fitted(ward, struck, capsys):
+    words = [*STRUCK, FEATURES]
+    whole = undisturbed(ward, *words)
+    came = struck(9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert said(*words) == 0 and 9 <= len(came) <= 10
+    assert "cache train: stopped by SIGTERM after 0 of 6 shards; " in capsys.readouterr().err
+    assert signals(ward) == {}
+    goes_on(ward, whole, *words)
+
+
+def test_an_exception_of_the_users_model_is_theirs_and_leaves_nothing_half_written(ward, struck):
+    whole = undisturbed(ward, *STRUCK)
+    struck(20, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError), one_sentence():
+        cache_teacher.main(["tiny.yaml", *STRUCK])
+    nothing_wrong(ward, whole, shards=2)
+    goes_on(ward, whole, *STRUCK)
+
+
+@pytest.mark.parametrize(
+    "allocate, words",
+    [
+        (lambda: torch.empty(2**50), "DefaultCPUAllocator: can't allocate memory: you tried to allocate "),
+        (lambda: bytearray(2**60), "MemoryError"),
+        (lambda: np.empty(2**55), "Unable to allocate 256. PiB for an array with shape "),
+    ],
+)
+def test_a_teacher_that_needs_too_much_memory(ward, struck, allocate, words):
+    whole = undisturbed(ward, *STRUCK)
+    struck(20, allocate)
+    sentence = said(*STRUCK)
+    assert sentence.startswith("error: cache train: out of memory (") and words in sentence
+    assert "or lower cache.batch_size (now 1) or views.size or take a smaller teacher, and delete shards/" in sentence
+    nothing_wrong(ward, whole, shards=2)
+    struck(0, print)
+    goes_on(ward, whole, *STRUCK)
+
+
+FULL = ["signals-000001.tar", "signals-000001.idx", BASES, manifest.FILE_NAME]
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_disk_is_a_sentence_and_what_is_finished_is_kept(ward, name):
+    """The kernel's own full device is put where the file is begun."""
+    words = [*SMALL, FEATURES]
+    whole, folder = undisturbed(ward, *words), ward / "shards" / "tiny" / "train" / "teacher"
+    folder.mkdir()
+    (folder / f"{name}.tmp").symlink_to("/dev/full")
+    assert said(*words) == (
+        "error: shards/tiny/train/teacher: No space left on device; make room or choose another folder, then run the "
+        "same command again: finished shards and checkpoints are kept"
+    )
+    nothing_wrong(ward, whole, shards=int(name.startswith("signals")))
+    assert (f"train/teacher/{name}" in signals(ward)) is False
+    goes_on(ward, whole, *words)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, 600)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[600] ^= 1
+    path.write_bytes(content)
+
+
+def exchange(path: Path) -> None:
+    for kind in (".tar", ".idx"):
+        shutil.copy(path.with_name("data-000000" + kind), path.with_suffix(".new"))
+        os.replace(path.with_suffix(".new"), path.with_suffix(kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        (Path.unlink, "the tar cannot be read ("),
+        (truncate, "bytes at 0 are there"),
+        (flip, "is damaged: the CRC32 of its "),
+        (exchange, "is damaged: the CRC32 of its "),
+    ],
+)
+def test_examples_that_are_lost_or_changed_while_it_runs(ward, struck, fault, words):
+    done(run(cache_teacher.main, ["tiny.yaml", *STRUCK], folder=ward))  # in this process no tar has been opened yet
+    whole, path = signals(ward), ward / "shards" / "tiny" / "train" / "data-000005.tar"
+    forget(ward)
+    before = {one: one.read_bytes() for one in (path, path.with_suffix(".idx"))}
+    came = struck(3, lambda: fault(path))
+    sentence = said(*STRUCK)
+    assert {one: one.read_bytes() for one in before if one.exists()} != before and len(came) >= 3
+    assert sentence.startswith("error: shards/tiny/train/data-000005.tar: ") and words in sentence
+    nothing_wrong(ward, whole, shards=4)  # the batch before went down with it
+    for one, content in before.items():
+        one.write_bytes(content)
+    struck(0, print)
+    goes_on(ward, whole, *STRUCK)
+
+
+def test_half_a_cache_is_not_continued_with_other_weights(ward, struck):
+    """The weights keep their name and change their content between two runs."""
+    words, digests = [*STRUCK[1:], "teacher.weights=own.safetensors"], []
+    for seed in (2, 1):
+        recipe = load("tiny.yaml", [*STRUCK, f"teacher.seed={seed}"])
+        save_file(assemble.teacher(recipe).network.backbone.state_dict(), f"{seed}.safetensors")
+        digests.append(assemble.file_digest(Path(f"{seed}.safetensors")))
+    shutil.copy("1.safetensors", "own.safetensors")
+    whole = undisturbed(ward, *words)
+    struck(20, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert said(*words) == 0
+    shutil.copy("2.safetensors", "own.safetensors")
+    before = signals(ward)
+    assert f"made with teacher.weights_sha256 = '{digests[1]}', the recipe says '{digests[0]}';" in said(*words)
+    assert signals(ward) == before and 0 < len(before) < len(whole)
+    shutil.copy("1.safetensors", "own.safetensors")
+    goes_on(ward, whole, *words)
+
+
+SLOW = [*SMALL, "teacher.model=tiny_model:slow", "teacher.options={seconds: 0.05}", "cache.batch_size=4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank, number", [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_a_process_that_dies_or_hangs_does_not_keep_the_others(ward, rank, number):
+    words = [*SLOW, "cache.patience=0.03"]
+    whole, folder = undisturbed(ward, *words), ward / "shards" / "tiny" / "train" / "teacher"
+    both = started(ward, words, 2)
+    wait_until((folder / f"signals-{rank:06d}.idx").is_file, f"the first shard of rank {rank}")
+    both[rank].send(number)
+    lost, place = sentence(both[1 - rank].wait()), "shards/tiny/train/teacher/signals-00000"
+    assert both[rank].kill().status == -signal.SIGKILL
+    assert re.match(rf"lost contact with the other processes \({place}\d\.tar is not there, and nothing new has", lost)
+    assert lost.endswith("look for its message; the same command goes on from the last checkpoint or finished shards")
+    kept = sum((folder / f"signals-{one:06d}.idx").is_file() for one in range(1 - rank, 6, 2))
+    assert kept == 3  # all of its own
+    for one in started(ward, words, 2):
+        done(one.wait())
+    assert signals(ward) == whole
+
+
+NAPPING = """
+
+import os
+import time
+from pathlib import Path
+
+import tiny_model
+
+
+class Napping(tiny_model.Witness):
+    def forward(self, images):
+        said = super().forward(images)
+        time.sleep(0.2)
+        return said
+
+
+def network(classes):
+    return Napping(*tiny_model.network(classes, 8))
+"""
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_stops_by_itself(ward):
+    """One is at work on the bases, 11 batches; the other waits for them."""
+    (ward / "napping.py").write_text(NAPPING)
+    words = [*SMALL, FEATURES, "teacher.model=napping:network", "teacher.options={}", "cache.batch_size=4"]
+    both = started(ward, words, 2)
+    asked = [ward / f"rank-{rank}-of-2" for rank in range(2)]
+    wait_until(lambda: all(path.exists() for path in asked), "both have asked the teacher")
+    for one in both:
+        one.send(signal.SIGTERM)
+    for one in both:
+        assert "cache train: stopped by SIGTERM after 0 of 6 shards; the same command goes on\n" in done(one.wait())
+    assert signals(ward) == {}

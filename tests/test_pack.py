@@ -16,7 +16,7 @@ from conftest import CLASSES, pack_examples, picture
 from kd_dist import assemble, manifest
 from kd_dist.config import load
 from kd_dist.data import Shards, read_examples
-from kd_dist.errors import DataError, MismatchError, ShardError
+from kd_dist.errors import DataError, MismatchError, ShardError, one_sentence
 from kd_dist.pack import assign, choose_split, item_key, pack
 from kd_dist.sources import Item
 from kd_dist.tasks import Classification
@@ -43,6 +43,10 @@ def png(colour):
 def read(number, die_at):
     if number == die_at and pathlib.Path("deadly").exists():
         os.kill(os.getpid(), signal.SIGKILL)
+    if number == die_at and pathlib.Path("stopping").exists():
+        os.kill(os.getpid(), signal.Signals[pathlib.Path("stopping").read_text()])
+    if number == die_at and pathlib.Path("broken").exists():
+        raise ZeroDivisionError("the user's own")
     return png(number)
 
 
@@ -399,3 +403,51 @@ def test_what_was_quarantined_before_a_kill_is_still_listed(own):
     manifest.write_manifest(train, {**manifest.read_manifest(train), "complete": False, "quarantined": []})
     assert pack_own(own / "out", labels="bad") == whole
     assert len(whole["quarantined"]) == 7
+
+
+TENTH = 2  # the number of the item that is tenth in the keyed order, second of its shard
+
+
+def half_made(own: Path, whole: dict[str, bytes], shards: int) -> None:
+    """So many shards are there, as they will be, and nothing that is half-written; then the run goes on."""
+    there = files(own / "out")
+    assert not json.loads(there.pop("train/manifest.json"))["complete"]
+    assert sum(name.endswith(".idx") for name in there) == shards
+    assert all(whole[name] == content for name, content in there.items())
+    for name in ("stopping", "broken"):
+        (own / name).unlink(missing_ok=True)
+    pack_own(own / "out", die_at=TENTH)
+    assert files(own / "out") == whole
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_stops_it_and_keeps_what_is_finished(own, capsys, name):
+    """It comes while the tenth of twenty items is read, in the third of five shards."""
+    pack_own(own / "whole", die_at=TENTH)
+    (own / "stopping").write_text(name)
+    with pytest.raises(SystemExit) as ended, one_sentence():
+        pack_own(own / "out", die_at=TENTH)
+    assert ended.value.code == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"pack train: stopped by {name} after 2 of 5 shards; the same command goes on"
+    half_made(own, files(own / "whole"), 2)
+
+
+def test_an_exception_of_the_users_source_leaves_nothing_half_written(own):
+    pack_own(own / "whole", die_at=TENTH)
+    (own / "broken").touch()
+    with pytest.raises(ZeroDivisionError), one_sentence():
+        pack_own(own / "out", die_at=TENTH)
+    half_made(own, files(own / "whole"), 2)
+
+
+@pytest.mark.parametrize("kind", ["tar", "idx"])
+def test_a_full_disk_is_a_sentence_and_what_is_finished_is_kept(own, kind):
+    """The kernel's own full device is put where the third shard is begun."""
+    pack_own(own / "whole", die_at=TENTH)
+    (own / "out/train").mkdir(parents=True)
+    (own / f"out/train/data-000002.{kind}.tmp").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as ended, one_sentence():
+        pack_own(own / "out", die_at=TENTH)
+    assert ended.value.code.startswith(f"error: {own}/out/train: No space left on device; make room or choose another")
+    half_made(own, files(own / "whole"), 2)
