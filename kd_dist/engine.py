@@ -75,6 +75,14 @@ def _check_deepspeed(settings: dict[str, Any]) -> None:
             raise TrainingError(f"DeepSpeed: remove '{what}' from the settings and give the stage `precision: {what}`")
 
 
+def computed(model: nn.Module, images: Tensor, dtype: torch.dtype | None) -> StudentOutput:
+    """A student's output in float32, computed in `dtype`, or in float32 all through."""
+    if dtype is None:
+        return model(images)
+    with torch.autocast(images.device.type, dtype):
+        return convert_to_fp32(model(images))
+
+
 class Engine:
     """One process, or several under DDP, where each holds all weights, gradients and moments."""
 
@@ -91,10 +99,7 @@ class Engine:
 
     def forward(self, images: Tensor) -> StudentOutput:
         """The student's output in float32, computed in the run's precision."""
-        if self.dtype is None:
-            return self.model(images)
-        with torch.autocast(images.device.type, self.dtype):
-            return convert_to_fp32(self.model(images))
+        return computed(self.model, images, self.dtype)
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         """For the forward and backward pass of one micro-batch, the `last` of its step or not."""
@@ -140,7 +145,10 @@ class Engine:
         return self.optimizer.state_dict()
 
     def load(self, weights: dict[str, Tensor], moments: dict[str, Any]) -> None:
-        """Take over what `weights` and `moments` returned, here or under another engine. RuntimeError: weights of another module."""
+        """Take over what `weights` and `moments` returned, here or under another engine.
+
+        RuntimeError: they are of another module.
+        """
         self.module.load_state_dict(weights)
         self.optimizer.load_state_dict(moments)
 

@@ -9,7 +9,7 @@ import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -123,21 +123,19 @@ def first_scale(fp16: bool) -> float:
     return FIRST_SCALE if fp16 else 1.0
 
 
-def react(progress: Progress) -> bool:
-    """After a skipped step: every `LIMIT` in a row something happens. Returns whether the weights must go back to the
-    last checkpoint; raises a TrainingError when that has not helped either."""
-    if progress.streak % LIMIT or not progress.streak:
-        return False
-    turn = progress.streak // LIMIT
-    if turn == 1:
-        progress.lr_factor /= 2
+def react(progress: Progress) -> Literal["slow down", "go back"] | None:
+    """What is to be done after a skipped step: something every `LIMIT` in a row. Raises a TrainingError when neither
+    half the learning rate nor the weights of the last checkpoint have helped."""
+    turn, odd = divmod(progress.streak, LIMIT)
+    if odd or not turn:
+        return None
     if turn > 2:
         raise TrainingError(
             f"step {progress.step}: {progress.streak} steps in a row were skipped, also at half the learning rate and "
             f"from the last checkpoint; lower the learning rate, clip harder or train in fp32 or bf16, or look at the "
             f"examples in {SUSPECTS}; the last checkpoint is untouched"
         )
-    return turn == 2
+    return "slow down" if turn == 1 else "go back"
 
 
 class Keep:

@@ -251,6 +251,11 @@ class Plan:
         """Steps of one epoch, the same on every rank; the last may be smaller."""
         return -(-self.order.examples // self.batch_size)
 
+    @property
+    def rows(self) -> int:
+        """The most examples that a micro-batch of a rank has."""
+        return -(-self.batch_size // (self.world * self.accumulate))
+
     def total(self, step: int) -> int:
         """How many examples the step has over all ranks and micro-batches: 1 to batch_size."""
         return len(self._positions(step))

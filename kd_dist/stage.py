@@ -1,7 +1,9 @@
 """One stage of a recipe, ready to train: every part built, everything that can be wrong found."""
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 from kd_dist import assemble, checkpoint, engine, guard, manifest, trial
 from kd_dist.batch import Batch
 from kd_dist.config import to_dict
-from kd_dist.data import Corridor, batches
+from kd_dist.data import Corridor, batches, on_device, to_device
 from kd_dist.engine import Engine
-from kd_dist.errors import MismatchError, TrainingError
+from kd_dist.errors import MismatchError, TrainingError, is_out_of_memory
 from kd_dist.evaluation import evaluate, first_examples
 from kd_dist.losses import Objective
 from kd_dist.plan import shuffle_problem
@@ -105,6 +107,12 @@ def prepare(recipe: Recipe, name: str) -> Run:
     if assemble.is_online(stage):
         teacher = assemble.teacher(recipe, assemble.stage_features(recipe, name)).to(accelerator.device)
     module = synchronised(assemble.module(recipe, name, corridor, teacher), stage, name, accelerator)
+    module.to(accelerator.device)
+    objective = Objective(stage.losses, stage.epochs)
+    if stage.find_batch_size:
+        trial_step = partial(one_step, module, teacher, objective, engine.DTYPES[precision])
+        corridor = fitting(corridor, trial_step, accelerator, f"stages.{name}")
+    made = engine.start(accelerator, module, build_optimizer(module, stage), precision)
     task = assemble.task(recipe)
     evaluation = assemble.evaluation_corridor(recipe, validation, rank, world, cached=False)
     shown = assemble.evaluation_corridor(recipe, validation, 0, world, known) if task.maps else None
@@ -116,11 +124,11 @@ def prepare(recipe: Recipe, name: str) -> Run:
         identity=identity,
         seed=seed,
         student=module,
-        engine=engine.start(accelerator, module, build_optimizer(module, stage), precision),
+        engine=made,
         fp16=precision == "fp16",
         kept=guard.Keep(module),
         teacher=teacher,
-        objective=Objective(stage.losses, stage.epochs),
+        objective=objective,
         train=corridor,
         validation=evaluation,
         workers=recipe.data.workers,
@@ -141,6 +149,58 @@ def synchronised(module: Student, stage: Stage, name: str, accelerator: Accelera
     if accelerator.device.type == "cpu":
         raise TrainingError(f"stages.{name}.sync_bn: PyTorch synchronises BatchNorm on GPUs only; set it to false here")
     return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+
+
+def fitting(corridor: Corridor, attempt: Callable[[Batch], None], accelerator: Accelerator, where: str) -> Corridor:
+    """The corridor with as many micro-batches a step as it takes for each to fit into the memory of every rank.
+
+    The examples of a step, and so the result of the run, stay what they are. `attempt` runs one micro-batch.
+    """
+    plan, device = corridor.plan, accelerator.device
+    while True:
+        tried = replace(corridor, plan=plan)
+        try:
+            attempt(to_device(tried[0], device, on_device(tried.codecs, device)))
+            full = False
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            full = True
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not accelerator.reduce(torch.tensor(float(full), device=device), "sum"):  # no rank ran out of it
+            accelerator.print(
+                f"accumulate: {plan.accumulate}, micro-batches of up to {plan.rows} examples fit", flush=True
+            )
+            return tried
+        larger = [one for one in range(2 * plan.accumulate, plan.batch_size + 1) if not plan.batch_size % one]
+        if plan.rows == 1 or not larger:
+            raise TrainingError(
+                f"{where}: not even {plan.rows} examples at a time fit into memory; make views.size or the model "
+                f"smaller"
+            )
+        plan = replace(plan, accumulate=larger[0])
+
+
+def one_step(
+    module: Student,
+    teacher: Teacher | None,
+    objective: Objective,
+    dtype: torch.dtype | None,
+    batch: Batch,
+) -> None:
+    """Forward and backward pass beside as much memory as DDP and the optimiser will take; leaves nothing behind."""
+    kept = guard.Keep(module)
+    kept.store()
+    ballast = [torch.empty_like(value) for value in module.parameters() for _ in range(3)]
+    try:
+        if teacher is not None:
+            batch = batch._replace(signals=teacher(batch.images))
+        objective(engine.computed(module, batch.images, dtype), batch, 0.0)[0].backward()
+    finally:
+        ballast.clear()
+        module.zero_grad(set_to_none=True)
+        kept.restore()
 
 
 def build_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:

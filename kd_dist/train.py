@@ -28,7 +28,7 @@ from kd_dist.checkpoint import Progress
 from kd_dist.config import load
 from kd_dist.data import batches, on_device, to_device
 from kd_dist.epoch import end_epoch
-from kd_dist.errors import Preempted, TrainingError, one_sentence
+from kd_dist.errors import Preempted, TrainingError, cause, is_out_of_memory, one_sentence
 from kd_dist.guard import Cause, Verdict
 from kd_dist.meter import Meter, Share
 from kd_dist.plan import mix
@@ -154,7 +154,11 @@ def take_step(run: Run, progress: Progress, shares: list[Share], verdict: Verdic
     note(run, progress.step, causes)
     if guard.skipped(progress, verdict.finite, run.fp16, bool(causes)):
         run.warn(f"step {progress.step} is skipped: the loss scale falls to {progress.scale:g}")
-    if guard.react(progress):
+    reaction = guard.react(progress)
+    if reaction == "slow down":
+        progress.lr_factor /= 2
+        run.warn(f"step {progress.step}: {progress.streak} steps in a row were skipped; the learning rate is halved")
+    if reaction == "go back":
         go_back(run, progress)
     return False
 
@@ -261,7 +265,12 @@ def run_stage(recipe: Recipe, name: str) -> None:
         run = prepare(recipe, name)
         run.folder.mkdir(parents=True, exist_ok=True)
         accelerator, progress = run.accelerator, resume(run)
-        train(run, progress, notice)
+        try:
+            train(run, progress, notice)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(out_of_memory(run, error)) from error
         if accelerator.is_main_process:
             result = {"identity": run.identity, "steps": run.steps, "metric": run.metric, **asdict(progress)}
             checkpoint.write_atomic(run.folder / assemble.RESULT, json.dumps(result, indent=1, sort_keys=True))
@@ -269,6 +278,17 @@ def run_stage(recipe: Recipe, name: str) -> None:
         best = f"best {run.metric} {progress.best:.4f}"
         accelerator.print(f"{name}: done after {progress.step} steps, {best}", flush=True)
         accelerator.end_training()
+
+
+def out_of_memory(run: Run, error: BaseException) -> str:
+    """What to change, in one sentence."""
+    plan = run.train.plan
+    return (
+        f"stages.{run.name}: out of memory with {plan.rows} examples at a time ({cause(error)}): raise `accumulate`, "
+        f"now {plan.accumulate}, or let `find_batch_size: true` do it, which changes no result; or make `batch_size` "
+        f"{plan.batch_size} or views.size {run.train.policy.size[0]}x{run.train.policy.size[1]} smaller; the last "
+        f"checkpoint is untouched"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
