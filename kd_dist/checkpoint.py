@@ -20,7 +20,7 @@ from safetensors.torch import save as serialized
 from torch import Tensor
 
 from kd_dist.errors import TrainingError
-from kd_dist.manifest import first_difference
+from kd_dist.manifest import digest, first_difference
 from kd_dist.shards import published
 
 VERSION = 2  # 1 had no digests
@@ -93,7 +93,8 @@ def save(
         "optimizer": {"groups": moments["param_groups"]},
         "sha256": {name: hashlib.sha256(payload).hexdigest() for name, payload in payloads.items()},
     }
-    (temporary / STATE).write_text(json.dumps(record, sort_keys=True, indent=1))
+    signed = {**record, "digest": digest(record)}
+    (temporary / STATE).write_text(json.dumps(signed, sort_keys=True, indent=1, allow_nan=False))
     for path in (*temporary.iterdir(), temporary):
         _flush(path)
     os.rename(temporary, final)
@@ -119,13 +120,15 @@ def load(path: Path, identity: dict) -> tuple[dict[str, Tensor], dict[str, Any],
     checkpoint."""
     try:
         record = json.loads((path / STATE).read_bytes())
-        version = record["version"]
-    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
+        version, signature = record["version"], record.pop("digest", None)
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise TrainingError(f"{path}: {STATE} cannot be read ({error!r}); {_AGAIN}") from error
     if version != VERSION:
         raise TrainingError(
             f"{path}: has version {version}, this kd_dist reads {VERSION}; use the kd_dist that wrote it"
         )
+    if digest(record) != signature:
+        raise TrainingError(f"{path}: {STATE} is damaged, its own digest differs; {_AGAIN}")
     try:
         refuse_other_run(path, record["identity"], identity)
         weights, states = (_checked(path / name, record["sha256"][name]) for name in (WEIGHTS, MOMENTS))

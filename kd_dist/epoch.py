@@ -1,6 +1,7 @@
 """The end of an epoch: evaluate, record, warn, keep the best weights, draw, print."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -32,6 +33,8 @@ def end_epoch(run: Run, progress: Progress, means: dict[str, float]) -> None:
     if run.teacher_metrics is not None:
         record[f"teacher_{metric}"] = run.teacher_metrics[metric]
         record["retention"] = retention(metric, values[metric], run.teacher_metrics[metric])
+    # Means of no step, a norm that was not finite: null, which JSON knows.
+    record = {name: value if value is None or math.isfinite(value) else None for name, value in record.items()}
     progress.history.append(record)
     if is_better(metric, values[metric], progress.best):
         progress.best, progress.best_epoch = values[metric], len(progress.history) - 1
@@ -83,9 +86,10 @@ def draw(run: Run, step: int) -> None:
 
 def console_line(record: dict[str, Any], epochs: int, objective: Objective, metric: str) -> str:
     """An epoch's record as the terminal shows it."""
-    terms = " ".join(f"{name} {record[name]:.4f}" for name in objective.losses)
-    line = f"epoch {record['epoch'] + 1}/{epochs}  loss {record['loss']:.4f} ({terms})  lr {record['lr']:.2e}"
-    line += f"  grad {record['grad_norm']:.2f}  {record['examples_per_second']:,.0f} ex/s"
+    number = {name: math.nan if value is None else value for name, value in record.items()}
+    terms = " ".join(f"{name} {number[name]:.4f}" for name in objective.losses)
+    line = f"epoch {record['epoch'] + 1}/{epochs}  loss {number['loss']:.4f} ({terms})  lr {record['lr']:.2e}"
+    line += f"  grad {number['grad_norm']:.2f}  {record['examples_per_second']:,.0f} ex/s"
     line += f"  wait {record['data_wait']:.0%}  val {metric} {record[f'val_{metric}']:.4f}"
     if record.get("retention") is not None:
         line += f"  teacher {record[f'teacher_{metric}']:.4f}  retention {record['retention']:.1%}"

@@ -1,5 +1,6 @@
 """When a training run should speak up: pure functions of what it has recorded."""
 
+import math
 import statistics
 from typing import Any
 
@@ -16,7 +17,7 @@ def warnings(
 ) -> list[str]:
     """Sentences about the newest epoch of `history`; empty when all is well.
 
-    A record holds `loss`, `logit_max` and, where a teacher's metric is known, `retention`.
+    A record holds `loss`, `logit_max` and, where a teacher's metric is known, `retention`; None: not finite.
     """
     found = []
     retained = [record["retention"] for record in history if record.get("retention") is not None]
@@ -27,7 +28,7 @@ def warnings(
                 f"retention has not passed {before:.1%} for {stagnation_epochs} epochs, the target is "
                 f"{retention_target:.1%}; try a larger student, more views or another temperature"
             )
-    losses = [record["loss"] for record in history[-WINDOW:]]
+    losses = [record["loss"] for record in history[-WINDOW:] if record["loss"] is not None]
     if len(losses) == WINDOW:
         spread = statistics.pstdev(losses) / max(abs(statistics.fmean(losses)), 1e-12)
         turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(losses, losses[1:], losses[2:], strict=False))
@@ -36,9 +37,10 @@ def warnings(
                 f"the loss oscillates: its spread over {WINDOW} epochs is {spread:.0%} of its mean; lower the learning "
                 f"rate or take larger batches"
             )
-    if history and not history[-1]["logit_max"] <= logit_limit:
+    highest = history[-1]["logit_max"] if history else 0.0
+    if highest is None or highest > logit_limit:
         found.append(
-            f"logits reach {history[-1]['logit_max']:.3g}, beyond the limit of {logit_limit:.3g}; lower the learning "
+            f"logits reach {math.inf if highest is None else highest:.3g}, beyond the limit of {logit_limit:.3g}; lower the learning "
             f"rate or raise the weight decay"
         )
     return found
