@@ -117,3 +117,25 @@ def scenery(tmp_path, monkeypatch) -> Path:
     monkeypatch.delitem(sys.modules, "scene_model", raising=False)
     pack_examples(load("scenes.yaml"))
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Path:
+    """A folder in which the examples of `tiny.yaml` are packed, its teacher is trained and cached. Not to be changed."""
+    from processes import done, laboratory, run
+    from trainings import pack
+
+    from kd_dist import cache_teacher, train
+
+    folder = laboratory(tmp_path_factory.mktemp("lab"))
+    done(run(pack, folder=folder))
+    done(run(train.main, ["tiny.yaml", "--stage", "teacher"], folder=folder))
+    done(run(cache_teacher.main, ["tiny.yaml"], folder=folder))
+    return folder
+
+
+@pytest.fixture
+def home(lab, monkeypatch) -> None:
+    """The test itself works in the laboratory, too."""
+    monkeypatch.chdir(lab)
+    monkeypatch.syspath_prepend(lab)

@@ -73,6 +73,75 @@ def witness(classes, width=8):
 
 def normed(classes, width=4):
     return nn.Sequential(nn.BatchNorm2d(3), *network(classes, width))
+
+
+class Poison(torch.autograd.Function):
+    """Passes values on as they are; the gradients of bright pictures become NaN."""
+
+    @staticmethod
+    def forward(context, values, bright):
+        context.save_for_backward(bright)
+        return values.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        [bright] = context.saved_tensors
+        return gradient * torch.where(bright, torch.nan, 1.0)[:, None], None
+
+
+class Brittle(nn.Sequential):
+    """A network whose logits, or whose gradients, are not finite for bright pictures, or whose logits are huge."""
+
+    def __init__(self, *parts, where="forward", limit=0.7):
+        super().__init__(*parts)
+        self.where, self.limit = where, limit
+
+    def forward(self, images):
+        bright = images.mean(dim=(1, 2, 3)) > self.limit
+        values = super().forward(images)
+        if self.where == "backward":
+            return Poison.apply(values, bright)
+        return values * torch.where(bright, torch.nan if self.where == "forward" else 1e4, 1.0)[:, None]
+
+
+def brittle(classes, width=4, where="forward", limit=0.7, norm=True):
+    """Wide enough for its largest weight to be divided under ZeRO 3."""
+    parts = list(network(classes, width)[:-1]) + [nn.Linear(4 * width, 340), nn.ReLU(), nn.Linear(340, 340), nn.ReLU()]
+    return Brittle(*([nn.BatchNorm2d(3)] if norm else []), *parts, nn.Linear(340, classes), where=where, limit=limit)
+
+
+class Doomed(nn.Sequential):
+    """A network whose weights are ruined in its forward pass number `at`."""
+
+    def __init__(self, *parts, at=0):
+        super().__init__(*parts)
+        self.at, self.passes = at, 0
+
+    def forward(self, images):
+        self.passes += self.training
+        if self.training and self.passes == self.at:
+            with torch.no_grad():
+                self[0].weight.fill_(torch.nan)
+        return super().forward(images)
+
+
+def doomed(classes, width=4, at=0):
+    return Doomed(*network(classes, width), at=at)
+
+
+class Hungry(nn.Sequential):
+    """A network that takes more memory than there is when it gets more pictures than `limit`."""
+
+    def forward(self, images):
+        if self.training and len(images) > self.limit:
+            torch.empty(2**50)
+        return super().forward(images)
+
+
+def hungry(classes, width=4, limit=0):
+    made = Hungry(*network(classes, width))
+    made.limit = limit
+    return made
 '''
 
 
@@ -164,7 +233,7 @@ def kd_dist(*words: str) -> None:
     cli.main()
 
 
-def start_ranks(function: Callable, each: Iterable[list[str]], folder: Path) -> list[Started]:
+def start_ranks(function: Callable, each: Iterable[list[str]], folder: Path, **more: str) -> list[Started]:
     """Call `function(arguments)` in one distributed process for each arguments, as a launcher does."""
     each = list(each)
     with socket.socket() as probe:
@@ -174,13 +243,13 @@ def start_ranks(function: Callable, each: Iterable[list[str]], folder: Path) -> 
     started = []
     for rank, arguments in enumerate(each):
         environment = {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        started.append(start(function, arguments, folder=folder, **environment))
+        started.append(start(function, arguments, folder=folder, **environment, **more))
     return started
 
 
-def ranks(function: Callable, each: Iterable[list[str]], folder: Path) -> list[Ended]:
+def ranks(function: Callable, each: Iterable[list[str]], folder: Path, **more: str) -> list[Ended]:
     """The same, to their ends."""
-    return [one.wait() for one in start_ranks(function, each, folder)]
+    return [one.wait() for one in start_ranks(function, each, folder, **more)]
 
 
 def wait_until(happened: Callable[[], bool], what: str) -> None:

@@ -82,8 +82,12 @@ def test_large_logits_are_said(logit_max, shown):
     ]
 
 
-def test_nan_logits_are_said():
-    assert said([1.0], logit_max=float("nan"))[0].startswith("logits reach nan, beyond")
+def test_logits_that_are_not_finite_are_said():
+    assert said([1.0], logit_max=None)[0].startswith("logits reach inf, beyond")
+
+
+def test_an_epoch_without_a_loss_is_left_out():
+    assert said([1.0, None, 1.0, None, 1.0, 1.0, 1.0, 1.0]) == []
 
 
 def test_logits_at_the_limit_and_of_earlier_epochs_are_not_said():

@@ -1,0 +1,171 @@
+"""One process, DDP and ZeRO 1, 2, 3: the same training, the same checkpoints, the same refusal of a bad step."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from processes import done, ranks, run, sentence
+from safetensors.torch import load_file
+from trainings import PLAIN, arguments, assert_same_weights, launched, result, scalars, state, trained, weights
+
+from kd_dist import train
+from kd_dist.engine import _check_deepspeed
+from kd_dist.errors import TrainingError
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
+
+ENGINES = {"one": (1, 0), "ddp": (2, 0), "zero1": (2, 1), "zero2": (2, 2), "zero3": (2, 3)}  # processes, ZeRO stage
+WIDE = "student.model=tiny_model:brittle"  # without BatchNorm, and with limit 2 it never breaks
+SOUND = [*PLAIN, WIDE, "student.options={norm: false, limit: 2.0}", "train.accumulate=2"]
+
+
+@pytest.fixture(scope="module")
+def whole(lab, tmp_path_factory) -> dict[str, Path]:
+    """The folder of an undisturbed run, by engine."""
+    runs = tmp_path_factory.mktemp("whole")
+    return {name: trained(lab, runs / name, *SOUND, world=world, zero=zero) for name, (world, zero) in ENGINES.items()}
+
+
+def test_every_engine_trains_the_same_student(whole):
+    assert len(weights(whole["one"])) == 8
+    for name, folder in whole.items():
+        assert_same_weights(whole["one"], folder, 2e-5, tensors=8)
+        for mine, other in zip(result(whole["one"])["history"], result(folder)["history"], strict=True):
+            for value in ("loss", "kd", "cross_entropy", "grad_norm", "val_nll", "val_accuracy", "lr"):
+                assert other[value] == pytest.approx(mine[value], rel=2e-4), (name, value)
+
+
+def test_the_moments_are_the_same_too_and_whole(whole):
+    def moments(folder: Path) -> dict[str, torch.Tensor]:
+        return load_file(next(folder.glob("checkpoint-*")) / "optimizer.safetensors")
+
+    mine = moments(whole["one"])
+    assert len(mine) == 8 * 3
+    for name, folder in whole.items():
+        other = moments(folder)
+        assert other.keys() == mine.keys(), name
+        for key, value in mine.items():
+            torch.testing.assert_close(
+                other[key], value, rtol=2e-3, atol=1e-6, msg=lambda text, n=(name, key): f"{n}: {text}"
+            )
+
+
+def test_the_best_weights_are_one_file_of_the_model_alone(whole):
+    best = {name: load_file(folder / "best.safetensors") for name, folder in whole.items()}
+    for name, one in best.items():
+        assert one.keys() == best["one"].keys() and len(one) == 8, name
+        for key, value in one.items():
+            torch.testing.assert_close(value, best["one"][key], rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_resumed_run_ends_bit_for_bit_like_a_whole_one(lab, tmp_path, whole, name):
+    world, zero = ENGINES[name]
+    trained(lab, tmp_path, *SOUND, "train.max_steps=4", "train.checkpoint_every=2", world=world, zero=zero)
+    parts = trained(lab, tmp_path, *SOUND, world=world, zero=zero)
+    one, two = state(whole[name]), state(parts)
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert one[file] == two[file], file
+
+
+def test_a_run_goes_on_under_another_engine(lab, tmp_path, whole):
+    """One process, ZeRO 3, DDP, ZeRO 1, each for some steps of one run."""
+    for name, steps in (("one", 1), ("zero3", 2), ("ddp", 4), ("zero1", 5), ("zero2", 6)):
+        world, zero = ENGINES[name]
+        folder = trained(lab, tmp_path, *SOUND, f"train.max_steps={steps}", world=world, zero=zero)
+    assert_same_weights(whole["one"], folder, 2e-5, tensors=8)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_lower_precision_trains_as_under_ddp(lab, tmp_path, name, precision):
+    words = [*SOUND, f"train.precision={precision}"]
+    losses = []
+    for one in ("ddp", name):
+        world, zero = ENGINES[one]
+        losses.append(scalars(trained(lab, tmp_path / one, *words, world=world, zero=zero))["train/loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------- a bad step
+
+BREAKING = [*PLAIN, WIDE, "train.batch_size=2", "train.epochs=1", "views.brightness=0.2"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_bad_step_leaves_everything_as_it_was(lab, tmp_path, name, where, precision):
+    """A NaN of one picture, on one rank, in the forward or in the backward pass alone. The checkpoint after the step has
+    the weights, the moments and the BatchNorm statistics of the one before."""
+    world, zero = ENGINES[name]
+    options = f"student.options={{where: {where}}}"
+    words = [*BREAKING, options, f"train.precision={precision}"]
+    each = arguments(tmp_path, *words) * world
+    output = "".join(done(one) for one in (ranks(train.main, each, lab, **launched(zero))))
+    folder = tmp_path / "tiny" / "distill" / "seed-0"
+    about = result(folder)
+    assert about["step"] == 11 and all(value.isfinite().all() for value in weights(folder).values())
+    suspects = [json.loads(line) for line in (folder / "suspects.jsonl").read_text().splitlines()]
+    [bad] = {one["step"] for one in suspects}
+    assert {key for one in suspects for key in one["keys"]} >= {"red/00"} and len(suspects) == 1
+    what = "loss, cross_entropy, kd" if where == "forward" else "the gradient of"
+    assert suspects[0]["what"].startswith(what)
+    assert f"step {bad} is skipped: {what}" in output and f"on rank {suspects[0]['rank']}; keys: " in output
+    before, after = (checkpoint_of(lab, tmp_path / str(step), words, step, world, zero) for step in (bad, bad + 1))
+    assert before.keys() == after.keys() == {"model.safetensors", "optimizer.safetensors"}
+    for file, content in before.items():
+        assert after[file] == content, file
+
+
+def checkpoint_of(lab: Path, runs: Path, words: list[str], step: int, world: int, zero: int) -> dict[str, bytes]:
+    """The tensors of the checkpoint after so many steps."""
+    if not step:
+        step, words = 1, [*words, "train.lr=1e-30"]
+    folder = trained(lab, runs, *words, f"train.max_steps={step}", world=world, zero=zero)
+    [last] = folder.glob("checkpoint-*")
+    return {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"zero_optimization": {"stage": 0}}, "zero_stage is 0; give 1, 2 or 3"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer to 'cpu' is not",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param to 'nvme' is not"),
+        ({"zero_optimization": {"stage": 1}, "optimizer": {}}, "'optimizer' is the recipe's"),
+        ({"zero_optimization": {"stage": 1}, "scheduler": {}}, "'scheduler' is the recipe's"),
+        ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, "remove 'bf16' .* `precision: bf16`"),
+    ],
+)
+def test_settings_that_belong_elsewhere_are_refused(settings, said):
+    with pytest.raises(TrainingError, match=f"^DeepSpeed: {said}"):
+        _check_deepspeed(settings)
+
+
+def test_synchronised_batch_norm_is_refused_where_there_is_none(lab, tmp_path):
+    each = arguments(tmp_path, "train.sync_bn=true", "student.model=tiny_model:normed") * 2
+    for one in ranks(train.main, each, lab):
+        assert "stages.distill.sync_bn: PyTorch synchronises BatchNorm on GPUs only" in one.output and one.status == 1
+    done(run(train.main, *arguments(tmp_path, "train.sync_bn=true", "train.max_steps=1"), folder=lab))
+
+
+def test_weights_of_another_model_are_refused(lab, tmp_path):
+    folder = trained(lab, tmp_path, "train.max_steps=1")
+    [last] = folder.glob("checkpoint-*")
+    changed = tmp_path / "changed"
+    shutil.copytree(lab, changed, ignore=shutil.ignore_patterns("said-*"))
+    code = (changed / "tiny_model.py").read_text()
+    (changed / "tiny_model.py").write_text(
+        code.replace("nn.Linear(4 * width, classes),", "nn.Linear(4 * width, classes, bias=False),")
+    )
+    said = sentence(run(train.main, *arguments(tmp_path, "train.max_steps=2"), folder=changed))
+    assert said.startswith(f"{last}: its weights are of another model than the recipe builds now")
