@@ -28,15 +28,17 @@ class TeacherSignal(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One rank's share of one micro-batch. Rows are valid examples; only an empty share has a filler row."""
+    """One rank's share of one micro-batch. Rows are valid examples, but for those that failed, which are zeros and
+    masked; a share without a valid example is one such row, the filler."""
 
     keys: tuple[str, ...]  # B keys, in row order
     images: Tensor  # (B, 3, H, W) uint8 at view resolution
     targets: Tensor  # (B,) int64, or masks (B, H, W) uint8, 255: ignored; 255 also pads masks to the largest
     sizes: Tensor | None  # (B, 2) int64, (height, width) of each mask without its padding; None: targets are no masks
-    valid: Tensor  # (B,) bool; False for the single filler row of an empty share
-    total: int  # valid examples of the whole step: all ranks, all its micro-batches
+    valid: Tensor  # (B,) bool; False for the rows of failed examples and for the single filler row
+    total: int  # examples planned for the whole step: all ranks, all its micro-batches; failed ones count
     signals: TeacherSignal | None  # None when the stage uses no cache
+    failed: tuple[str, ...] = ()  # a sentence for each example of the share that could not be read or decoded
 
 
 class StudentOutput(NamedTuple):
