@@ -22,13 +22,14 @@ from kd_dist.compress import FeatureCodec, load_bases
 from kd_dist.errors import DataError, KdError, MismatchError, ShardError
 from kd_dist.plan import Plan, mix, view_number
 from kd_dist.shards import Shard
-from kd_dist.signals import LogitsCodec, dtype_from_json, from_row_bytes, npy_header_size
+from kd_dist.signals import LogitsCodec, dtype_from_json, from_row_bytes, npy_header_size, row_dtype
 from kd_dist.tasks import Task
-from kd_dist.views import ImageViews, canonical, draw, input_crc, replay
+from kd_dist.views import VIEW_DTYPE, ImageViews, canonical, draw, input_crc, replay
 
 OnError = Literal["raise", "replace_masked"]  # at an example that cannot be read: stop, or go on without it
 Decode = Callable[[str, Mapping[str, bytes]], Example]
 BASES = "bases.safetensors"  # beside the manifest: the principal components of the features that have them
+AGAIN = "delete the folder and run `kd-dist cache-teacher`"
 CHECK_ONE_IN = 16  # examples whose pixels are compared with the stored CRC, a different sixteenth each epoch
 
 
@@ -102,9 +103,16 @@ class SignalShards(Shards):
         self.teacher: str = about["teacher"]["name"]
         self.views: int = about["views"]["count"]
         self.dtype = dtype_from_json(about["row_dtype"])
-        grid = about["codec"]["grid"]
-        self.codec = LogitsCodec(about["codec"]["logits"], about["classes"], grid and tuple(grid))
-        self.features = feature_codecs(folder, about["codec"])
+        try:
+            grid = about["codec"]["grid"]
+            self.codec = LogitsCodec(about["codec"]["logits"], about["classes"], grid and tuple(grid))
+            self.features = feature_codecs(folder, about["codec"])
+            fields = [field for codec in (self.codec, *self.features.values()) for field in codec.fields()]
+            fits = self.dtype == row_dtype(VIEW_DTYPE, fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ShardError(f"{folder}: the manifest describes no codecs ({error!r}); {AGAIN}") from error
+        if not fits:
+            raise ShardError(f"{folder}: the manifest's row_dtype is not that of its codecs; {AGAIN}")
         self.header = npy_header_size(self.dtype, self.views)
         bad = {row["key"] for row in about["quarantined"]}
         self.quarantined = np.array(self._ids_of(bad), dtype=np.int64)
