@@ -96,7 +96,7 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, scaler
         record = json.loads((path / "state.json").read_text())
         weights = load_file(path / "model.safetensors")
         tensors = load_file(path / "optimizer.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
         raise TrainingError(f"{path}: cannot be read ({error}); delete it to start the stage again") from error
     if record.get("version") != VERSION:
         raise TrainingError(

@@ -359,8 +359,8 @@ def _scan(path: Path) -> tuple[list[_Example], int]:
             end = tar.offset
     except (OSError, ValueError, OverflowError, MemoryError, RecursionError, tarfile.TarError) as error:
         raise ShardError(
-            f"{path}: it cannot be read as an uncompressed tar ({error}); decompress it if it is compressed, "
-            "otherwise copy it again or make it again"
+            f"{path}: it cannot be read as an uncompressed tar ({str(error) or repr(error)}); decompress it if it is "
+            "compressed, otherwise copy it again or make it again"
         ) from error
     seen: set[str] = set()
     for entry in entries:
