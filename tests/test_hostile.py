@@ -580,6 +580,7 @@ def test_no_writer_lets_such_a_name_through(tmp_path, name):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_header_of_an_array_of_rows_is_not_believed(home, monkeypatch):
     """It may claim any shape: readers compute where rows are."""
     monkeypatch.chdir(home)
