@@ -15,11 +15,13 @@ from processes import laboratory
 
 from kd_dist import assemble, cache_teacher, journey, manifest
 from kd_dist.batch import IGNORED, Batch, Example, TeacherSignal
+from kd_dist.compress import STORES, Basis, FeatureCodec
 from kd_dist.config import load
 from kd_dist.data import CHECK_ONE_IN, Corridor, Shards, SignalShards, batches, to_device
 from kd_dist.errors import DataError, MismatchError, ShardError
 from kd_dist.losses import Objective
 from kd_dist.plan import Plan
+from kd_dist.signals import CODECS, LogitsCodec
 from kd_dist.tasks import Classification
 from kd_dist.views import input_crc
 
@@ -412,6 +414,21 @@ def test_masked_rows_of_maps_and_features_are_finite_and_teach_nothing(scenery):
         gradients.append([loss.detach(), *(value.grad.clone() for value in module.parameters())])
     for masked, without in zip(*gradients, strict=True):
         torch.testing.assert_close(masked, without, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_row_of_zeros_is_finite_whatever_its_codec(store):
+    basis = Basis(torch.ones(4), torch.eye(4)[:2])
+    for codec in (FeatureCodec("f", (4, 3, 3), store), FeatureCodec("f", (4, 3, 3), store, 2, basis)):
+        zeros = np.zeros(1, codec.fields())
+        decoded = codec.decode({name: torch.from_numpy(zeros[name].copy()) for name in zeros.dtype.names})
+        assert decoded.isfinite().all() and decoded.shape[0] == 1
+    for name, classes, grid in (
+        (name, classes, grid) for name in CODECS for classes in (2, 3) for grid in (None, (2, 2))
+    ):
+        if (name, classes) != ("uint8", 2):
+            codec = LogitsCodec(name, classes, grid)
+            assert not codec.decode(np.zeros(1, codec.fields())).any()
 
 
 # ---------------------------------------------------------------------------------------------- what belongs elsewhere

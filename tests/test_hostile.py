@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from conftest import picture
 from PIL import Image
 from processes import contents, done, laboratory, run
+from test_index import DEEP, EXAMPLES, INDEXES, LONG, resealed
 from torch import nn
 
 from kd_dist import assemble, cache_teacher, checkpoint, journey, manifest
@@ -31,12 +32,10 @@ from kd_dist.config import load
 from kd_dist.data import Shards, SignalShards, feature_codecs
 from kd_dist.errors import KdError
 from kd_dist.models import Built, Network, load_weights
-from kd_dist.shards import Shard, index_path, index_tar, write_shard
+from kd_dist.shards import Shard, index_tar, write_shard
 from kd_dist.signals import dtype_from_json
 
 MOST = 200 * 2**20  # bytes of memory that all refusals together may take
-DEEP = "[" * 100_000
-LONG = "9" * 1_000_000  # digits of one number
 CANARY = "canary"  # the file that whatever is executed makes, in the working directory
 HOSTILE_NAMES = ("a.pkl", "a.pyd", "a.pth", "a.pt", "a.b.pkl", "a.cls.pickle.gz", "a.PKL.gz.gz", "a.pt.gz")
 STRAY_NAMES = ("../x.png", "/abs/x.png", "a/../../x.png", "./../x.png", "a/./../x.png")
@@ -97,63 +96,9 @@ def tars(folder: Path) -> Iterator[Path]:
         yield folder / f"{name}.tar"
 
 
-def resealed(path: Path, change: Callable[[bytearray], bytes | bytearray | None]) -> Path:
-    """The index of a tar, changed, with a checksum that is right again."""
-    index = bytearray(index_path(path).read_bytes()[:-4])
-    index = change(index) or index
-    index_path(path).write_bytes(index + zlib.crc32(index).to_bytes(4, "little"))
-    return path
-
-
-def packed_at(form: str, at: int, *values: int) -> Callable[[bytearray], None]:
-    return lambda index: struct.pack_into(form, index, at, *values)
-
-
-def with_text(text: bytes) -> Callable[[bytearray], bytes]:
-    """An index of no examples with this JSON."""
-
-    def changed(index: bytearray) -> bytes:
-        magic, version, _, size, digest, *_ = struct.unpack_from("<8sIIQ32s", index)
-        return struct.pack("<8sIIQ32sIIQ", magic, version, 0, size, digest, 0, 0, len(text)) + text
-
-    return changed
-
-
-# Where the fields of an index of two examples with three members lie: shards/FORMAT.md.
-FIRST, SECOND, MEMBERS = 72, 72 + 32, 72 + 64
-INDEXES: dict[str, Callable] = {
-    "2^31 examples": packed_at("<I", 12, 2**31),
-    "2^32 members": packed_at("<I", 56, 2**32 - 1),
-    "2^31 key bytes": packed_at("<I", 60, 2**31),
-    "2^60 JSON bytes": packed_at("<Q", 64, 2**60),
-    "an example behind the end": packed_at("<Q", FIRST, 2**40),
-    "an offset of 2^64": packed_at("<Q", FIRST, 2**64 - 512),
-    "an example of 2^62 bytes": packed_at("<Q", FIRST + 8, 2**62),
-    "an offset and a size that wrap": packed_at("<QQ", FIRST, 512, 2**64 - 512),
-    "a first member of others": packed_at("<I", FIRST + 20, 1),
-    "members of others": packed_at("<H", FIRST + 28, 3),
-    "no members": packed_at("<H", SECOND + 28, 0),
-    "a key elsewhere": packed_at("<I", SECOND + 24, 0),
-    "a longer key": packed_at("<H", SECOND + 30, 60_000),
-    "overlapping examples": packed_at("<Q", SECOND, 0),
-    "a member outside its example": packed_at("<Q", MEMBERS, 2**14),
-    "a member of 2^62 bytes": packed_at("<Q", MEMBERS + 8, 2**62),
-    "a member without extension": packed_at("<I", MEMBERS + 16, 7),
-    "no JSON": with_text(b"pickle"),
-    "deep JSON": with_text(DEEP.encode()),
-    "a long number": with_text(b'{"extensions": [], "notes": ' + LONG.encode() + b"}"),
-    "JSON of another kind": with_text(b"[]"),
-    "extensions of another kind": with_text(b'{"extensions": {"0": "png"}, "notes": {}}'),
-    "extensions that are numbers": with_text(b'{"extensions": [0], "notes": {}}'),
-    "no notes": with_text(b'{"extensions": []}'),
-}
-
-EXAMPLES = [("a", {"png": b"x" * 700, "json": b"{}"}), ("b", {"png": b"y"})]
-
-
 def indexes(folder: Path) -> Iterator[Path]:
     """Shards whose index has a right checksum and wrong tables."""
-    for number, change in enumerate(INDEXES.values()):
+    for number, (change, _) in enumerate(INDEXES.values()):
         path = folder / f"{number}.tar"
         write_shard(path, EXAMPLES, {})
         yield resealed(path, change)
@@ -528,6 +473,21 @@ def test_every_bait_is_refused_in_one_sentence_without_harm(home):
     made = {name for name in contents(home).keys() ^ before.keys() if not name.startswith("shards/hostile/")}
     assert made == set() and not (home / CANARY).exists()
     assert [path for path in sorted(home.parent.iterdir()) if not path.name.startswith("said-")] == outside
+    said = {f"{name}/{bait}": sentence for name, bait, sentence, _ in answers}
+    for bait, words in {
+        "examples/02": "no folder has a shard '../val/data-000000.tar' of 8 examples; delete it and run kd-dist pack",
+        "examples/07": "the manifest makes no sense: shards.0.examples is no int;",
+        "examples/08": "its index holds 8 examples with sha256",
+        "signals/18": "the manifest's row_dtype is not that of its codecs; delete the folder and run",
+        "signals/20": "the manifest describes no codecs (KeyError('grid')); delete the folder and run",
+        "weights/touch-0.pth": "it holds more than tensors, or pickled code, which is not loaded",
+        "weights/bomb.pt": "it is a compressed archive",
+        "weights/sparse.pt": "holds no plain state dict",
+        "tars/chain.tar": "cannot be read as an uncompressed tar (maximum recursion depth",
+        "tars/long-name.tar": "cannot be read as an uncompressed tar (MemoryError())",
+        "rows/brightness": "the view's factors nan, 1.0, 1.0 are not from 0 to 2; cache again",
+    }.items():
+        assert words in said[bait], said[bait]
     packed = Shards(home / "shards/hostile/train")
     left_out = {one["name"].removeprefix("c0/"): one["reason"] for one in packed.manifest["quarantined"]}
     assert set(left_out) == {*images(), "c1/link.png"}
