@@ -84,7 +84,7 @@ def examples(recipe: Recipe, split: str) -> Shards:
     folder = shards_folder(recipe) / split
     if not folder.is_dir():
         raise DataError(f"{folder}: no example shards; run `kd-dist pack` first")
-    shards = Shards(folder)
+    shards = Shards(folder, recipe.data.on_error)
     packed, wanted = (shards.manifest["task"], shards.manifest["classes"]), (recipe.task.name, recipe.task.classes)
     if packed != wanted:
         raise MismatchError(
@@ -219,7 +219,7 @@ def signals(recipe: Recipe, split: str, of: Shards) -> SignalShards:
     folder = signals_folder(recipe, split)
     if not folder.is_dir():
         raise DataError(f"{folder}: no cached signals; run `kd-dist cache-teacher` first")
-    cache = SignalShards(folder, of)
+    cache = SignalShards(folder, of, recipe.data.on_error)
     ours, theirs = manifest.plain(teacher_identity(recipe)), dict(cache.manifest["teacher"])
     if ours["weights_sha256"] is None:
         ours["weights_sha256"] = theirs["weights_sha256"]
@@ -287,6 +287,7 @@ def training_corridor(recipe: Recipe, name: str, rank: int, world: int) -> Corri
         views=recipe.views.count if taught else None,
         epochs=stage.epochs,
         features=stage_features(recipe, name) if cached else (),
+        on_error=d.on_error,
     )
 
 
@@ -302,6 +303,7 @@ def evaluation_corridor(recipe: Recipe, split: str, rank: int, world: int, cache
         plan=Plan(Sequential(len(packed)), batch * world, world, 1),
         rank=rank,
         views=0,
+        on_error=recipe.data.on_error,
     )
 
 

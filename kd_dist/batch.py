@@ -28,16 +28,35 @@ class TeacherSignal(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One rank's share of one micro-batch. Rows are valid examples; only an empty share has a filler row."""
+    """One rank's share of one micro-batch. Rows are valid examples, but for those that failed, which are zeros and
+    masked; a share without a valid example is one such row, the filler."""
 
     keys: tuple[str, ...]  # B keys, in row order
     images: Tensor  # (B, 3, H, W) uint8 at view resolution
     targets: Tensor  # (B,) int64, or masks (B, H, W) uint8, 255: ignored; 255 also pads masks to the largest
     sizes: Tensor | None  # (B, 2) int64, (height, width) of each mask without its padding; None: targets are no masks
-    valid: Tensor  # (B,) bool; False for the single filler row of an empty share
-    total: int  # valid examples of the whole step: all ranks, all its micro-batches
+    valid: Tensor  # (B,) bool; False for the rows of failed examples and for the single filler row
+    total: int  # examples planned for the whole step: all ranks, all its micro-batches; failed ones count
     signals: TeacherSignal | None  # None when the stage uses no cache
-    failed: tuple[str, ...] = ()  # why examples could not be read, a sentence each
+    failed: tuple[str, ...] = ()  # a sentence for each example of the share that could not be read or decoded
+
+
+def valid_rows(batch: Batch) -> Batch:
+    """The batch without the rows of failed examples, which must not enter BatchNorm; as it is if it has no others."""
+    kept = batch.valid
+    if kept.all() or not kept.any():
+        return batch
+    signals = batch.signals
+    if signals is not None:
+        signals = TeacherSignal(signals.logits[kept], {name: value[kept] for name, value in signals.features.items()})
+    return batch._replace(
+        keys=tuple(key for key, valid in zip(batch.keys, kept.tolist(), strict=True) if valid),
+        images=batch.images[kept],
+        targets=batch.targets[kept],
+        sizes=batch.sizes if batch.sizes is None else batch.sizes[kept],
+        valid=kept[kept],
+        signals=signals,
+    )
 
 
 class StudentOutput(NamedTuple):

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +19,7 @@ from safetensors.torch import load as deserialized
 from safetensors.torch import save as serialized
 from torch import Tensor
 
+from kd_dist.choose import fits
 from kd_dist.errors import TrainingError
 from kd_dist.manifest import digest, first_difference
 from kd_dist.shards import published
@@ -132,14 +133,23 @@ def load(path: Path, identity: dict) -> tuple[dict[str, Tensor], dict[str, Any],
     try:
         refuse_other_run(path, record["identity"], identity)
         weights, states = (_checked(path / name, record["sha256"][name]) for name in (WEIGHTS, MOMENTS))
-        progress, groups = Progress(**record["progress"]), record["optimizer"]["groups"]
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        progress, groups = _progress(record["progress"]), record["optimizer"]["groups"]
+        state: dict[int, dict[str, Any]] = {}
+        for name, value in states.items():
+            number, key = name.split(".", 1)
+            state.setdefault(int(number), {})[key] = value
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise TrainingError(f"{path}: cannot be read ({error!r}); {_AGAIN}") from error
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in states.items():
-        number, key = name.split(".", 1)
-        state.setdefault(int(number), {})[key] = value
     return weights, {"state": state, "param_groups": groups}, progress
+
+
+def _progress(written: dict[str, Any]) -> Progress:
+    """The progress that a record holds. TypeError, ValueError: it is none."""
+    progress, hints = Progress(**written), get_type_hints(Progress)
+    for name, value in vars(progress).items():
+        if not fits(value, hints[name]) or (isinstance(value, int) and value < -1):
+            raise ValueError(f"{name} = {value!r}")
+    return progress
 
 
 def _checked(path: Path, sha256: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,23 +19,28 @@ from torch.utils.data import DataLoader, Dataset
 from kd_dist import manifest
 from kd_dist.batch import Batch, Example, TeacherSignal
 from kd_dist.compress import FeatureCodec, load_bases
-from kd_dist.errors import KdError, MismatchError, ShardError
+from kd_dist.errors import DataError, KdError, MismatchError, ShardError
 from kd_dist.plan import Plan, mix, view_number
 from kd_dist.shards import Shard
-from kd_dist.signals import LogitsCodec, dtype_from_json, from_row_bytes, npy_header_size
+from kd_dist.signals import LogitsCodec, dtype_from_json, from_row_bytes, npy_header_size, row_dtype
 from kd_dist.tasks import Task
-from kd_dist.views import ImageViews, canonical, draw, input_crc, replay
+from kd_dist.views import VIEW_DTYPE, ImageViews, canonical, draw, input_crc, replay
 
+OnError = Literal["raise", "replace_masked"]  # at an example that cannot be read: stop, or go on without it
 Decode = Callable[[str, Mapping[str, bytes]], Example]
 BASES = "bases.safetensors"  # beside the manifest: the principal components of the features that have them
+AGAIN = "delete the folder and run `kd-dist cache-teacher`"
 CHECK_ONE_IN = 16  # examples whose pixels are compared with the stored CRC, a different sixteenth each epoch
 
 
 class Shards:
-    """The shards of one finished folder as one sequence of examples, in manifest order. Opened on first use."""
+    """The shards of one finished folder as one sequence of examples, in manifest order. Opened on first use.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    With `on_error` "replace_masked" a shard that is missing is an error of its examples, not of the folder.
+    """
+
+    def __init__(self, folder: Path, on_error: OnError = "raise") -> None:
+        self.folder, self.on_error = folder, on_error
         self.manifest = manifest.read_manifest(folder)
         if not self.manifest["complete"]:
             raise ShardError(
@@ -73,18 +78,21 @@ class Shards:
 
     def example_bytes(self) -> int:
         """Mean bytes of an example on disk."""
-        try:
-            total = sum(path.stat().st_size for path in self.paths)
-        except FileNotFoundError as error:
-            raise ShardError(f"{error.filename}: is missing; run the command that wrote it again") from error
-        return max(1, total // max(1, len(self)))
+        total = held = 0
+        for path, row in zip(self.paths, self.manifest["shards"], strict=True):
+            try:
+                total, held = total + path.stat().st_size, held + row["examples"]
+            except FileNotFoundError as error:
+                if self.on_error == "raise":
+                    raise ShardError(f"{path}: is missing; run the command that wrote it again") from error
+        return max(1, total // max(1, held))
 
 
 class SignalShards(Shards):
     """A teacher's rows for a folder of example shards: one verified `pread` a view."""
 
-    def __init__(self, folder: Path, examples: Shards) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, examples: Shards, on_error: OnError = "raise") -> None:
+        super().__init__(folder, on_error)
         about = self.manifest
         if about["examples_fingerprint"] != examples.fingerprint:
             raise MismatchError(
@@ -95,22 +103,31 @@ class SignalShards(Shards):
         self.teacher: str = about["teacher"]["name"]
         self.views: int = about["views"]["count"]
         self.dtype = dtype_from_json(about["row_dtype"])
-        grid = about["codec"]["grid"]
-        self.codec = LogitsCodec(about["codec"]["logits"], about["classes"], grid and tuple(grid))
-        self.features = feature_codecs(folder, about["codec"])
+        try:
+            grid = about["codec"]["grid"]
+            self.codec = LogitsCodec(about["codec"]["logits"], about["classes"], grid and tuple(grid))
+            self.features = feature_codecs(folder, about["codec"])
+            fields = [field for codec in (self.codec, *self.features.values()) for field in codec.fields()]
+            fits = self.dtype == row_dtype(VIEW_DTYPE, fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ShardError(f"{folder}: the manifest describes no codecs ({error!r}); {AGAIN}") from error
+        if not fits:
+            raise ShardError(f"{folder}: the manifest's row_dtype is not that of its codecs; {AGAIN}")
         self.header = npy_header_size(self.dtype, self.views)
         bad = {row["key"] for row in about["quarantined"]}
         self.quarantined = np.array(self._ids_of(bad), dtype=np.int64)
 
     def _ids_of(self, keys: set[str]) -> list[int]:
-        if not keys:
-            return []
-        return [
-            int(self.starts[number]) + place
-            for number in range(len(self.paths))
-            for place, key in enumerate(self.shard(number).keys)
-            if key in keys
-        ]
+        ids: list[int] = []
+        for number in range(len(self.paths) if keys else 0):
+            try:
+                held = self.shard(number).keys
+            except ShardError:
+                if self.on_error == "raise":
+                    raise
+                continue  # every example of this shard fails when it is read
+            ids += [int(self.starts[number]) + place for place, key in enumerate(held) if key in keys]
+        return ids
 
     def rows(self, ids: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Example ids and view numbers, both (B,) -> structured rows (B,), each checked against its CRC."""
@@ -160,9 +177,10 @@ class Rows(NamedTuple):
 
     keys: tuple[str, ...]
     pixels: np.ndarray  # (B, H, W, 3) uint8
-    targets: np.ndarray
-    sizes: np.ndarray | None
-    signals: TeacherSignal | None
+    targets: list[Any]  # as the task collates them
+    stored: np.ndarray | None  # (B,) structured rows of signals
+    valid: tuple[bool, ...]
+    failed: tuple[str, ...]  # a sentence for each row that is not valid, but a filler
 
 
 @dataclass(frozen=True)
@@ -178,6 +196,7 @@ class Corridor(Dataset[Batch]):
     views: int | None  # views an example has; None: a fresh one each epoch; 0: the canonical one
     epochs: int = 1
     features: tuple[str, ...] = ()  # of the stored ones, those that are delivered
+    on_error: OnError = "raise"  # at a ShardError or DataError of an example; a MismatchError is always raised
 
     @property
     def codecs(self) -> dict[str, FeatureCodec]:
@@ -194,17 +213,50 @@ class Corridor(Dataset[Batch]):
         if self.signals is not None and len(self.signals.quarantined):
             total -= int(np.isin(self.plan.step_examples(step), self.signals.quarantined).sum())
             ids = ids[~np.isin(ids, self.signals.quarantined)]
-        filler = len(ids) == 0
-        rows = self._rows(np.zeros(1, np.int64) if filler else ids, epoch)
+        rows = self._share(ids, epoch)
+        if not any(rows.valid):
+            rows = self._blank(rows.keys[0])._replace(failed=rows.failed)
+        targets, sizes = self.task.collate(rows.targets)
         return Batch(
             keys=rows.keys,
             images=torch.from_numpy(np.ascontiguousarray(rows.pixels.transpose(0, 3, 1, 2))),
-            targets=torch.from_numpy(rows.targets),
-            sizes=None if rows.sizes is None else torch.from_numpy(rows.sizes),
-            valid=torch.full((len(rows.keys),), not filler),
+            targets=torch.from_numpy(targets),
+            sizes=None if sizes is None else torch.from_numpy(sizes),
+            valid=torch.tensor(rows.valid),
             total=max(total, 1),
-            signals=rows.signals,
+            signals=None if rows.stored is None else self._signals(rows.stored),
+            failed=rows.failed,
         )
+
+    def _share(self, ids: np.ndarray, epoch: int) -> Rows:
+        """The rows of these examples. With "replace_masked" one that fails is zeros, not valid, and says why."""
+        if len(ids) == 0:
+            return self._blank("")
+        try:
+            return self._rows(ids, epoch)
+        except (DataError, ShardError) as error:
+            if self.on_error == "raise":
+                raise
+            if len(ids) == 1:
+                key, place = self._named(int(ids[0]))
+                return self._blank(key)._replace(failed=(f"{place} is masked: {error}",))
+        return joined([self._share(ids[row : row + 1], epoch) for row in range(len(ids))])
+
+    def _blank(self, key: str) -> Rows:
+        """One row of zeros that is not valid."""
+        pixels = np.zeros((1, *self.policy.size, 3), np.uint8)
+        stored = None if self.signals is None else np.zeros(1, self.signals.dtype)
+        return Rows((key,), pixels, [self.task.no_target(self.policy.size)], stored, (False,), ())
+
+    def _named(self, one: int) -> tuple[str, str]:
+        """The key of an example, and where it is, in words; without a readable index its place has to do."""
+        [number], [place] = self.examples.locate(np.array([one]))
+        path = self.examples.paths[number]
+        try:
+            key = self.examples.shard(int(number)).key(int(place))
+        except ShardError:
+            return f"{path.name}/{place}", f"{path}: example {place}"
+        return key, f"{path}: example '{key}'"
 
     def _rows(self, ids: np.ndarray, epoch: int) -> Rows:
         examples = read_examples(self.examples, ids, self.task.decode)
@@ -220,7 +272,7 @@ class Corridor(Dataset[Batch]):
         if stored is not None:
             self._check_pixels(ids, epoch, examples, pixels, stored)
         keys = tuple(example.key for example in examples)
-        return Rows(keys, pixels, *self.task.collate(targets), None if stored is None else self._signals(stored))
+        return Rows(keys, pixels, targets, stored, (True,) * len(keys), ())
 
     def _signals(self, stored: np.ndarray) -> TeacherSignal:
         """The logits decoded; of the features their fields as they are."""
@@ -250,6 +302,19 @@ class Corridor(Dataset[Batch]):
                     f"({describe(self.signals.manifest['versions'])} then, {describe(manifest.versions())} now); "
                     f"run `kd-dist verify` to see how far it goes, then decode with the same versions or cache again"
                 )
+
+
+def joined(parts: list[Rows]) -> Rows:
+    """The rows of all parts, in order."""
+    keys, pixels, targets, stored, valid, failed = zip(*parts, strict=True)
+    return Rows(
+        keys=sum(keys, ()),
+        pixels=np.concatenate(pixels),
+        targets=sum(targets, []),
+        stored=None if stored[0] is None else np.concatenate(stored),
+        valid=sum(valid, ()),
+        failed=sum(failed, ()),
+    )
 
 
 def describe(versions: dict[str, str]) -> str:

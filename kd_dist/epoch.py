@@ -68,7 +68,9 @@ def run_evaluation(run: Run) -> dict[str, float]:
     """The student's metrics on the validation split, exact over all ranks, in float32."""
     stream = batches(run.validation, 0, len(run.validation), 0, pin=False)
     with evaluating(run.student) as student:
-        return evaluate(lambda batch: student(batch.images).logits, stream, run.task, run.accelerator.device)
+        return evaluate(
+            lambda batch: student(batch.images).logits, stream, run.task, run.accelerator.device, run.error_limit
+        )
 
 
 def draw(run: Run, step: int) -> None:

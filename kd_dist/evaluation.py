@@ -1,6 +1,7 @@
 """Metrics over a whole split, exact on any number of processes."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from kd_dist.batch import Batch
 from kd_dist.data import Corridor, to_device
+from kd_dist.errors import DataError
 from kd_dist.tasks import Task
 
 SHOWN = 4  # examples in a picture
@@ -18,21 +20,33 @@ SHOWN = 4  # examples in a picture
 
 @torch.no_grad()  # not inference mode: under ZeRO 3 weights that are gathered in it could not be trained again
 def evaluate(
-    predict: Callable[[Batch], Tensor], batches: Iterable[Batch], task: Task, device: torch.device
+    predict: Callable[[Batch], Tensor],
+    batches: Iterable[Batch],
+    task: Task,
+    device: torch.device,
+    error_limit: int | None = None,
 ) -> dict[str, float]:
     """Metrics of `predict(batch) -> (B, C) or (B, C, h, w) logits` over every valid row, once each.
 
     The metrics hold sums; in a distributed run `compute` adds them over the ranks, so no row is padded or repeated.
-    `name/part` is left out where it is undefined, as the IoU of a class that nobody saw.
+    `name/part` is left out where it is undefined, as the IoU of a class that nobody saw. Failed examples are left out
+    too, with a warning on stderr; more of them on this rank than `error_limit` are a DataError.
     """
     metrics = task.metrics().to(device)
+    failed, first = 0, ""
     for batch in batches:
+        if batch.failed:
+            failed, first = failed + len(batch.failed), first or batch.failed[0]
+            if error_limit is not None and failed > error_limit:
+                raise DataError(f"{failed} examples failed, data.error_limit allows {error_limit}; the first: {first}")
         empty = not batch.valid.any()
         batch = to_device(batch, device)
         logits = predict(batch)
         if not empty:  # torchmetrics refuses zero rows
             sizes = batch.sizes if batch.sizes is None else batch.sizes[batch.valid]
             task.update(metrics, logits[batch.valid].float(), batch.targets[batch.valid], sizes)
+    if failed:
+        print(f"warning: the metrics leave out {failed} examples; the first: {first}", file=sys.stderr, flush=True)
     values = {name: float(value) for name, value in metrics.compute().items()}
     return {name: value for name, value in values.items() if not ("/" in name and math.isnan(value))}
 

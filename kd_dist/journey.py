@@ -141,7 +141,7 @@ def measured(
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = build().eval().to(device)
         stream = batches(corridor, 0, len(corridor), 0, pin=False)
-        values = evaluate(lambda batch: network(batch.images), stream, task, device)
+        values = evaluate(lambda batch: network(batch.images), stream, task, device, recipe.data.error_limit)
         known = {"identity": identity, "metrics": values, "name": section.model}
         known |= report.measure(network, recipe.views.shape)
         folder.mkdir(parents=True, exist_ok=True)

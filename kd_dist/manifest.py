@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,21 @@ FORMAT_VERSION = 2  # 1 knew neither tasks nor features
 FILE_NAME = "manifest.json"
 ABSENT = "(absent)"  # what `first_difference` shows for a value that one side does not have
 
+# What readers rely on in the manifest of a finished folder, by its kind.
+_BOTH = {"shards": [{"name": str, "sha256": str, "examples": int}], "quarantined": [{"key": str}], "versions": {}}
+_CONTENT = {
+    "examples": {**_BOTH, "split": str, "task": str, "classes": int, "class_names": [str]},
+    "signals": {
+        **_BOTH,
+        "examples_fingerprint": str,
+        "teacher": {"name": str, "weights_sha256": str},
+        "classes": int,
+        "views": {"count": int},
+        "row_dtype": [],
+        "codec": {"logits": str, "features": {}},
+    },
+}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.tar")  # of a shard: nothing that leaves its folder
 _LIBRARIES = ("numpy", "pillow", "torch", "webdataset")
 
 
@@ -40,7 +56,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise ShardError(f"{path}: there is no manifest, so these shards are not finished; {again}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ShardError(f"{path}: the manifest is damaged ({error}); delete it and {again}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ShardError(f"{path}: this is not a manifest of {FORMAT}; point to another folder, or {again}")
@@ -50,6 +66,9 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
             f"{path}: the manifest has version {version!r} and this kd_dist reads version {FORMAT_VERSION}; install "
             f"the kd_dist that wrote it, or {again} into another folder"
         )
+    problem = _problem(content)
+    if problem is not None:
+        raise ShardError(f"{path}: the manifest makes no sense: {problem}; delete it and {again}")
     return content
 
 
@@ -61,6 +80,33 @@ def finished(folder: str | os.PathLike) -> dict[str, Any] | None:
     content = read_manifest(path)
     whole = content.get("complete") and all(is_committed(path / row["name"]) for row in content["shards"])
     return content if whole else None
+
+
+def _problem(content: Mapping[str, Any]) -> str | None:
+    """What readers could not use in a manifest: a value of a wrong type, or a shard outside the folder."""
+    if content.get("complete") is not True:  # what it lists may still be missing, and nobody reads by it
+        return None
+    if content.get("kind") not in _CONTENT:
+        return f"kind is neither {' nor '.join(_CONTENT)}"
+    problem = _misfit(content, _CONTENT[content["kind"]], "")
+    for row in [] if problem else content["shards"]:
+        if not _NAME.fullmatch(row["name"]) or not 0 <= row["examples"] < 2**32:
+            problem = f"no folder has a shard {row['name']!r} of {row['examples']} examples"
+    return problem
+
+
+def _misfit(value: Any, wanted: Any, where: str) -> str | None:
+    """Where a value is first of another type than `wanted`: a type; a list or dict of what it holds; None: nowhere."""
+    kind = wanted if isinstance(wanted, type) else type(wanted)
+    if type(value) is not kind:
+        return f"{where.lstrip('.')} is no {kind.__name__}"
+    inner: list[tuple[Any, Any, Any]] = []
+    if isinstance(wanted, dict):
+        inner = [(name, value.get(name), one) for name, one in wanted.items()]
+    elif isinstance(wanted, list):
+        inner = [(number, held, wanted[0]) for number, held in enumerate(value) if wanted]
+    found = (_misfit(held, one, f"{where}.{name}") for name, held, one in inner)
+    return next((one for one in found if one is not None), None)
 
 
 def first_difference(ours: Any, theirs: Any) -> tuple[str, Any, Any] | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from kd_dist.errors import ShardError
+from kd_dist.index import checked_texts
 
 BLOCK = 512  # bytes; a tar is made of them
 NAME_BYTES = 100  # the name field of a ustar header
@@ -34,7 +35,7 @@ _MEMBER = struct.Struct("<QQI4x")  # offset, size, extension
 
 _UNSAFE = re.compile(rb"[^A-Za-z0-9_/-]|\A_(?=_)|\A/|(?<=/)/|/\Z")
 _EXTENSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_PICKLED = ("pickle", "pkl", "pt", "pth", "pyd")  # last parts that a stock decoder may execute
+_PICKLED = re.compile(r"(.*\.)?(pickle|pkl|pt|pth|pyd)(\.gz)*")  # extensions that a stock decoder may execute
 _AGAIN = "delete the file and run the command that writes it (kd-dist pack or kd-dist cache-teacher)"
 
 
@@ -177,10 +178,11 @@ class Shard:
         self.sha256: str = digest.hex()  # of the tar when it was written
         self._members_at = _HEADER.size + self._examples * _EXAMPLE.size
         self._keys_at = self._members_at + members * _MEMBER.size
-        texts_at = self._keys_at + key_bytes
-        texts = json.loads(self._index[texts_at : texts_at + json_bytes])
-        self._extensions: list[str] = texts["extensions"]
-        self.notes: dict[str, Any] = texts["notes"]
+        counts = (self._examples, members, key_bytes, json_bytes)
+        try:
+            self._extensions, self.notes = checked_texts(self._index, _HEADER.size, counts, tar_size)
+        except ValueError as error:
+            raise ShardError(f"{index_path(self.path)}: the index makes no sense: {error}; {_AGAIN}") from error
         try:
             status = os.stat(self.path)
         except FileNotFoundError as error:
@@ -306,10 +308,8 @@ def _checked_index(path: Path) -> bytes:
         raise ShardError(f"{index}: this is not a shard index, or only a part of one; {_AGAIN}")
     version = _HEADER.unpack_from(data)[1]
     if version != INDEX_VERSION:
-        raise ShardError(
-            f"{index}: the index has version {version} and this kd_dist reads version {INDEX_VERSION}; "
-            f"use the kd_dist that wrote it, or {_AGAIN}"
-        )
+        said = f"the index has version {version} and this kd_dist reads version {INDEX_VERSION}"
+        raise ShardError(f"{index}: {said}; use the kd_dist that wrote it, or {_AGAIN}")
     if zlib.crc32(memoryview(data)[:-4]) != int.from_bytes(data[-4:], "little"):
         raise ShardError(f"{index}: the index is damaged (its own CRC32 differs); {_AGAIN}")
     return data
@@ -357,10 +357,10 @@ def _scan(path: Path) -> tuple[list[_Example], int]:
                     entries.append(_Example(key, info.offset, []))
                 entries[-1].members.append((extension, info.offset_data, info.size))
             end = tar.offset
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, ValueError, OverflowError, MemoryError, RecursionError, tarfile.TarError) as error:
         raise ShardError(
-            f"{path}: it cannot be read as an uncompressed tar ({error}); decompress it if it is compressed, "
-            "otherwise copy it again or make it again"
+            f"{path}: it cannot be read as an uncompressed tar ({str(error) or repr(error)}); decompress it if it is "
+            "compressed, otherwise copy it again or make it again"
         ) from error
     seen: set[str] = set()
     for entry in entries:
@@ -373,7 +373,7 @@ def _check_example(path: Path, key: str, extensions: Sequence[str], seen: set[st
     *folders, stem = key.split("/")
     unusable = next((extension for extension in extensions if not _EXTENSION.fullmatch(extension)), None)
     folded = {extension.lower() for extension in extensions}
-    pickled = next((extension for extension in sorted(folded) if extension.rpartition(".")[2] in _PICKLED), None)
+    pickled = next((extension for extension in sorted(folded) if _PICKLED.fullmatch(extension)), None)
     cases = {
         "holds something else than printable ASCII": not (key.isascii() and key.isprintable()),
         "has a dot after its last slash, where webdataset would cut it off": "." in stem,

@@ -117,7 +117,7 @@ def dtype_from_json(description: Any) -> np.dtype:
     """The row dtype that `dtype_to_json` described. Raises ShardError for anything else."""
     try:
         dtype = np.lib.format.descr_to_dtype(_from_lists(description))
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ShardError(
             f"the row dtype in the manifest cannot be read ({error}); delete this cache and run `kd-dist cache-teacher`"
         ) from error

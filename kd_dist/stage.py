@@ -132,7 +132,7 @@ def prepare(recipe: Recipe, name: str) -> Run:
         train=corridor,
         validation=evaluation,
         workers=recipe.data.workers,
-        error_limit=0,
+        error_limit=recipe.data.error_limit,
         task=task,
         metric=recipe.evaluate.metric,
         teacher_metrics=cached_teacher_metrics(recipe, validation, accelerator) if known else None,

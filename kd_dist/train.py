@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from kd_dist import assemble, checkpoint, guard
-from kd_dist.batch import Batch, StudentOutput
+from kd_dist.batch import Batch, StudentOutput, valid_rows
 from kd_dist.checkpoint import Progress
 from kd_dist.config import load
 from kd_dist.data import batches, on_device, to_device
@@ -115,7 +115,7 @@ def read_ahead(run: Run, cursor: int) -> Iterator[tuple[Batch, float]]:
         if batch is None:
             return
         waited = time.perf_counter() - began
-        yield to_device(batch, device, codecs), waited
+        yield to_device(valid_rows(batch), device, codecs), waited
 
 
 def forward(run: Run, batch: Batch, epoch: float) -> tuple[StudentOutput, Tensor, dict[str, Tensor]]:

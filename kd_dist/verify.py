@@ -73,12 +73,13 @@ def verify(recipe: Recipe, split: str, sample: int, seed: int = 0) -> dict[str, 
 
 def refuse_damaged(shards: Shards) -> None:
     """Raise a ShardError for the first shard whose bytes are not those that were written: headers count too."""
-    for path, row in zip(shards.paths, shards.manifest["shards"], strict=True):
+    for number, (path, row) in enumerate(zip(shards.paths, shards.manifest["shards"], strict=True)):
         if not path.is_file() or assemble.file_digest(path) != row["sha256"]:
             raise ShardError(
                 f"{path}: is missing or damaged, its sha256 is not the manifest's; delete it and run the command that "
                 f"wrote it again (kd-dist pack or kd-dist cache-teacher)"
             )
+        shards.shard(number)  # its index is whole, and holds as many examples as the manifest says
 
 
 def sentence(found: dict[str, Any]) -> str:

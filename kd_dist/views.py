@@ -102,6 +102,8 @@ def replay(image: np.ndarray, view: np.void, size: tuple[int, int]) -> np.ndarra
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise DataError(f"an image must be uint8 (H, W, 3), not {image.dtype} {image.shape}; mend its decoder")
     brightness, contrast, saturation, *_, flip = view.item()
+    if not all(0 <= factor <= 2 for factor in (brightness, contrast, saturation)):  # NaN is not either
+        raise DataError(f"the view's factors {brightness}, {contrast}, {saturation} are not from 0 to 2; cache again")
     top, left, bottom, right = _checked_box(view, image.shape, "image")
     picture = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
     if flip:

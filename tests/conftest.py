@@ -121,7 +121,7 @@ def scenery(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory) -> Path:
-    """A folder in which the examples of `tiny.yaml` are packed, its teacher is trained and cached. Not to be changed."""
+    """A folder in which the examples of `tiny.yaml` are packed and whose teacher is cached. Not to be changed."""
     from processes import done, laboratory, run
     from trainings import pack
 

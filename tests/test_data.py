@@ -14,11 +14,14 @@ from accelerate import Accelerator
 from processes import laboratory
 
 from kd_dist import assemble, cache_teacher, journey, manifest
-from kd_dist.batch import Batch, Example
+from kd_dist.batch import IGNORED, Batch, Example, TeacherSignal
+from kd_dist.compress import STORES, Basis, FeatureCodec
 from kd_dist.config import load
-from kd_dist.data import CHECK_ONE_IN, Corridor, Shards, SignalShards, batches
+from kd_dist.data import CHECK_ONE_IN, Corridor, Shards, SignalShards, batches, to_device
 from kd_dist.errors import DataError, MismatchError, ShardError
+from kd_dist.losses import Objective
 from kd_dist.plan import Plan
+from kd_dist.signals import CODECS, LogitsCodec
 from kd_dist.tasks import Classification
 from kd_dist.views import input_crc
 
@@ -276,6 +279,159 @@ def test_a_changed_byte_is_refused_and_named(home):
     key = signals.shard(1).key(2)
     with pytest.raises(ShardError, match=f"signals-000001.tar: '{key}' view 1: row 0 of those read is damaged"):
         drain(replace(fresh(), epochs=VIEWS))
+
+
+# ---------------------------------------------------------------------------------------------- what is masked
+
+
+def damaged_example() -> str:
+    """The key of an example of the second shard, one byte of which is changed."""
+    examples = Shards(Path("shards/tiny/train")).shard(1)
+    offset, size = examples.member(2, "png")
+    change(examples.path, offset + size // 2)
+    return examples.key(2)
+
+
+def damaged_signals() -> str:
+    """The key of another, a byte of all whose rows is changed."""
+    signals = fresh().signals
+    offset, _ = signals.shard(1).member(3, "teacher.npy")
+    for view in range(VIEWS):
+        change(signals.paths[1], offset + signals.header + (view + 1) * signals.dtype.itemsize - 1)
+    return signals.shard(1).key(3)
+
+
+def tolerant(words: list[str] = RECIPE) -> Corridor:
+    recipe = load("tiny.yaml", [*words, "data.on_error=replace_masked"])
+    return assemble.training_corridor(recipe, "distill", 0, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_failed_examples_are_rows_of_zeros_that_are_masked(home, workers):
+    """All else, and every other row, stays as it was."""
+    whole = [fresh()[cursor] for cursor in range(len(fresh()))]
+    bad = {damaged_example(): "data-000001.tar: example '", damaged_signals(): "signals-000001.tar: '"}
+    assert len(bad) == 2
+    masked = 0
+    for before, now in zip(whole, batches(tolerant(), 0, len(whole), workers, pin=False), strict=True):
+        assert (now.keys, now.total) == (before.keys, before.total)
+        expected = torch.tensor([key not in bad for key in now.keys])
+        assert torch.equal(now.valid, expected) and before.valid.all() and not before.failed
+        for one, other in zip(tensors(now), tensors(before), strict=True):
+            assert torch.equal(one[expected], other[expected]) and not one[~expected].any()
+        told = [key for key in now.keys if key in bad]
+        assert len(now.failed) == len(told)
+        for key, sentence in zip(told, now.failed, strict=True):
+            assert sentence.startswith(f"shards/tiny/train/data-000001.tar: example '{key}' is masked: ")
+            assert bad[key] in sentence.partition("is masked: ")[2] and "damaged" in sentence
+        masked += len(told)
+    assert masked == 2 * 2
+    with pytest.raises(ShardError, match="is damaged"):
+        drain(fresh())
+
+
+def tensors(batch: Batch) -> tuple[torch.Tensor, ...]:
+    return batch.images, batch.targets, batch.signals.logits
+
+
+def test_a_share_that_failed_as_a_whole_is_one_filler_row(home):
+    bad = damaged_example()
+    fillers = []
+    for shares in steps(spread(tolerant(), 8, 4, 2)):
+        assert {one.total for one in shares} <= {8, 5}
+        for one in shares:
+            rows = sum(key == bad for key in one.keys)
+            assert len(one.valid) == 1 or not rows
+            assert len(one.failed) == rows == int((~one.valid).sum()) or one.keys == ("",)
+            fillers += [one] if rows else []
+    assert len(fillers) == 2 and not any(one.valid.any() or one.images.any() for one in fillers)
+    every = tolerant()
+    for path in every.examples.paths:
+        path.unlink()
+    whole = tolerant()[0]
+    assert whole.valid.tolist() == [False] and len(whole.keys) == 1
+    assert (len(whole.failed), whole.total) == (8, 8)
+
+
+@pytest.mark.parametrize("ending", ["tar", "idx"])
+@pytest.mark.parametrize("name", ["data-000001", "teacher/signals-000001", "fragile/signals-000001"])
+def test_every_example_of_a_shard_that_cannot_be_opened_fails(home, name, ending):
+    """Also where the keys of quarantined examples are looked up, in the cache of the fragile teacher."""
+    words = FRAGILE if name.startswith("fragile") else RECIPE
+    (Path("shards/tiny/train") / f"{name}.{ending}").unlink()
+    corridor = tolerant(words)
+    read = [corridor[cursor] for cursor in range(len(corridor))]
+    failed = [sentence for batch in read for sentence in batch.failed]
+    assert len(failed) == 2 * 8 == sum(int((~batch.valid).sum()) for batch in read)
+    assert all(f"{name.rpartition('/')[2]}." in sentence for sentence in failed)
+    assert sum(int(batch.valid.sum()) for batch in read) == 2 * (TRAIN - 8 - len(corridor.signals.quarantined))
+    with pytest.raises(ShardError, match=f"{name}.{ending}: |{name}.tar: "):
+        drain(assemble.training_corridor(load("tiny.yaml", words), "distill", 0, 1))
+
+
+def test_the_policy_holds_for_evaluation_and_no_wrong_cache_is_masked(home):
+    recipe = load("tiny.yaml", [*RECIPE, "data.on_error=replace_masked"])
+    examples = Shards(Path("shards/tiny/val")).shard(0)
+    offset, _ = examples.member(0, "json")
+    change(examples.path, offset)
+    judged = assemble.evaluation_corridor(recipe, "val", 0, 1, cached=True)
+    [batch] = [judged[number] for number in range(len(judged))]
+    assert batch.valid.tolist() == [key != examples.key(0) for key in batch.keys]
+    assert len(batch.failed) == 1 and batch.total == 9
+    [strange] = spread(replace(tolerant(), task=Brightened(3)), TRAIN, 1, 1, epochs=CHECK_ONE_IN * VIEWS)
+    with pytest.raises(MismatchError, match="its pixels have CRC"):
+        drain(strange)
+
+
+def test_masked_rows_of_maps_and_features_are_finite_and_teach_nothing(scenery):
+    """The loss and its gradients are those of the valid rows alone, with every codec in the row."""
+    recipe = load("scenes.yaml", ["data.on_error=replace_masked"])
+    teacher = assemble.teacher(recipe, recipe.cache.features)
+    cache_teacher.cache_split(recipe, "train", teacher, Accelerator(cpu=True))
+    examples = Shards(Path("shards/scenes/train"))
+    first = examples.shard(0)
+    change(first.path, first.member(1, "mask.png")[0])
+    corridor = assemble.training_corridor(recipe, "distill", 0, 1)
+    corridor = replace(corridor, plan=replace(corridor.plan, batch_size=len(examples)))
+    module = assemble.module(recipe, "distill", corridor, None).train()
+    objective = Objective(recipe.stages["distill"].losses, 1)
+    batch = corridor[0]
+    row = batch.keys.index(first.key(1))
+    assert batch.valid.tolist() == [place != row for place in range(10)] and len(batch.failed) == 1
+    assert (batch.targets[row] == IGNORED).all() and not batch.images[row].any()
+    decoded = to_device(batch, torch.device("cpu"), corridor.codecs)
+    assert set(decoded.signals.features) == {"low", "high"}
+    assert all(value.isfinite().all() for value in (decoded.signals.logits, *decoded.signals.features.values()))
+    gradients = []
+    for rows in (torch.arange(10), batch.valid.nonzero()[:, 0]):
+        features = {name: value[rows] for name, value in decoded.signals.features.items()}
+        signals = TeacherSignal(decoded.signals.logits[rows], features)
+        keys = tuple(batch.keys[place] for place in rows)
+        part = batch._replace(keys=keys, targets=batch.targets[rows], valid=batch.valid[rows], signals=signals)
+        module.zero_grad()
+        loss, _ = objective(module(batch.images[rows]), part, 0.0)
+        loss.backward()
+        gradients.append([loss.detach(), *(value.grad.clone() for value in module.parameters())])
+    for masked, without in zip(*gradients, strict=True):
+        torch.testing.assert_close(masked, without, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_row_of_zeros_is_finite_whatever_its_codec(store):
+    basis = Basis(torch.ones(4), torch.eye(4)[:2])
+    for codec in (FeatureCodec("f", (4, 3, 3), store), FeatureCodec("f", (4, 3, 3), store, 2, basis)):
+        zeros = np.zeros(1, codec.fields())
+        decoded = codec.decode({name: torch.from_numpy(zeros[name].copy()) for name in zeros.dtype.names})
+        assert decoded.isfinite().all() and decoded.shape[0] == 1
+    for name, classes, grid in (
+        (name, classes, grid) for name in CODECS for classes in (2, 3) for grid in (None, (2, 2))
+    ):
+        if (name, classes) != ("uint8", 2):
+            codec = LogitsCodec(name, classes, grid)
+            assert not codec.decode(np.zeros(1, codec.fields())).any()
+
+
+# ---------------------------------------------------------------------------------------------- what belongs elsewhere
 
 
 def test_signals_of_other_examples_are_refused(home):

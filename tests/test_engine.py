@@ -98,8 +98,8 @@ BREAKING = [*PLAIN, WIDE, "train.batch_size=2", "train.epochs=1", "views.brightn
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_bad_step_leaves_everything_as_it_was(lab, tmp_path, name, where, precision):
-    """A NaN of one picture, on one rank, in the forward or in the backward pass alone. The checkpoint after the step has
-    the weights, the moments and the BatchNorm statistics of the one before."""
+    """A NaN of one picture, on one rank, in the forward or in the backward pass alone. The checkpoint after the step
+    has the weights, the moments and the BatchNorm statistics of the one before."""
     world, zero = ENGINES[name]
     options = f"student.options={{where: {where}}}"
     words = [*BREAKING, options, f"train.precision={precision}"]

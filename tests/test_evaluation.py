@@ -12,6 +12,7 @@ from torch import nn
 from kd_dist import assemble
 from kd_dist.batch import Batch
 from kd_dist.data import batches, read_examples
+from kd_dist.errors import DataError
 from kd_dist.evaluation import agree_on_buffers, evaluate
 from kd_dist.plan import Plan, Sequential
 from kd_dist.tasks import Classification
@@ -86,6 +87,22 @@ def test_a_filler_row_is_not_counted(packed):
     last = torch.arange(len(batch.valid)) == len(batch.valid) - 1
     without = Batch(batch.keys[:-1], batch.images[:-1], batch.targets[:-1], None, batch.valid[:-1], 1, None)
     assert evaluate(predict, [batch._replace(valid=~last)], TASK, CPU) == evaluate(predict, [without], TASK, CPU)
+
+
+def test_failed_examples_are_left_out_with_a_warning_up_to_a_limit(packed, capsys):
+    [batch] = share(packed, "val", 100)
+    last = torch.arange(len(batch.valid)) == len(batch.valid) - 1
+    without = Batch(batch.keys[:-1], batch.images[:-1], batch.targets[:-1], None, batch.valid[:-1], 1, None)
+    filler = batch._replace(valid=torch.zeros_like(batch.valid), failed=("x: second", "x: third"))
+    failing = [batch._replace(valid=~last, failed=("x.tar: example 'a' is masked: it is damaged",)), filler]
+    expected = evaluate(predict, [without], TASK, CPU)
+    assert capsys.readouterr().err == ""
+    for limit in (None, 3):
+        assert evaluate(predict, failing, TASK, CPU, limit) == expected
+        first = "x.tar: example 'a' is masked: it is damaged"
+        assert capsys.readouterr().err == f"warning: the metrics leave out 3 examples; the first: {first}\n"
+    with pytest.raises(DataError, match="^3 examples failed, data.error_limit allows 2; the first: x.tar: example 'a'"):
+        evaluate(predict, failing, TASK, CPU, 2)
 
 
 def test_nothing_is_recorded_for_a_gradient(packed):

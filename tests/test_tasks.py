@@ -19,7 +19,7 @@ def interface(task: type) -> dict[str, list[str]]:
 def test_every_task_has_the_same_interface():
     assert set(TASKS) == {"classification", "segmentation"}
     first, *others = (interface(task) for task in TASKS.values())
-    assert len(first) == 11
+    assert len(first) == 12
     assert all(other == first for other in others)
     for name, task in TASKS.items():
         assert (task.name, task(7), task(7).classes) == (name, task(classes=7), 7)

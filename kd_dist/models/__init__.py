@@ -1,6 +1,7 @@
 """Models by name. One file a family; every model owns its normalisation and takes uint8 or [0, 1] images."""
 
 import hashlib
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,14 +133,21 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
+        if zipfile.is_zipfile(path):  # as torch writes it, nothing is deflated: what is may inflate a thousandfold
+            with zipfile.ZipFile(path) as archive:
+                if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
+                    raise ModelError("it is a compressed archive")
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # every reader has its own exception for a damaged file
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        if "weights_only" in first_line:  # torch's advice is to unpickle it all the same
+            first_line = "it holds more than tensors, or pickled code, which is not loaded"
         raise ModelError(f"{path}: cannot be read as weights ({first_line}); copy or make the file again") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    plain = isinstance(loaded, dict) and all(isinstance(name, str) for name in loaded)
+    if not plain or not all(isinstance(one, Tensor) and one.layout == torch.strided for one in loaded.values()):
         raise ModelError(f"{path}: holds no plain state dict; save model.state_dict() and give that file")
     return loaded
 

@@ -60,6 +60,10 @@ class Classification:
         """The target of a view of (h, w) `size`: that of its image."""
         return target
 
+    def no_target(self, size: tuple[int, int]) -> int:
+        """The target of a row without an example: any class will do, as the row is masked."""
+        return 0
+
     def collate(self, targets: list[int]) -> tuple[np.ndarray, None]:
         """The targets of a batch, (B,) int64; they have no sizes."""
         return np.array(targets, np.int64), None

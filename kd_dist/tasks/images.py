@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from kd_dist.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "ppm", "pgm")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow starts a program to decode another
 SATURATED = 0.99  # a row, or a pixel, is saturated when its top probability exceeds this
 SATURATED_ENTROPY = 0.02  # nat; a teacher below it says little more than its top class
 
@@ -23,7 +24,7 @@ def opened(payload: bytes | memoryview, what: str) -> Iterator[Image.Image]:
     Raises DataError, which begins with `the {what}`, when it is damaged or too large.
     """
     try:
-        with Image.open(io.BytesIO(payload)) as image:
+        with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
             yield image
     except UnidentifiedImageError as error:  # its own words hold an address, other bytes in every run's manifest
         raise DataError(f"the {what} is of no known format, or its first bytes are damaged") from error
@@ -60,7 +61,7 @@ def naming(key: str) -> Iterator[None]:
     """What an example of a shard cannot be used for becomes a DataError that names its key."""
     try:
         yield
-    except (DataError, ValueError) as error:
+    except (DataError, ValueError, RecursionError) as error:
         raise DataError(f"example '{key}': {error}; correct the source and pack again") from error
 
 

@@ -76,6 +76,10 @@ class Segmentation:
         """The mask of a view, (h, w) uint8, with `size` = (h, w)."""
         return replay_mask(target, view, size)
 
+    def no_target(self, size: tuple[int, int]) -> np.ndarray:
+        """The target of a row without an example: a mask of (h, w) `size` in which every pixel is ignored."""
+        return np.full(size, IGNORED, np.uint8)
+
     def collate(self, targets: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Masks (B, H, W) uint8, each padded with 255 below and on the right to the largest, and their own sizes
         (B, 2) int64."""
