@@ -39,8 +39,8 @@ def warnings(
             )
     highest = history[-1]["logit_max"] if history else 0.0
     if highest is None or highest > logit_limit:
+        reached = math.inf if highest is None else highest
         found.append(
-            f"logits reach {math.inf if highest is None else highest:.3g}, beyond the limit of {logit_limit:.3g}; lower the learning "
-            f"rate or raise the weight decay"
+            f"logits reach {reached:.3g}, beyond the limit of {logit_limit:.3g}; lower the learning rate or raise the weight decay"
         )
     return found

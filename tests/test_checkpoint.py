@@ -18,7 +18,13 @@ from kd_dist.checkpoint import Progress, latest, load, save, save_weights, write
 from kd_dist.errors import TrainingError
 
 IDENTITY = {"stage": {"lr": 0.1, "losses": {"kd": {"temperature": 4}}}, "seed": 0}
-PROGRESS = Progress(3, 1, 0, 0.75, 0, [{"epoch": 0, "loss": 0.1 + 0.2, "val_accuracy": 0.75, "retention": None}])
+PROGRESS = Progress(
+    step=3,
+    skipped=1,
+    best=0.75,
+    best_epoch=0,
+    history=[{"epoch": 0, "loss": 0.1 + 0.2, "val_accuracy": 0.75, "retention": None}],
+)
 
 
 def model(seed: int = 0) -> nn.Module:
