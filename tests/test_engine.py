@@ -94,9 +94,25 @@ def test_lower_precision_trains_as_under_ddp(lab, tmp_path, name, precision):
 BREAKING = [*PLAIN, WIDE, "train.batch_size=2", "train.epochs=1", "views.brightness=0.2"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("name", ENGINES)
+CASES = [(name, where, "fp32") for name in ENGINES for where in ("forward", "backward")]
+CASES += [
+    ("ddp", "backward", "bf16"),
+    ("zero2", "backward", "bf16"),
+    ("one", "forward", "fp16"),
+    ("zero3", "forward", "fp16"),
+]
+MORE = [
+    (name, where, precision)
+    for precision, places in (("bf16", ("forward", "backward")), ("fp16", ("forward",)))
+    for name in ENGINES
+    for where in places
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "precision"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.nightly) for case in MORE if case not in CASES)],
+)
 def test_a_bad_step_leaves_everything_as_it_was(lab, tmp_path, name, where, precision):
     """A NaN of one picture, on one rank, in the forward or in the backward pass alone. The checkpoint after the step
     has the weights, the moments and the BatchNorm statistics of the one before."""
@@ -118,6 +134,20 @@ def test_a_bad_step_leaves_everything_as_it_was(lab, tmp_path, name, where, prec
     assert before.keys() == after.keys() == {"model.safetensors", "optimizer.safetensors"}
     for file, content in before.items():
         assert after[file] == content, file
+
+
+@pytest.mark.parametrize("name", ["one", "ddp", "zero2"])
+def test_a_gradient_beyond_fp16_lowers_the_loss_scale(lab, tmp_path, name):
+    """Gradients of one picture are NaN, as they are where a scaled one overflows: no suspect, half the scale."""
+    world, zero = ENGINES[name]
+    words = [*BREAKING, "student.options={where: backward}", "train.precision=fp16"]
+    output = "".join(done(one) for one in ranks(train.main, arguments(tmp_path, *words) * world, lab, **launched(zero)))
+    folder = tmp_path / "tiny" / "distill" / "seed-0"
+    skipped = result(folder)["skipped"]
+    assert skipped >= 1 and output.count("the loss scale falls to") == skipped
+    assert scalars(folder)["train/loss_scale"][11] == 2.0 ** (16 - skipped)
+    assert not (folder / "suspects.jsonl").exists() and result(folder)["streak"] == 0
+    assert all(value.isfinite().all() for value in weights(folder).values())
 
 
 def checkpoint_of(lab: Path, runs: Path, words: list[str], step: int, world: int, zero: int) -> dict[str, bytes]:
