@@ -23,7 +23,7 @@ from kd_dist.data import BASES, feature_codecs, on_device
 from kd_dist.errors import ShardError, one_sentence
 from kd_dist.extract import STEM, Extraction, add_sums, extract
 from kd_dist.losses import LOSSES
-from kd_dist.pack import refuse_other
+from kd_dist.pack import refuse_other, refuse_writing
 from kd_dist.progress import progress
 from kd_dist.recipe import Recipe
 from kd_dist.shards import Shard, published, shard_path
@@ -158,6 +158,7 @@ def cache_split(recipe: Recipe, split: str, teacher: Teacher, accelerator: Accel
         feature_codecs(work.folder, done["codec"])  # refuses a folder that has lost its bases
         accelerator.print(f"cache {split}: done before, {done['examples']:,} examples x {work.rows} views")
         return done
+    refuse_writing(work.folder)
     if accelerator.is_main_process:
         prepare_codecs(work, content, recipe, teacher, accelerator.device)
     accelerator.wait_for_everyone()

@@ -21,8 +21,9 @@ from kd_dist.batch import Batch, Example, TeacherSignal
 from kd_dist.compress import FeatureCodec, load_bases
 from kd_dist.errors import KdError, MismatchError, ShardError
 from kd_dist.plan import Plan, mix, view_number
+from kd_dist.remote import Remote, each, read_whole
 from kd_dist.shards import Shard
-from kd_dist.signals import LogitsCodec, dtype_from_json, from_row_bytes, npy_header_size
+from kd_dist.signals import LogitsCodec, dtype_from_json, from_row_bytes, is_sound, npy_header_size
 from kd_dist.tasks import Task
 from kd_dist.views import ImageViews, canonical, draw, input_crc, replay
 
@@ -34,7 +35,7 @@ CHECK_ONE_IN = 16  # examples whose pixels are compared with the stored CRC, a d
 class Shards:
     """The shards of one finished folder as one sequence of examples, in manifest order. Opened on first use."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | Remote) -> None:
         self.folder = folder
         self.manifest = manifest.read_manifest(folder)
         if not self.manifest["complete"]:
@@ -45,6 +46,8 @@ class Shards:
         self.paths = [folder / row["name"] for row in rows]
         self.starts = np.concatenate([[0], np.cumsum([row["examples"] for row in rows], dtype=np.int64)])
         self._open: dict[int, Shard] = {}
+        if isinstance(folder, Remote):  # now, that not each loader process has to fetch every index
+            each(folder, self.shard, range(len(self.paths)))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -74,7 +77,10 @@ class Shards:
     def example_bytes(self) -> int:
         """Mean bytes of an example on disk."""
         try:
-            total = sum(path.stat().st_size for path in self.paths)
+            if isinstance(self.folder, Remote):
+                total = sum(self.shard(number).tar_bytes for number in range(len(self.paths)))
+            else:
+                total = sum(path.stat().st_size for path in self.paths)
         except FileNotFoundError as error:
             raise ShardError(f"{error.filename}: is missing; run the command that wrote it again") from error
         return max(1, total // max(1, len(self)))
@@ -83,7 +89,7 @@ class Shards:
 class SignalShards(Shards):
     """A teacher's rows for a folder of example shards: one verified `pread` a view."""
 
-    def __init__(self, folder: Path, examples: Shards) -> None:
+    def __init__(self, folder: Path | Remote, examples: Shards) -> None:
         super().__init__(folder)
         about = self.manifest
         if about["examples_fingerprint"] != examples.fingerprint:
@@ -115,11 +121,7 @@ class SignalShards(Shards):
     def rows(self, ids: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Example ids and view numbers, both (B,) -> structured rows (B,), each checked against its CRC."""
         numbers, places = self.locate(ids)
-        found = [
-            self._row(int(number), int(place), int(view))
-            for number, place, view in zip(numbers, places, views, strict=True)
-        ]
-        return np.concatenate(found)
+        return np.concatenate(each(self.folder, self._row, numbers.tolist(), places.tolist(), views.tolist()))
 
     def _row(self, number: int, place: int, view: int) -> np.ndarray:
         shard, twin = self.shard(number), self.examples.shard(number)
@@ -135,24 +137,29 @@ class SignalShards(Shards):
             raise ShardError(
                 f"{shard.path}: '{key}' has {size} bytes, not {self.views} rows; delete it and cache again"
             )
-        payload = shard.pread(offset + self.header + view * stride, stride)
+        payload = shard.pread(offset + self.header + view * stride, stride, is_sound)
         return from_row_bytes(payload, self.dtype, f"{shard.path}: '{key}' view {view}")
 
 
-def feature_codecs(folder: Path, described: Mapping[str, Any]) -> dict[str, FeatureCodec]:
+def feature_codecs(folder: Path | Remote, described: Mapping[str, Any]) -> dict[str, FeatureCodec]:
     """The codecs that a manifest describes, by feature. Raises ShardError unless their bases are those it names."""
     expected, bases, path = described["bases_sha256"], {}, folder / BASES
     if expected is not None:
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        payload = read_whole(path, lambda data: _sha256(data) == expected) if path.is_file() else b""
+        if _sha256(payload) != expected:
             raise ShardError(
                 f"{path}: is missing or not the file that the features were reduced with; delete {folder} and run "
                 f"`kd-dist cache-teacher`"
             )
-        bases = load_bases(path)
+        bases = load_bases(path, payload)
     return {
         name: FeatureCodec(name, tuple(one["shape"]), one["store"], one["pool"], bases.get(name), one["dither"])
         for name, one in sorted(described["features"].items())  # as in a row
     }
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 class Rows(NamedTuple):
@@ -259,11 +266,13 @@ def describe(versions: dict[str, str]) -> str:
 
 def read_examples(shards: Shards, ids: np.ndarray, decode: Decode) -> list[Example]:
     """Read, verify and decode the examples with these ids, in their order."""
-    numbers, places = shards.locate(ids)
-    return [
-        decode((shard := shards.shard(int(number))).key(int(place)), shard.read(int(place)))
-        for number, place in zip(numbers, places, strict=True)
-    ]
+
+
+    def read(number: int, place: int) -> Example:
+        shard = shards.shard(number)
+        return decode(shard.key(place), shard.read(place))
+
+    return each(shards.folder, read, *(one.tolist() for one in shards.locate(ids)))
 
 
 def batches(corridor: Corridor, start: int, stop: int, workers: int, pin: bool) -> Iterator[Batch]:

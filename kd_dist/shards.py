@@ -13,12 +13,13 @@ import struct
 import tarfile
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from kd_dist.errors import ShardError
+from kd_dist.remote import Remote, location, read_whole, remedy
 
 BLOCK = 512  # bytes; a tar is made of them
 NAME_BYTES = 100  # the name field of a ustar header
@@ -32,6 +33,7 @@ _HEADER = struct.Struct("<8sIIQ32sIIQ")
 _EXAMPLE = struct.Struct("<QQIIIHH")  # offset, size, crc32, first member, key offset, members, key bytes
 _MEMBER = struct.Struct("<QQI4x")  # offset, size, extension
 
+_RESIDUE = 0x2144DF1C  # the CRC32 of any bytes with their own CRC32 behind them
 _UNSAFE = re.compile(rb"[^A-Za-z0-9_/-]|\A_(?=_)|\A/|(?<=/)/|/\Z")
 _EXTENSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _PICKLED = ("pickle", "pkl", "pt", "pth", "pyd")  # last parts that a stock decoder may execute
@@ -71,9 +73,9 @@ def shard_path(folder: str | os.PathLike, stem: str, number: int) -> Path:
     return Path(folder) / f"{stem}-{number:06d}.tar"
 
 
-def index_path(path: str | os.PathLike) -> Path:
+def index_path(path: str | os.PathLike | Remote) -> Path | Remote:
     """The index that belongs to a tar: the same path, ending in `.idx`."""
-    return Path(path).with_suffix(".idx")
+    return location(path).with_suffix(".idx")
 
 
 @contextmanager
@@ -154,7 +156,7 @@ def index_tar(path: str | os.PathLike, notes: Mapping[str, Any] | None = None) -
     _write_index(path, entries, crcs, end + len(tail), digest, notes or {})
 
 
-def is_committed(path: str | os.PathLike) -> bool:
+def is_committed(path: str | os.PathLike | Remote) -> bool:
     """Whether the tar `path` was written to its end: it has a valid index, which names the size that it has."""
     try:
         Shard(path)
@@ -169,25 +171,25 @@ class Shard:
     Raises ShardError if the index is missing, damaged or of another version, or the tar has not the size it names.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)  # of the tar
+    def __init__(self, path: str | os.PathLike | Remote):
+        self.path = location(path)  # of the tar
         # Bytes, not a mapping: Python's mmap keeps a file descriptor for each index.
         self._index = _checked_index(self.path)
-        _, _, self._examples, tar_size, digest, members, key_bytes, json_bytes = _HEADER.unpack_from(self._index)
+        _, _, self._examples, self.tar_bytes, digest, members, key_bytes, json_bytes = _HEADER.unpack_from(self._index)
         self.sha256: str = digest.hex()  # of the tar when it was written
         self._members_at = _HEADER.size + self._examples * _EXAMPLE.size
         self._keys_at = self._members_at + members * _MEMBER.size
-        texts_at = self._keys_at + key_bytes
-        texts = json.loads(self._index[texts_at : texts_at + json_bytes])
+        texts = json.loads(self._index[self._keys_at + key_bytes :][:json_bytes])
         self._extensions: list[str] = texts["extensions"]
         self.notes: dict[str, Any] = texts["notes"]
+        again = remedy(self.path, _AGAIN)
         try:
-            status = os.stat(self.path)
+            status = self.path.stat()
         except FileNotFoundError as error:
-            raise ShardError(f"{self.path}: the tar is missing though its index is there; {_AGAIN}") from error
-        if status.st_size != tar_size:
-            sizes = f"the tar has {status.st_size} bytes but its index says {tar_size}"
-            raise ShardError(f"{self.path}: {sizes}, so it was cut short or replaced; {_AGAIN}")
+            raise ShardError(f"{self.path}: the tar is missing though its index is there; {again}") from error
+        if status.st_size != self.tar_bytes:
+            sizes = f"the tar has {status.st_size} bytes but its index says {self.tar_bytes}"
+            raise ShardError(f"{self.path}: {sizes}, so it was cut short or replaced; {again}")
         self._inode = status.st_ino
 
     def __len__(self) -> int:
@@ -213,12 +215,10 @@ class Shard:
         Raises ShardError, naming shard and key, when the bytes are not those that were written.
         """
         offset, size, crc, first, _, members, _ = self._entry(i)
-        data = self.pread(offset, size)
+        data = self.pread(offset, size, lambda data: zlib.crc32(data) == crc)
         if (actual := zlib.crc32(data)) != crc:
-            raise ShardError(
-                f"{self.path}: example '{self.key(i)}' is damaged: the CRC32 of its {size} bytes at {offset} is "
-                f"{actual:08x}, the index says {crc:08x}; {_AGAIN}"
-            )
+            sums = f"the CRC32 of its {size} bytes at {offset} is {actual:08x}, the index says {crc:08x}"
+            raise ShardError(f"{self.path}: example '{self.key(i)}' is damaged: {sums}; {_AGAIN}")
         names, rows = self._extensions, self._rows(first, members)
         return {names[number]: data[start - offset : start - offset + length] for start, length, number in rows}
 
@@ -231,8 +231,10 @@ class Shard:
             raise ShardError(f"{self.path}: example '{self.key(i)}' has no member '{extension}'; it holds {held}")
         return places[extension]
 
-    def pread(self, offset: int, size: int) -> bytes:
-        """`size` bytes of the tar from `offset`. Unchecked: `read` checks examples, a row has its own CRC32."""
+    def pread(self, offset: int, size: int, sound: Callable[[bytes], bool]) -> bytes:
+        """`size` bytes of the tar from `offset`: of a file unchecked, of a URL asked for until they are `sound`."""
+        if isinstance(self.path, Remote):
+            return self.path.pread(offset, size, sound, (self.tar_bytes, self.sha256))
         try:
             tar = _open_tar(str(self.path), self._inode)
             data = os.pread(tar.descriptor, size, offset)
@@ -295,23 +297,21 @@ def _open_tar(path: str, inode: int) -> _OpenTar:
     return _OpenTar(os.open(path, os.O_RDONLY))
 
 
-def _checked_index(path: Path) -> bytes:
+def _checked_index(path: Path | Remote) -> bytes:
     """The bytes of a tar's index, complete, undamaged and of this version."""
-    index = index_path(path)
+    index, again = index_path(path), remedy(path, _AGAIN)
     try:
-        data = index.read_bytes()
+        data = read_whole(index, lambda data: zlib.crc32(data) == _RESIDUE)
     except FileNotFoundError as error:
-        raise ShardError(f"{path}: there is no {index.name} beside it, so it was never finished; {_AGAIN}") from error
+        raise ShardError(f"{path}: there is no {index.name} beside it, so it was never finished; {again}") from error
     if len(data) < _HEADER.size + 4 or not data.startswith(INDEX_MAGIC):
-        raise ShardError(f"{index}: this is not a shard index, or only a part of one; {_AGAIN}")
+        raise ShardError(f"{index}: this is not a shard index, or only a part of one; {again}")
     version = _HEADER.unpack_from(data)[1]
     if version != INDEX_VERSION:
-        raise ShardError(
-            f"{index}: the index has version {version} and this kd_dist reads version {INDEX_VERSION}; "
-            f"use the kd_dist that wrote it, or {_AGAIN}"
-        )
-    if zlib.crc32(memoryview(data)[:-4]) != int.from_bytes(data[-4:], "little"):
-        raise ShardError(f"{index}: the index is damaged (its own CRC32 differs); {_AGAIN}")
+        versions = f"the index has version {version} and this kd_dist reads version {INDEX_VERSION}"
+        raise ShardError(f"{index}: {versions}; use the kd_dist that wrote it, or {again}")
+    if zlib.crc32(data) != _RESIDUE:
+        raise ShardError(f"{index}: the index is damaged (its own CRC32 differs); {again}")
     return data
 
 
