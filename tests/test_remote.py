@@ -4,7 +4,7 @@ The store is a real HTTP server on this machine, which also says how often it di
 """
 
 import fcntl
-import multiprocessing
+import pickle
 import re
 import shutil
 import sys
@@ -46,6 +46,7 @@ class Store(ThreadingHTTPServer):
         self.faults: list[list] = []
         self.happened: Counter[str] = Counter()
         self.replacement = b""  # what a file becomes at a "replace"
+        self.now = self.most = 0  # late answers under way
         self.lock = threading.Lock()
 
     def fail(self, kind: str, where: str, times: int = 10**9, every: int = 1) -> None:
@@ -83,7 +84,12 @@ class Answer(BaseHTTPRequestHandler):
         if kind == "replace":
             path.write_bytes(self.server.replacement)
         if kind == "late":
+            with self.server.lock:
+                self.server.now += 1
+                self.server.most = max(self.server.most, self.server.now)
             time.sleep(0.2)
+            with self.server.lock:
+                self.server.now -= 1
         if kind == "reset":
             self.close_connection = True
         elif kind is not None and kind.isdigit():
@@ -240,15 +246,27 @@ def test_masks_features_and_their_components_come_from_memory(scenery):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
-def test_loader_processes_read_the_same_however_they_come_to_be(home, store, words, start_method, monkeypatch):
+def test_loader_processes_ask_for_themselves_and_find_every_index_there(home, store, words):
     """The parent has asked the store before it forks: its connections and its event loop are not its children's."""
-    monkeypatch.setattr(multiprocessing.context, "_default_context", multiprocessing.get_context(start_method))
-    there = corridor(*RECIPE, *words)
-    assert everything(there) == everything(corridor(*RECIPE))
-    before = store.count("GET .*tar")
-    assert everything(there, workers=2) == everything(corridor(*RECIPE))
-    assert store.count("GET .*tar") == before + (84 if len(words) == 1 else 0)
+    expected, there = everything(corridor(*RECIPE)), corridor(*RECIPE, *words)
+    assert there.examples.shard(0).read(0) and store.count("GET .*tar") == 1
+    assert everything(there, workers=2) == expected
+    assert store.count("GET .*tar") == (1 + 2 * 2 * TRAIN if len(words) == 1 else 6)
+    assert store.count("GET .*idx") == store.count("HEAD .*tar") == 6
+
+
+def test_a_batch_is_asked_for_all_at_once(home, store):
+    there = corridor(*RECIPE, f"data.shards={store.url}", batch_size=TRAIN)
+    store.fail("late", "GET .*tar")
+    store.most = 0
+    assert everything(there)[0] == everything(corridor(*RECIPE, batch_size=TRAIN))[0]
+    assert 4 <= store.most <= remote.AT_ONCE and store.happened == {"late": 2 * 2 * TRAIN}
+
+
+def test_a_shard_pickles_as_its_url(home, store):
+    shard = Shard(location(f"{store.url}/{TAR}", LocalCache(home / "kept", 10**6)))
+    again = pickle.loads(pickle.dumps(shard))
+    assert len(pickle.dumps(shard)) < 500 and again.path == shard.path and again.read(0) == shard.read(0)
 
 
 def test_an_index_is_fetched_once_and_an_example_or_a_row_is_one_range(home, store):
@@ -294,11 +312,11 @@ def test_what_a_store_does_wrong_once_changes_nothing(home, store, words, kind):
 def test_a_storm_of_all_of_them_changes_neither_bytes_nor_order(home, store, words):
     expected = everything(corridor(*RECIPE))
     there = corridor(*RECIPE, *words)
+    few = len(words) > 1  # six whole shards, not 84 ranges
     for number, kind in enumerate(PASSING):
-        store.fail(kind, "GET .*tar", every=11 + number)
+        store.fail(kind, "GET .*tar", every=(4 if few else 11) + number, times=1 if few else 2)
     assert everything(there, workers=2) == expected
-    # with a cache there are six requests, else 84
-    assert len(store.happened) >= (1 if len(words) > 1 else len(PASSING))
+    assert len(store.happened) >= (2 if few else 6), store.happened
 
 
 def test_the_waits_between_tries_double(home, store, monkeypatch):
@@ -555,7 +573,7 @@ def test_training_from_a_store_leaves_the_same_weights(trained, away, tmp_path, 
     there = student(trained, f"runs/away-{cache}", f"data.shards={away.url}", *kept)
     here = contents(trained / "runs" / "local", "**/*.safetensors")
     assert there == here and len(here) == 3 and any(name.endswith("model.safetensors") for name in here)
-    assert away.happened.total() >= 3 and len(list((tmp_path / "kept").glob("*.tar"))) == (8 if cache else 0)
+    assert away.happened.total() >= 3 and len(list((tmp_path / "kept").glob("*.tar"))) == (10 if cache else 0)
 
 
 @pytest.mark.slow
