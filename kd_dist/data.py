@@ -21,7 +21,7 @@ from kd_dist.batch import Batch, Example, TeacherSignal
 from kd_dist.compress import FeatureCodec, load_bases
 from kd_dist.errors import KdError, MismatchError, ShardError
 from kd_dist.plan import Plan, mix, view_number
-from kd_dist.remote import Remote, each, read_whole
+from kd_dist.remote import Remote, at_once, each, read_whole
 from kd_dist.shards import Shard
 from kd_dist.signals import LogitsCodec, dtype_from_json, from_row_bytes, is_sound, npy_header_size
 from kd_dist.tasks import Task
@@ -47,7 +47,7 @@ class Shards:
         self.starts = np.concatenate([[0], np.cumsum([row["examples"] for row in rows], dtype=np.int64)])
         self._open: dict[int, Shard] = {}
         if isinstance(folder, Remote):  # now, that not each loader process has to fetch every index
-            each(folder, self.shard, range(len(self.paths)))
+            at_once(folder, self.shard, range(len(self.paths)))
 
     def __len__(self) -> int:
         return int(self.starts[-1])

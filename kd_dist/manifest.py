@@ -11,7 +11,7 @@ from typing import Any
 
 import kd_dist
 from kd_dist.errors import ShardError
-from kd_dist.remote import Remote, each, location, read_whole, remedy
+from kd_dist.remote import Remote, at_once, location, read_whole, remedy
 from kd_dist.shards import Shard, is_committed, published
 
 FORMAT = "kd_dist"
@@ -64,7 +64,7 @@ def finished(folder: str | os.PathLike | Remote) -> dict[str, Any] | None:
         return None
     content = read_manifest(path)
     if isinstance(path, Remote) and content.get("complete"):
-        each(path, Shard, [path / row["name"] for row in content["shards"]])
+        at_once(path, Shard, [path / row["name"] for row in content["shards"]])
         return content
     whole = content.get("complete") and all(is_committed(path / row["name"]) for row in content["shards"])
     return content if whole else None

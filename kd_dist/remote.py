@@ -171,7 +171,7 @@ class LocalCache:
         while True:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path)  # used just now
-                return open(path, "rb")
+                return open(path, "rb", buffering=0)
             part, busy = self._claimed(path, size)
             if part is not None:
                 self._fill(part, path, tar, size, sha256)
@@ -278,11 +278,16 @@ def remedy(where: Path | Remote, local: str) -> str:
 
 
 def each(where: Path | Remote, function: Callable[..., T], *items: Iterable[Any]) -> list[T]:
-    """The function of each item in order; for what is read under a URL, several at once.
+    """The function, which reads in the folder, of each item in order; several at once where each is a request."""
+    if isinstance(where, Path) or where.cache is not None:
+        return list(map(function, *items))
+    return at_once(where, function, *items)
 
-    One after the other also for a store whose library is not made for threads.
-    """
-    if isinstance(where, Path) or not _store(where.url)[0].async_impl:
+
+def at_once(where: Remote, function: Callable[..., T], *items: Iterable[Any]) -> list[T]:
+    """The function, which asks the store, of each item in order, several at once; one after the other if the store's
+    library is not made for that."""
+    if not _store(where.url)[0].async_impl:
         return list(map(function, *items))
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(function, *items))
@@ -335,7 +340,8 @@ def _checked(data: bytes, sound: Callable[[bytes], bool]) -> bytes:
 def _persistently(where: str, attempt: Callable[[], T]) -> T:
     """What the attempt gives, made again after each _Stumble; ShardError, which begins with `where`, after the last."""
     for wait in WAITS:
-        time.sleep(wait)
+        if wait:
+            time.sleep(wait)
         try:
             return attempt()
         except _Stumble as error:
