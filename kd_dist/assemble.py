@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from kd_dist.errors import DataError, MismatchError, ModelError, RecipeError
 from kd_dist.losses import LOSSES, features_read, projections, signals_needed
 from kd_dist.models import Network, build_network, load_weights, weights_digest
 from kd_dist.plan import Order, Plan, Sequential
-from kd_dist.recipe import Recipe, Stage
+from kd_dist.recipe import Recipe, Stage, parse_bytes
+from kd_dist.remote import LocalCache, Remote, location
 from kd_dist.student import Student
 from kd_dist.tasks import TASKS, Task
 from kd_dist.teacher import Teacher
@@ -31,11 +33,16 @@ TRAINING_SPLIT, VALIDATION_SPLIT = "train", "val"
 STAGE_REFERENCE = "stage:"
 
 
-def shards_folder(recipe: Recipe) -> Path:
-    return Path(recipe.data.shards) / recipe.name
+def shards_folder(recipe: Recipe) -> Path | Remote:
+    """Where the recipe's splits lie, with the local cache for what is under a URL."""
+    d, cache = recipe.data, None
+    if d.local_cache is not None:
+        user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        cache = LocalCache(Path(d.cache_dir or Path(user) / "kd_dist"), parse_bytes(d.local_cache))
+    return location(d.shards, cache) / recipe.name
 
 
-def signals_folder(recipe: Recipe, split: str) -> Path:
+def signals_folder(recipe: Recipe, split: str) -> Path | Remote:
     return shards_folder(recipe) / split / recipe.teacher.name
 
 
@@ -82,7 +89,7 @@ def task(recipe: Recipe) -> Task:
 def examples(recipe: Recipe, split: str) -> Shards:
     """The packed examples of a split. Raises DataError when they are not there or of another task."""
     folder = shards_folder(recipe) / split
-    if not folder.is_dir():
+    if isinstance(folder, Path) and not folder.is_dir():
         raise DataError(f"{folder}: no example shards; run `kd-dist pack` first")
     shards = Shards(folder, recipe.data.on_error)
     packed, wanted = (shards.manifest["task"], shards.manifest["classes"]), (recipe.task.name, recipe.task.classes)
@@ -217,7 +224,7 @@ def file_digest(path: Path) -> str:
 def signals(recipe: Recipe, split: str, of: Shards) -> SignalShards:
     """The cached signals of a split. Raises MismatchError, naming both values, when they are not this recipe's."""
     folder = signals_folder(recipe, split)
-    if not folder.is_dir():
+    if isinstance(folder, Path) and not folder.is_dir():
         raise DataError(f"{folder}: no cached signals; run `kd-dist cache-teacher` first")
     cache = SignalShards(folder, of, recipe.data.on_error)
     ours, theirs = manifest.plain(teacher_identity(recipe)), dict(cache.manifest["teacher"])

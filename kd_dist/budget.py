@@ -1,7 +1,6 @@
 """Before the teacher is run over everything: how many bytes its signals take, and which codecs fit a disk budget."""
 
 import json
-import re
 import shutil
 import tarfile
 from collections.abc import Mapping
@@ -16,13 +15,13 @@ from kd_dist.calibrate import heard, measure, measure_moments, probed, size
 from kd_dist.compress import FeatureCodec
 from kd_dist.errors import RecipeError
 from kd_dist.extract import Extraction
+from kd_dist.pack import refuse_writing
 from kd_dist.recipe import Feature, Recipe
 from kd_dist.shards import BLOCK
 from kd_dist.signals import npy_header_size
 from kd_dist.teacher import Teacher
 
 SAMPLE_ROWS = 64  # views that a proposal's bases are fitted on
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 INDEX_BYTES, NOTES_BYTES = 80, 500  # of an index, about: an example's entries and its key; the rest
 # From the faithful to the small: (pool, share of the channels that PCA keeps, number format).
 LADDER = (
@@ -41,14 +40,6 @@ LADDER = (
 )
 
 
-def parse_bytes(text: str) -> int:
-    """`20GB`, `1.5T`, `800 MB` -> bytes, in powers of 1000. Raises RecipeError for anything else."""
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
-    if not found or float(found[1]) == 0:
-        raise RecipeError(f"'{text}' is no size; write a number and a unit, such as 20GB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
-
-
 def plan(recipe: Recipe, budget: int | None) -> dict[str, Any]:
     """What caching will take, and, given a budget in bytes, the codec of each feature that keeps most within it.
 
@@ -56,6 +47,7 @@ def plan(recipe: Recipe, budget: int | None) -> dict[str, Any]:
     `proposal`, by feature a recipe's own words with the measured report, and the bytes they come to. Raises RecipeError
     when no proposal fits.
     """
+    refuse_writing(assemble.shards_folder(recipe))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = assemble.teacher(recipe, recipe.cache.features).to(device)
     works = {split: extraction(recipe, split, teacher) for split in assemble.splits(recipe)}

@@ -22,15 +22,17 @@ from kd_dist import assemble, guard, manifest
 from kd_dist.calibrate import calibrate
 from kd_dist.compress import save_bases
 from kd_dist.config import load
-from kd_dist.data import BASES, feature_codecs, on_device
+from kd_dist.data import BASES, feature_codecs
+from kd_dist.disk import published
 from kd_dist.errors import ContactError, ModelError, Preempted, ShardError, cause, is_out_of_memory, one_sentence
 from kd_dist.extract import STEM, Extraction, add_sums, extract
+from kd_dist.loader import on_device
 from kd_dist.losses import LOSSES
-from kd_dist.pack import refuse_other
+from kd_dist.pack import refuse_other, refuse_writing
 from kd_dist.preempt import Notice, noticed
 from kd_dist.progress import progress
 from kd_dist.recipe import Recipe
-from kd_dist.shards import Shard, is_committed, published, shard_path
+from kd_dist.shards import Shard, is_committed, shard_path
 from kd_dist.signals import LogitsCodec, dtype_to_json, error_report, merge_errors
 from kd_dist.tasks import TASKS
 from kd_dist.teacher import Teacher, repeatable
@@ -171,6 +173,7 @@ def cache_split(
         feature_codecs(work.folder, done["codec"])  # refuses a folder that has lost its bases
         accelerator.print(f"cache {split}: done before, {done['examples']:,} examples x {work.rows} views")
         return done
+    refuse_writing(work.folder)
     if accelerator.is_main_process:
         prepare_codecs(work, content, recipe, teacher, accelerator.device)
     begun = manifest.read_manifest(work.folder)

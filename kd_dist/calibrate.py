@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kd_dist.compress import Basis, FeatureCodec, Moments, feature_error, feature_report, pooled
-from kd_dist.data import on_device, read_examples
+from kd_dist.data import read_examples
 from kd_dist.errors import DataError, RecipeError
 from kd_dist.extract import Extraction, Rows, add_sums, make_rows
+from kd_dist.loader import on_device
 from kd_dist.plan import mix, permute
 from kd_dist.probe import gradient_cosine
 from kd_dist.recipe import Feature

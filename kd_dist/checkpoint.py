@@ -20,9 +20,9 @@ from safetensors.torch import save as serialized
 from torch import Tensor
 
 from kd_dist.choose import fits
+from kd_dist.disk import published, sync
 from kd_dist.errors import TrainingError
 from kd_dist.manifest import digest, first_difference
-from kd_dist.shards import published
 
 VERSION = 2  # 1 had no digests
 PREFIX = "checkpoint-"
@@ -97,9 +97,9 @@ def save(
     signed = {**record, "digest": digest(record)}
     (temporary / STATE).write_text(json.dumps(signed, sort_keys=True, indent=1, allow_nan=False))
     for path in (*temporary.iterdir(), temporary):
-        _flush(path)
+        sync(path)
     os.rename(temporary, final)
-    _flush(folder)
+    sync(folder)
     for old in sorted(folder.glob(f"{PREFIX}*")):
         if old != final:
             shutil.rmtree(old)
@@ -169,11 +169,3 @@ def refuse_other_run(path: Path, there: dict, here: dict) -> None:
             f"{path}: was made with {place} = {theirs!r}, the recipe says {ours!r}; restore the recipe, "
             f"train it as a stage of another name, or delete the folder"
         )
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

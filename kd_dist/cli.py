@@ -67,8 +67,9 @@ def plan(
     """
     from kd_dist import budget as before
     from kd_dist.config import load
+    from kd_dist.recipe import parse_bytes
 
-    room = None if budget is None else before.parse_bytes(budget)
+    room = None if budget is None else parse_bytes(budget)
     found = before.plan(load(recipe, overrides or []), room)
     typer.echo(json.dumps(found) if as_json else "\n".join(before.sentences(found)))
 

@@ -192,10 +192,13 @@ def save_bases(bases: Mapping[str, Basis]) -> bytes:
     return serialized({name: one.cpu().contiguous() for name, one in tensors.items()})
 
 
-def load_bases(path: Path) -> dict[str, Basis]:
-    """What `save_bases` wrote. Raises ShardError when the file is missing, damaged or something else."""
+def load_bases(path: Path, payload: bytes | None = None) -> dict[str, Basis]:
+    """What `save_bases` wrote; `payload` is what the file holds, where it has been read.
+
+    Raises ShardError when the file is missing, damaged or something else.
+    """
     try:
-        tensors = deserialized(path.read_bytes())
+        tensors = deserialized(path.read_bytes() if payload is None else payload)
         names = sorted({name.rpartition(".")[0] for name in tensors})
         bases = {name: Basis(*(tensors.pop(f"{name}.{part}") for part in Basis._fields)) for name in names}
     except (OSError, SafetensorError, KeyError) as error:

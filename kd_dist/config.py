@@ -23,6 +23,7 @@ from kd_dist.errors import RecipeError
 from kd_dist.losses import check_losses, signals_needed
 from kd_dist.models import FAMILIES
 from kd_dist.recipe import Recipe, Views
+from kd_dist.remote import url_problem
 from kd_dist.sources import SOURCES
 from kd_dist.tasks import TASKS
 
@@ -344,6 +345,8 @@ def _data_problems(recipe: Recipe) -> Problems:
             yield ("data", "splits"), f"split '{name}' is missing; training needs 'train' and 'val'"
     if not math.isclose(sum(splits.values()), 1.0, abs_tol=1e-6):
         yield ("data", "splits"), f"the fractions must sum to 1, not {sum(splits.values()):g}"
+    if (problem := url_problem(recipe.data.shards)) is not None:
+        yield ("data", "shards"), problem
     if recipe.evaluate.split not in splits:
         yield ("evaluate", "split"), f"unknown split '{recipe.evaluate.split}'{hint(recipe.evaluate.split, splits)}"
 

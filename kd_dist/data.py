@@ -6,23 +6,24 @@ given to `prepare`: a rank's `Corridor` already holds that rank's share only.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from kd_dist import manifest
 from kd_dist.batch import Batch, Example, TeacherSignal
 from kd_dist.compress import FeatureCodec, load_bases
-from kd_dist.errors import DataError, KdError, MismatchError, ShardError
+from kd_dist.errors import DataError, MismatchError, ShardError
 from kd_dist.plan import Plan, mix, view_number
+from kd_dist.remote import Remote, at_once, each, read_whole
 from kd_dist.shards import Shard
-from kd_dist.signals import LogitsCodec, dtype_from_json, from_row_bytes, npy_header_size, row_dtype
+from kd_dist.signals import LogitsCodec, dtype_from_json, from_row_bytes, is_sound, npy_header_size, row_dtype
 from kd_dist.tasks import Task
 from kd_dist.views import VIEW_DTYPE, ImageViews, canonical, draw, input_crc, replay
 
@@ -39,7 +40,7 @@ class Shards:
     With `on_error` "replace_masked" a shard that is missing is an error of its examples, not of the folder.
     """
 
-    def __init__(self, folder: Path, on_error: OnError = "raise") -> None:
+    def __init__(self, folder: Path | Remote, on_error: OnError = "raise") -> None:
         self.folder, self.on_error = folder, on_error
         self.manifest = manifest.read_manifest(folder)
         if not self.manifest["complete"]:
@@ -50,6 +51,8 @@ class Shards:
         self.paths = [folder / row["name"] for row in rows]
         self.starts = np.concatenate([[0], np.cumsum([row["examples"] for row in rows], dtype=np.int64)])
         self._open: dict[int, Shard] = {}
+        if isinstance(folder, Remote):  # now, that not each loader process has to fetch every index
+            at_once(folder, self.shard, range(len(self.paths)))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -79,19 +82,24 @@ class Shards:
     def example_bytes(self) -> int:
         """Mean bytes of an example on disk."""
         total = held = 0
-        for path, row in zip(self.paths, self.manifest["shards"], strict=True):
+        for number, row in enumerate(self.manifest["shards"]):
             try:
-                total, held = total + path.stat().st_size, held + row["examples"]
+                path = self.paths[number]
+                total += self.shard(number).tar_bytes if isinstance(path, Remote) else path.stat().st_size
+                held += row["examples"]
             except FileNotFoundError as error:
                 if self.on_error == "raise":
                     raise ShardError(f"{path}: is missing; run the command that wrote it again") from error
+            except ShardError:
+                if self.on_error == "raise":
+                    raise
         return max(1, total // max(1, held))
 
 
 class SignalShards(Shards):
     """A teacher's rows for a folder of example shards: one verified `pread` a view."""
 
-    def __init__(self, folder: Path, examples: Shards, on_error: OnError = "raise") -> None:
+    def __init__(self, folder: Path | Remote, examples: Shards, on_error: OnError = "raise") -> None:
         super().__init__(folder, on_error)
         about = self.manifest
         if about["examples_fingerprint"] != examples.fingerprint:
@@ -132,11 +140,7 @@ class SignalShards(Shards):
     def rows(self, ids: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Example ids and view numbers, both (B,) -> structured rows (B,), each checked against its CRC."""
         numbers, places = self.locate(ids)
-        found = [
-            self._row(int(number), int(place), int(view))
-            for number, place, view in zip(numbers, places, views, strict=True)
-        ]
-        return np.concatenate(found)
+        return np.concatenate(each(self.folder, self._row, numbers.tolist(), places.tolist(), views.tolist()))
 
     def _row(self, number: int, place: int, view: int) -> np.ndarray:
         shard, twin = self.shard(number), self.examples.shard(number)
@@ -152,24 +156,29 @@ class SignalShards(Shards):
             raise ShardError(
                 f"{shard.path}: '{key}' has {size} bytes, not {self.views} rows; delete it and cache again"
             )
-        payload = shard.pread(offset + self.header + view * stride, stride)
+        payload = shard.pread(offset + self.header + view * stride, stride, is_sound)
         return from_row_bytes(payload, self.dtype, f"{shard.path}: '{key}' view {view}")
 
 
-def feature_codecs(folder: Path, described: Mapping[str, Any]) -> dict[str, FeatureCodec]:
+def feature_codecs(folder: Path | Remote, described: Mapping[str, Any]) -> dict[str, FeatureCodec]:
     """The codecs that a manifest describes, by feature. Raises ShardError unless their bases are those it names."""
     expected, bases, path = described["bases_sha256"], {}, folder / BASES
     if expected is not None:
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        payload = read_whole(path, lambda data: _sha256(data) == expected) if path.is_file() else b""
+        if _sha256(payload) != expected:
             raise ShardError(
                 f"{path}: is missing or not the file that the features were reduced with; delete {folder} and run "
                 f"`kd-dist cache-teacher`"
             )
-        bases = load_bases(path)
+        bases = load_bases(path, payload)
     return {
         name: FeatureCodec(name, tuple(one["shape"]), one["store"], one["pool"], bases.get(name), one["dither"])
         for name, one in sorted(described["features"].items())  # as in a row
     }
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 class Rows(NamedTuple):
@@ -324,70 +333,9 @@ def describe(versions: dict[str, str]) -> str:
 
 def read_examples(shards: Shards, ids: np.ndarray, decode: Decode) -> list[Example]:
     """Read, verify and decode the examples with these ids, in their order."""
-    numbers, places = shards.locate(ids)
-    return [
-        decode((shard := shards.shard(int(number))).key(int(place)), shard.read(int(place)))
-        for number, place in zip(numbers, places, strict=True)
-    ]
 
+    def read(number: int, place: int) -> Example:
+        shard = shards.shard(number)
+        return decode(shard.key(place), shard.read(place))
 
-def batches(corridor: Corridor, start: int, stop: int, workers: int, pin: bool) -> Iterator[Batch]:
-    """Batches `start` to `stop` in order, prefetched by `workers` processes (0: read in this one)."""
-    options: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
-    loader = DataLoader(
-        _Delivered(corridor),
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=pin,
-        generator=torch.Generator(),  # the global one belongs to the training step
-        **options,
-    )
-    for delivered in loader:
-        if isinstance(delivered, KdError):
-            raise delivered
-        yield delivered
-
-
-class _Delivered(Dataset[Batch | KdError]):
-    """A corridor whose errors come out as values: a worker that raises one would bury its sentence in a traceback."""
-
-    def __init__(self, corridor: Corridor) -> None:
-        self.corridor = corridor
-
-    def __getitem__(self, cursor: int) -> Batch | KdError:
-        try:
-            return self.corridor[cursor]
-        except KdError as error:
-            return error
-
-
-def _as_it_is(delivered: Batch | KdError) -> Batch | KdError:
-    return delivered
-
-
-def to_device(batch: Batch, device: torch.device, codecs: Mapping[str, FeatureCodec] | None = None) -> Batch:
-    """The batch with its tensors on the device, its features decoded there by their codecs."""
-    signals = batch.signals
-    if signals is not None:
-        fields = {name: value.to(device, non_blocking=True) for name, value in signals.features.items()}
-        features = {name: codec.decode(fields) for name, codec in (codecs or {}).items()}
-        signals = TeacherSignal(signals.logits.to(device, non_blocking=True), features)
-    return batch._replace(
-        images=batch.images.to(device, non_blocking=True),
-        targets=batch.targets.to(device, non_blocking=True),
-        sizes=batch.sizes if batch.sizes is None else batch.sizes.to(device, non_blocking=True),
-        valid=batch.valid.to(device, non_blocking=True),
-        signals=signals,
-    )
-
-
-def on_device(codecs: Mapping[str, FeatureCodec], device: torch.device) -> dict[str, FeatureCodec]:
-    """The codecs with their bases on the device."""
-    return {
-        name: codec
-        if codec.basis is None
-        else replace(codec, basis=type(codec.basis)(*(one.to(device) for one in codec.basis)))
-        for name, codec in codecs.items()
-    }
+    return each(shards.folder, read, *(one.tolist() for one in shards.locate(ids)))

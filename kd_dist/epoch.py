@@ -11,8 +11,8 @@ from torch import nn
 
 from kd_dist import assemble, checkpoint, monitor
 from kd_dist.checkpoint import Progress
-from kd_dist.data import batches
 from kd_dist.evaluation import agree_on_buffers, evaluate, picture
+from kd_dist.loader import batches
 from kd_dist.losses import Objective
 from kd_dist.stage import Run
 from kd_dist.tasks import is_better, retention

@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from kd_dist.batch import Batch
-from kd_dist.data import Corridor, to_device
+from kd_dist.data import Corridor
 from kd_dist.errors import DataError
+from kd_dist.loader import to_device
 from kd_dist.tasks import Task
 
 SHOWN = 4  # examples in a picture

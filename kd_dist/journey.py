@@ -16,9 +16,9 @@ from rich.console import Console
 from kd_dist import assemble, manifest, report, trial
 from kd_dist.checkpoint import write_atomic
 from kd_dist.config import load, to_dict
-from kd_dist.data import batches
 from kd_dist.errors import INTERRUPTED, DataError
 from kd_dist.evaluation import evaluate, first_examples, picture
+from kd_dist.loader import batches
 from kd_dist.models import Network
 from kd_dist.pack import pack
 from kd_dist.recipe import Recipe

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import kd_dist
+from kd_dist.disk import published
 from kd_dist.errors import ShardError
-from kd_dist.shards import Shard, is_committed, published
+from kd_dist.remote import Remote, at_once, location, read_whole, remedy
+from kd_dist.shards import Shard, is_committed
 
 FORMAT = "kd_dist"
 FORMAT_VERSION = 2  # 1 knew neither tasks nor features
@@ -45,15 +47,15 @@ def write_manifest(folder: str | os.PathLike, content: Mapping[str, Any]) -> Non
         file.write(text.encode("ascii"))
 
 
-def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
+def read_manifest(folder: str | os.PathLike | Remote) -> dict[str, Any]:
     """The manifest of a folder of shards, `format` and `version` among its fields.
 
     Raises ShardError when it is missing, broken, of another program or of a version that this one does not read.
     """
-    path = Path(folder) / FILE_NAME
-    again = "run kd-dist pack (examples) or kd-dist cache-teacher (signals)"
+    path = location(folder) / FILE_NAME
+    again = remedy(path, "run kd-dist pack (examples) or kd-dist cache-teacher (signals)")
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_whole(path, _is_json))
     except FileNotFoundError as error:
         raise ShardError(f"{path}: there is no manifest, so these shards are not finished; {again}") from error
     except (ValueError, RecursionError) as error:
@@ -72,12 +74,18 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def finished(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """The manifest of a folder that was written to its end and still has every shard; None when it has to be made."""
-    path = Path(folder)
+def finished(folder: str | os.PathLike | Remote) -> dict[str, Any] | None:
+    """The manifest of a folder that was written to its end and still has every shard; None when it has to be made.
+
+    Under a URL nothing can be made: raises ShardError for a shard that a finished folder there lacks.
+    """
+    path = location(folder)
     if not (path / FILE_NAME).is_file():
         return None
     content = read_manifest(path)
+    if isinstance(path, Remote) and content.get("complete"):
+        at_once(path, Shard, [path / row["name"] for row in content["shards"]])
+        return content
     whole = content.get("complete") and all(is_committed(path / row["name"]) for row in content["shards"])
     return content if whole else None
 
@@ -107,6 +115,14 @@ def _misfit(value: Any, wanted: Any, where: str) -> str | None:
         inner = [(number, held, wanted[0]) for number, held in enumerate(value) if wanted]
     found = (_misfit(held, one, f"{where}.{name}") for name, held, one in inner)
     return next((one for one in found if one is not None), None)
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def first_difference(ours: Any, theirs: Any) -> tuple[str, Any, Any] | None:
@@ -149,7 +165,7 @@ def digest(value: Any) -> str:
 
 def shard_entry(shard: Shard) -> dict[str, Any]:
     """A shard as a manifest lists it."""
-    return {"name": Path(shard.path).name, "sha256": shard.sha256, "examples": len(shard)}
+    return {"name": shard.path.name, "sha256": shard.sha256, "examples": len(shard)}
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:

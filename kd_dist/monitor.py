@@ -41,6 +41,7 @@ def warnings(
     if highest is None or highest > logit_limit:
         reached = math.inf if highest is None else highest
         found.append(
-            f"logits reach {reached:.3g}, beyond the limit of {logit_limit:.3g}; lower the learning rate or raise the weight decay"
+            f"logits reach {reached:.3g}, beyond the limit of {logit_limit:.3g}; lower the learning rate or raise the "
+            f"weight decay"
         )
     return found

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from kd_dist import manifest
-from kd_dist.errors import DataError, MismatchError, Preempted
+from kd_dist.errors import DataError, MismatchError, Preempted, RecipeError
 from kd_dist.preempt import Notice, noticed
 from kd_dist.progress import progress
+from kd_dist.remote import Remote
 from kd_dist.shards import Shard, is_committed, member_key, shard_path, write_shard
 from kd_dist.sources import Item, list_items
 from kd_dist.tasks import Task
@@ -21,7 +22,7 @@ STEM = "data"
 
 
 def pack(
-    folder: Path,
+    folder: Path | Remote,
     *,
     source: str,
     root: str | None,
@@ -48,6 +49,7 @@ def pack(
     done = finished(folder, identity, required)
     if done is not None:
         return done
+    refuse_writing(folder)
     listing = list_items(source, root, options)
     if len(listing.classes) != task.classes:
         raise DataError(
@@ -74,20 +76,34 @@ def pack(
     return manifests
 
 
-def finished(folder: Path, identity: dict[str, Any], required: Iterable[str]) -> dict[str, dict[str, Any]] | None:
+def finished(
+    folder: Path | Remote, identity: dict[str, Any], required: Iterable[str]
+) -> dict[str, dict[str, Any]] | None:
     """The manifests, when every required split was packed to the end from this identity.
 
     Raises MismatchError when a split was packed from something else.
     """
-    paths = sorted(folder.glob(f"*/{manifest.FILE_NAME}"))
-    manifests = {path.parent.name: manifest.read_manifest(path.parent) for path in paths}
+    if isinstance(folder, Remote):  # not every store can list what it has
+        splits = [split for split in required if (folder / split / manifest.FILE_NAME).is_file()]
+    else:
+        splits = [path.parent.name for path in sorted(folder.glob(f"*/{manifest.FILE_NAME}"))]
+    manifests = {split: manifest.read_manifest(folder / split) for split in splits}
     for split, content in manifests.items():
         refuse_other(folder / split, {name: content.get(name) for name in identity}, identity)
     complete = all(manifest.finished(folder / split) is not None for split in manifests)
     return manifests if complete and set(required) <= manifests.keys() else None
 
 
-def refuse_other(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+def refuse_writing(folder: Path | Remote) -> None:
+    """Raise a RecipeError for a folder under a URL."""
+    if isinstance(folder, Remote):
+        raise RecipeError(
+            f"{folder}: nothing can be written under a URL; set data.shards to a local folder, run the same command, "
+            f"and copy the finished shards to the URL with the store's own tool"
+        )
+
+
+def refuse_other(folder: Path | Remote, there: dict[str, Any], here: dict[str, Any]) -> None:
     """Raise a MismatchError that names the first value in which a folder's manifest and the recipe differ."""
     difference = manifest.first_difference(here, there)
     if difference is not None:

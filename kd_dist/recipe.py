@@ -4,16 +4,34 @@
 Paths are relative to the folder a command is run from.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
+from kd_dist.errors import RecipeError
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
 
 class Bound(NamedTuple):
-    """The range of a number, for `typing.Annotated`."""
+    """The range of a value, for `typing.Annotated`."""
 
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], bool]
     words: str  # completes "must be a number, ..."
+
+
+def _size_in(text: str) -> re.Match | None:
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    return found if found and float(found[1]) else None
+
+
+def parse_bytes(text: str) -> int:
+    """`20GB`, `1.5T`, `800 MB` -> bytes, in powers of 1000. Raises RecipeError for anything else."""
+    found = _size_in(text)
+    if found is None:
+        raise RecipeError(f"'{text}' is no size; write a number and a unit, such as 20GB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 Count = Annotated[int, Bound(lambda number: number >= 1, "at least 1")]
@@ -21,6 +39,7 @@ Natural = Annotated[int, Bound(lambda number: number >= 0, "at least 0")]
 Above1 = Annotated[float, Bound(lambda number: number > 1, "above 1")]
 Positive = Annotated[float, Bound(lambda number: number > 0, "above 0")]
 NonNegative = Annotated[float, Bound(lambda number: number >= 0, "at least 0")]
+Size = Annotated[str, Bound(lambda text: _size_in(text) is not None, "a size such as 20GB")]
 Fraction = Annotated[float, Bound(lambda number: 0 <= number <= 1, "between 0 and 1")]
 
 
@@ -41,7 +60,9 @@ class Data:
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of the source
     splits: dict[str, Positive] = field(default_factory=lambda: {"train": 0.8, "val": 0.1, "test": 0.1})  # sum is 1
     shard_size: Count = 1024  # examples in a shard
-    shards: str = "shards"  # folder under which <recipe name>/<split>/ is written
+    shards: str = "shards"  # folder of <recipe name>/<split>/; finished ones may lie under any URL that fsspec knows
+    local_cache: Size | None = None  # of a URL: whole shards on this machine, at most so much (20GB); null: range reads
+    cache_dir: str | None = None  # where those are kept; null: $XDG_CACHE_HOME/kd_dist, else ~/.cache/kd_dist
     workers: Natural = 2  # loader processes for each rank; 0 loads in the training process
     block: Count | None = None  # consecutive examples that stay together in the shuffle; null: chosen from their size
     lanes: Count | None = None  # streams of blocks that are interleaved; null: chosen

@@ -13,13 +13,14 @@ import struct
 import tarfile
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from kd_dist.disk import published, sync
 from kd_dist.errors import ShardError
 from kd_dist.index import checked_texts
+from kd_dist.remote import Remote, location, read_whole, remedy
 
 BLOCK = 512  # bytes; a tar is made of them
 NAME_BYTES = 100  # the name field of a ustar header
@@ -33,6 +34,7 @@ _HEADER = struct.Struct("<8sIIQ32sIIQ")
 _EXAMPLE = struct.Struct("<QQIIIHH")  # offset, size, crc32, first member, key offset, members, key bytes
 _MEMBER = struct.Struct("<QQI4x")  # offset, size, extension
 
+_RESIDUE = 0x2144DF1C  # the CRC32 of any bytes with their own CRC32 behind them
 _UNSAFE = re.compile(rb"[^A-Za-z0-9_/-]|\A_(?=_)|\A/|(?<=/)/|/\Z")
 _EXTENSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _PICKLED = re.compile(r"(.*\.)?(pickle|pkl|pt|pth|pyd)(\.gz)*")  # extensions that a stock decoder may execute
@@ -72,26 +74,9 @@ def shard_path(folder: str | os.PathLike, stem: str, number: int) -> Path:
     return Path(folder) / f"{stem}-{number:06d}.tar"
 
 
-def index_path(path: str | os.PathLike) -> Path:
+def index_path(path: str | os.PathLike | Remote) -> Path | Remote:
     """The index that belongs to a tar: the same path, ending in `.idx`."""
-    return Path(path).with_suffix(".idx")
-
-
-@contextmanager
-def published(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under `path` whole and on disk, or not at all. Makes the folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    return location(path).with_suffix(".idx")
 
 
 def write_shard(
@@ -129,7 +114,7 @@ def write_shard(
                 tar.write({"__key__": key, **contents})
         if index_path(path).exists():  # an old index must never vouch for the new tar
             index_path(path).unlink()
-            _sync_folder(path.parent)
+            sync(path.parent)
     _write_index(path, entries, stream.crcs, stream.size, stream.sha256.digest(), notes)
 
 
@@ -155,7 +140,7 @@ def index_tar(path: str | os.PathLike, notes: Mapping[str, Any] | None = None) -
     _write_index(path, entries, crcs, end + len(tail), digest, notes or {})
 
 
-def is_committed(path: str | os.PathLike) -> bool:
+def is_committed(path: str | os.PathLike | Remote) -> bool:
     """Whether the tar `path` was written to its end: it has a valid index, which names the size that it has."""
     try:
         Shard(path)
@@ -170,26 +155,26 @@ class Shard:
     Raises ShardError if the index is missing, damaged or of another version, or the tar has not the size it names.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)  # of the tar
+    def __init__(self, path: str | os.PathLike | Remote):
+        self.path = location(path)  # of the tar
         # Bytes, not a mapping: Python's mmap keeps a file descriptor for each index.
         self._index = _checked_index(self.path)
-        _, _, self._examples, tar_size, digest, members, key_bytes, json_bytes = _HEADER.unpack_from(self._index)
+        _, _, self._examples, self.tar_bytes, digest, members, key_bytes, json_bytes = _HEADER.unpack_from(self._index)
         self.sha256: str = digest.hex()  # of the tar when it was written
         self._members_at = _HEADER.size + self._examples * _EXAMPLE.size
         self._keys_at = self._members_at + members * _MEMBER.size
-        counts = (self._examples, members, key_bytes, json_bytes)
+        counts, again = (self._examples, members, key_bytes, json_bytes), remedy(self.path, _AGAIN)
         try:
-            self._extensions, self.notes = checked_texts(self._index, _HEADER.size, counts, tar_size)
+            self._extensions, self.notes = checked_texts(self._index, _HEADER.size, counts, self.tar_bytes)
         except ValueError as error:
-            raise ShardError(f"{index_path(self.path)}: the index makes no sense: {error}; {_AGAIN}") from error
+            raise ShardError(f"{index_path(self.path)}: the index makes no sense: {error}; {again}") from error
         try:
-            status = os.stat(self.path)
+            status = self.path.stat()
         except FileNotFoundError as error:
-            raise ShardError(f"{self.path}: the tar is missing though its index is there; {_AGAIN}") from error
-        if status.st_size != tar_size:
-            sizes = f"the tar has {status.st_size} bytes but its index says {tar_size}"
-            raise ShardError(f"{self.path}: {sizes}, so it was cut short or replaced; {_AGAIN}")
+            raise ShardError(f"{self.path}: the tar is missing though its index is there; {again}") from error
+        if status.st_size != self.tar_bytes:
+            sizes = f"the tar has {status.st_size} bytes but its index says {self.tar_bytes}"
+            raise ShardError(f"{self.path}: {sizes}, so it was cut short or replaced; {again}")
         self._inode = status.st_ino
 
     def __len__(self) -> int:
@@ -215,12 +200,10 @@ class Shard:
         Raises ShardError, naming shard and key, when the bytes are not those that were written.
         """
         offset, size, crc, first, _, members, _ = self._entry(i)
-        data = self.pread(offset, size)
+        data = self.pread(offset, size, lambda data: zlib.crc32(data) == crc)
         if (actual := zlib.crc32(data)) != crc:
-            raise ShardError(
-                f"{self.path}: example '{self.key(i)}' is damaged: the CRC32 of its {size} bytes at {offset} is "
-                f"{actual:08x}, the index says {crc:08x}; {_AGAIN}"
-            )
+            sums = f"the CRC32 of its {size} bytes at {offset} is {actual:08x}, the index says {crc:08x}"
+            raise ShardError(f"{self.path}: example '{self.key(i)}' is damaged: {sums}; {_AGAIN}")
         names, rows = self._extensions, self._rows(first, members)
         return {names[number]: data[start - offset : start - offset + length] for start, length, number in rows}
 
@@ -233,8 +216,10 @@ class Shard:
             raise ShardError(f"{self.path}: example '{self.key(i)}' has no member '{extension}'; it holds {held}")
         return places[extension]
 
-    def pread(self, offset: int, size: int) -> bytes:
-        """`size` bytes of the tar from `offset`. Unchecked: `read` checks examples, a row has its own CRC32."""
+    def pread(self, offset: int, size: int, sound: Callable[[bytes], bool]) -> bytes:
+        """`size` bytes of the tar from `offset`: of a file unchecked, of a URL asked for until they are `sound`."""
+        if isinstance(self.path, Remote):
+            return self.path.pread(offset, size, sound, (self.tar_bytes, self.sha256))
         try:
             tar = _open_tar(str(self.path), self._inode)
             data = os.pread(tar.descriptor, size, offset)
@@ -297,21 +282,21 @@ def _open_tar(path: str, inode: int) -> _OpenTar:
     return _OpenTar(os.open(path, os.O_RDONLY))
 
 
-def _checked_index(path: Path) -> bytes:
+def _checked_index(path: Path | Remote) -> bytes:
     """The bytes of a tar's index, complete, undamaged and of this version."""
-    index = index_path(path)
+    index, again = index_path(path), remedy(path, _AGAIN)
     try:
-        data = index.read_bytes()
+        data = read_whole(index, lambda data: zlib.crc32(data) == _RESIDUE)
     except FileNotFoundError as error:
-        raise ShardError(f"{path}: there is no {index.name} beside it, so it was never finished; {_AGAIN}") from error
+        raise ShardError(f"{path}: there is no {index.name} beside it, so it was never finished; {again}") from error
     if len(data) < _HEADER.size + 4 or not data.startswith(INDEX_MAGIC):
-        raise ShardError(f"{index}: this is not a shard index, or only a part of one; {_AGAIN}")
+        raise ShardError(f"{index}: this is not a shard index, or only a part of one; {again}")
     version = _HEADER.unpack_from(data)[1]
     if version != INDEX_VERSION:
-        said = f"the index has version {version} and this kd_dist reads version {INDEX_VERSION}"
-        raise ShardError(f"{index}: {said}; use the kd_dist that wrote it, or {_AGAIN}")
-    if zlib.crc32(memoryview(data)[:-4]) != int.from_bytes(data[-4:], "little"):
-        raise ShardError(f"{index}: the index is damaged (its own CRC32 differs); {_AGAIN}")
+        versions = f"the index has version {version} and this kd_dist reads version {INDEX_VERSION}"
+        raise ShardError(f"{index}: {versions}; use the kd_dist that wrote it, or {again}")
+    if zlib.crc32(data) != _RESIDUE:
+        raise ShardError(f"{index}: the index is damaged (its own CRC32 differs); {again}")
     return data
 
 
@@ -389,12 +374,3 @@ def _check_example(path: Path, key: str, extensions: Sequence[str], seen: set[st
         if found:
             raise ShardError(f"{path}: the key {key!r} {problem} (kd_dist.shards.member_key makes safe keys)")
     seen.add(key)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: fsync of a file does not cover its rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -182,6 +182,11 @@ def from_row_bytes(payload: bytes | memoryview, dtype: np.dtype, where: str) -> 
     return np.frombuffer(payload, dtype)
 
 
+def is_sound(row: bytes) -> bool:
+    """Whether the bytes of one row are those that were written."""
+    return zlib.crc32(memoryview(row)[4:]) == int.from_bytes(row[:4], "little")
+
+
 def measured_error(logits: np.ndarray, decoded: np.ndarray) -> dict[str, float]:
     """What a codec did to finite logits (B, C, *grid): figures that `merge_errors` can add up over batches and shards.
 

@@ -16,10 +16,11 @@ from torch.utils.tensorboard import SummaryWriter
 from kd_dist import assemble, checkpoint, engine, guard, manifest, trial
 from kd_dist.batch import Batch
 from kd_dist.config import to_dict
-from kd_dist.data import Corridor, batches, on_device, to_device
+from kd_dist.data import Corridor
 from kd_dist.engine import Engine
 from kd_dist.errors import MismatchError, TrainingError, is_out_of_memory
 from kd_dist.evaluation import evaluate, first_examples
+from kd_dist.loader import batches, on_device, to_device
 from kd_dist.losses import Objective
 from kd_dist.plan import shuffle_problem
 from kd_dist.recipe import Monitor, Recipe, Stage

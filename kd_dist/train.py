@@ -26,10 +26,10 @@ from kd_dist import assemble, checkpoint, guard
 from kd_dist.batch import Batch, StudentOutput, valid_rows
 from kd_dist.checkpoint import Progress
 from kd_dist.config import load
-from kd_dist.data import batches, on_device, to_device
 from kd_dist.epoch import end_epoch
 from kd_dist.errors import Preempted, TrainingError, cause, is_out_of_memory, one_sentence
 from kd_dist.guard import Cause, Verdict
+from kd_dist.loader import batches, on_device, to_device
 from kd_dist.meter import Meter, Share
 from kd_dist.plan import mix
 from kd_dist.preempt import Notice, noticed

@@ -8,11 +8,13 @@ import torch
 from kd_dist import assemble
 from kd_dist.calibrate import stored
 from kd_dist.compress import feature_error, feature_report
-from kd_dist.data import Shards, on_device, read_examples
+from kd_dist.data import Shards, read_examples
 from kd_dist.errors import ShardError
 from kd_dist.extract import add_sums
+from kd_dist.loader import on_device
 from kd_dist.plan import mix, permute
 from kd_dist.recipe import Recipe
+from kd_dist.remote import Remote
 from kd_dist.signals import error_report, measured_error, merge_errors
 from kd_dist.teacher import repeatable
 from kd_dist.views import input_crc, replay
@@ -74,7 +76,9 @@ def verify(recipe: Recipe, split: str, sample: int, seed: int = 0) -> dict[str, 
 def refuse_damaged(shards: Shards) -> None:
     """Raise a ShardError for the first shard whose bytes are not those that were written: headers count too."""
     for number, (path, row) in enumerate(zip(shards.paths, shards.manifest["shards"], strict=True)):
-        if not path.is_file() or assemble.file_digest(path) != row["sha256"]:
+        if isinstance(path, Remote):
+            path.fetch(shards.shard(number).tar_bytes, row["sha256"])
+        elif not path.is_file() or assemble.file_digest(path) != row["sha256"]:
             raise ShardError(
                 f"{path}: is missing or damaged, its sha256 is not the manifest's; delete it and run the command that "
                 f"wrote it again (kd-dist pack or kd-dist cache-teacher)"

@@ -15,7 +15,7 @@ from kd_dist import assemble, budget, cache_teacher, manifest
 from kd_dist.cli import app
 from kd_dist.config import load
 from kd_dist.errors import RecipeError
-from kd_dist.recipe import Recipe
+from kd_dist.recipe import Recipe, parse_bytes
 
 SPLITS = ("train", "val")
 NEAR = 0.05  # of the bytes on the disk
@@ -36,13 +36,13 @@ NEAR = 0.05  # of the bytes on the disk
     ],
 )
 def test_sizes_are_read(text, size):
-    assert budget.parse_bytes(text) == size and isinstance(budget.parse_bytes(text), int)
+    assert parse_bytes(text) == size and isinstance(parse_bytes(text), int)
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "0.0GB", "1e9", "2GiB", "1,000", "10 GB free", "1.GB", "nan"])
 def test_what_is_no_size_is_one_sentence(text):
     with pytest.raises(RecipeError, match=f"^'{text}' is no size; write a number and a unit, such as 20GB$"):
-        budget.parse_bytes(text)
+        parse_bytes(text)
 
 
 # ---------------------------------------------------------------------------------------------- bytes

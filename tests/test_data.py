@@ -17,8 +17,9 @@ from kd_dist import assemble, cache_teacher, journey, manifest
 from kd_dist.batch import IGNORED, Batch, Example, TeacherSignal
 from kd_dist.compress import STORES, Basis, FeatureCodec
 from kd_dist.config import load
-from kd_dist.data import CHECK_ONE_IN, Corridor, Shards, SignalShards, batches, to_device
+from kd_dist.data import CHECK_ONE_IN, Corridor, Shards, SignalShards
 from kd_dist.errors import DataError, MismatchError, ShardError
+from kd_dist.loader import batches, to_device
 from kd_dist.losses import Objective
 from kd_dist.plan import Plan
 from kd_dist.signals import CODECS, LogitsCodec

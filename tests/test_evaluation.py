@@ -11,9 +11,10 @@ from torch import nn
 
 from kd_dist import assemble
 from kd_dist.batch import Batch
-from kd_dist.data import batches, read_examples
+from kd_dist.data import read_examples
 from kd_dist.errors import DataError
 from kd_dist.evaluation import agree_on_buffers, evaluate
+from kd_dist.loader import batches
 from kd_dist.plan import Plan, Sequential
 from kd_dist.tasks import Classification
 

@@ -17,8 +17,9 @@ from scenes import MODEL, SPLITS
 
 from kd_dist import assemble, cache_teacher, journey, manifest
 from kd_dist.config import load
-from kd_dist.data import BASES, batches
+from kd_dist.data import BASES
 from kd_dist.errors import DataError, MismatchError, ShardError
+from kd_dist.loader import batches
 from kd_dist.recipe import Recipe
 from kd_dist.signals import LogitsCodec, dtype_from_json, row_dtype
 from kd_dist.views import VIEW_DTYPE, canonical, draw, replay

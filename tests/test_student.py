@@ -10,8 +10,8 @@ from torch import nn
 
 from kd_dist import assemble, cache_teacher
 from kd_dist.config import load
-from kd_dist.data import batches, on_device, to_device
 from kd_dist.errors import ModelError
+from kd_dist.loader import batches, on_device, to_device
 from kd_dist.losses import LOSSES, Objective
 from kd_dist.models import Built, Network
 from kd_dist.student import Student, projection

@@ -1,0 +1,75 @@
+"""The way of a batch from the corridor to the step: worker processes, prefetching, the device."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from kd_dist.batch import Batch, TeacherSignal
+from kd_dist.compress import FeatureCodec
+from kd_dist.data import Corridor
+from kd_dist.errors import KdError
+
+
+def batches(corridor: Corridor, start: int, stop: int, workers: int, pin: bool) -> Iterator[Batch]:
+    """Batches `start` to `stop` in order, prefetched by `workers` processes (0: read in this one)."""
+    options: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
+    loader = DataLoader(
+        _Delivered(corridor),
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin,
+        generator=torch.Generator(),  # the global one belongs to the training step
+        **options,
+    )
+    for delivered in loader:
+        if isinstance(delivered, KdError):
+            raise delivered
+        yield delivered
+
+
+class _Delivered(Dataset[Batch | KdError]):
+    """A corridor whose errors come out as values: a worker that raises one would bury its sentence in a traceback."""
+
+    def __init__(self, corridor: Corridor) -> None:
+        self.corridor = corridor
+
+    def __getitem__(self, cursor: int) -> Batch | KdError:
+        try:
+            return self.corridor[cursor]
+        except KdError as error:
+            return error
+
+
+def _as_it_is(delivered: Batch | KdError) -> Batch | KdError:
+    return delivered
+
+
+def to_device(batch: Batch, device: torch.device, codecs: Mapping[str, FeatureCodec] | None = None) -> Batch:
+    """The batch with its tensors on the device, its features decoded there by their codecs."""
+    signals = batch.signals
+    if signals is not None:
+        fields = {name: value.to(device, non_blocking=True) for name, value in signals.features.items()}
+        features = {name: codec.decode(fields) for name, codec in (codecs or {}).items()}
+        signals = TeacherSignal(signals.logits.to(device, non_blocking=True), features)
+    return batch._replace(
+        images=batch.images.to(device, non_blocking=True),
+        targets=batch.targets.to(device, non_blocking=True),
+        sizes=batch.sizes if batch.sizes is None else batch.sizes.to(device, non_blocking=True),
+        valid=batch.valid.to(device, non_blocking=True),
+        signals=signals,
+    )
+
+
+def on_device(codecs: Mapping[str, FeatureCodec], device: torch.device) -> dict[str, FeatureCodec]:
+    """The codecs with their bases on the device."""
+    return {
+        name: codec
+        if codec.basis is None
+        else replace(codec, basis=type(codec.basis)(*(one.to(device) for one in codec.basis)))
+        for name, codec in codecs.items()
+    }
