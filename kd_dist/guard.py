@@ -163,7 +163,7 @@ def wrong_terms(shares: Sequence[Share], rank: int) -> list[Cause]:
         bad = [name for name, value in share.terms.items() if not torch.isfinite(value)]
         if bad:
             rows = (~torch.isfinite(share.peaks)).tolist()
-            keys = tuple(key for key, wrong in zip(share.keys, rows, strict=True) if wrong) or share.keys
+            keys = tuple(key for key, wrong in zip(share.keys, rows, strict=False) if wrong) or share.keys
             found.append(Cause(rank, ", ".join(bad), keys))
     return found
 

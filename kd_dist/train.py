@@ -58,7 +58,8 @@ def train(run: Run, progress: Progress, notice: Notice) -> None:
                 output, loss, terms = forward(run, batch, epoch)
                 engine.backward(loss, progress.scale)
             peaks = output.logits.detach().abs().flatten(1).amax(1)
-            shares.append(Share({"loss": loss.detach(), **terms}, peaks, batch.keys, waited, batch.failed))
+            keys = tuple(filter(None, batch.keys))  # a filler row has none
+            shares.append(Share({"loss": loss.detach(), **terms}, peaks, keys, waited, batch.failed))
         verdict = guard.judge(engine, shares, plan.total(step), stage.clip, progress.scale, notice.name is not None)
         taken = take_step(run, progress, shares, verdict)
         for meter in (recent, epoch_meter):

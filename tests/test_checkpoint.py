@@ -1,9 +1,11 @@
 """A checkpoint brings everything back bit for bit, or says why not; there is always one to go on from."""
 
+import errno
 import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -295,6 +297,27 @@ def test_a_save_that_fails_leaves_the_older_one(tmp_path):
         saved(tmp_path, 5, identity={"not": {"JSON"}})
     assert latest(tmp_path).name == "checkpoint-00000003"
     assert loaded(latest(tmp_path)).step == 3
+
+
+def test_a_file_that_cannot_be_written_to_its_end_leaves_the_older_checkpoint(tmp_path):
+    """The kernel refuses to let any file of a child process grow beyond some bytes."""
+    saved(tmp_path / "whole", 5)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "whole/checkpoint-00000005").iterdir()}
+    for limit in sorted(sizes.values()):
+        folder = tmp_path / str(limit)
+        saved(folder, 3)
+        child = os.fork()
+        if child == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit - 1, limit - 1))
+            try:
+                saved(folder, 5)
+            except OSError as error:
+                os._exit(error.errno)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == errno.EFBIG
+        assert loaded(latest(folder)).step == 3
+        saved(folder, 6)
+        assert [path.name for path in folder.iterdir()] == ["checkpoint-00000006"]
 
 
 STAGES = ["mkdir", "serialized", "fsync", "rename", "rmtree"]
