@@ -15,8 +15,8 @@ TESTS = Path(__file__).parent
 LAYERS = (
     ("__init__",),
     ("errors",),
-    ("choose", "batch", "progress", "preempt", "launch"),
-    ("views", "plan"),
+    ("choose", "batch", "progress", "preempt"),
+    ("views", "plan", "launch"),
     ("shards", "signals", "compress"),
     ("manifest",),
     ("losses", "tasks", "models", "sources"),
