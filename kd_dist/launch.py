@@ -93,8 +93,8 @@ def launch() -> None:
 
 
 def main() -> None:
-    """Run the launcher on `sys.argv`. Exit status: 0 when every process ended with 0, or one that had not yet begun to
-    note SIGNALS by one of them; else 1."""
+    """Run the launcher on `sys.argv`. Exit status: 0 when no process failed, else 1; one that had not yet begun to note
+    SIGNALS, and that one of them ended, did not fail."""
     if sys.argv[1:2] == [TIED]:
         become(int(sys.argv[2]), sys.argv[3:])
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -117,7 +117,7 @@ def main() -> None:
         sys.exit(INTERRUPTED)
     except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
         sys.exit(f"error: accelerate launch: {' '.join(str(error).split())}")
-    sys.exit(0 if ended & {-number for number in SIGNALS} else 1)
+    sys.exit(0 if ended <= {-number for number in SIGNALS} else 1)
 
 
 if __name__ == "__main__":
