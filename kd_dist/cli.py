@@ -15,7 +15,14 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value", metavar="[KEY.PATH=VALUE]...")]
-Processes = Annotated[int, typer.Option(min=1, help="Processes to start with `accelerate launch`.")]
+Processes = Annotated[
+    int | None,
+    typer.Option("--num-processes", "--gpus", min=1, help="Processes to start with `accelerate launch`, else 1."),
+]
+LaunchConfig = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="A file for `accelerate launch`, as in launch/."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -29,7 +36,8 @@ def run(
     recipe: RecipePath,
     overrides: Overrides = None,
     seeds: Annotated[int, typer.Option(min=1, help="Train every student stage with so many seeds.")] = 1,
-    num_processes: Processes = 1,
+    num_processes: Processes = None,
+    launch_config: LaunchConfig = None,
 ) -> None:
     """Everything in order: pack, teacher, cache, students, evaluate, report. What is done is skipped.
 
@@ -37,7 +45,8 @@ def run(
     """
     from kd_dist import journey
 
-    journey.run(recipe, overrides or [], seeds, num_processes)
+    with journey.stoppable():
+        journey.run(recipe, overrides or [], seeds, journey.launcher_options(num_processes, launch_config))
 
 
 @app.command()
@@ -79,7 +88,8 @@ def train(
     recipe: RecipePath,
     stage: Annotated[str, typer.Option(help="A stage of the recipe.")],
     overrides: Overrides = None,
-    num_processes: Processes = 1,
+    num_processes: Processes = None,
+    launch_config: LaunchConfig = None,
 ) -> None:
     """Train one stage, as `accelerate launch kd_dist/train.py RECIPE --stage STAGE` does, unless it is done.
 
@@ -88,11 +98,18 @@ def train(
     from kd_dist import journey
     from kd_dist.config import load
 
-    journey.train(load(recipe, overrides or [], stage), recipe, stage, overrides or [], num_processes)
+    options = journey.launcher_options(num_processes, launch_config)
+    with journey.stoppable():
+        journey.train(load(recipe, overrides or [], stage), recipe, stage, overrides or [], options)
 
 
 @app.command()
-def cache_teacher(recipe: RecipePath, overrides: Overrides = None, num_processes: Processes = 1) -> None:
+def cache_teacher(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    num_processes: Processes = None,
+    launch_config: LaunchConfig = None,
+) -> None:
     """Run the teacher once over every view and write its signals.
 
     Example: kd-dist cache-teacher configs/digits.yaml --num-processes 2
@@ -100,7 +117,9 @@ def cache_teacher(recipe: RecipePath, overrides: Overrides = None, num_processes
     from kd_dist import journey
     from kd_dist.config import load
 
-    journey.cache(load(recipe, overrides or []), recipe, overrides or [], num_processes)
+    options = journey.launcher_options(num_processes, launch_config)
+    with journey.stoppable():
+        journey.cache(load(recipe, overrides or []), recipe, overrides or [], options)
 
 
 @app.command()

@@ -1,12 +1,17 @@
 """The whole journey of a recipe, step by step, each skipped when it is done: what `kd-dist run` does."""
 
+import contextlib
+import fcntl
 import functools
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -16,15 +21,19 @@ from rich.console import Console
 from kd_dist import assemble, manifest, report, trial
 from kd_dist.checkpoint import write_atomic
 from kd_dist.config import load, to_dict
-from kd_dist.errors import INTERRUPTED, DataError
+from kd_dist.errors import INTERRUPTED, DataError, KdError, Preempted
 from kd_dist.evaluation import evaluate, first_examples, picture
+from kd_dist.launch import PATIENCE, tied
 from kd_dist.loader import batches
 from kd_dist.models import Network
 from kd_dist.pack import pack
+from kd_dist.preempt import SIGNALS, noticed
 from kd_dist.recipe import Recipe
 
+LOCK = ".lock"  # in a folder that a run writes to; holds the host and the process, and is locked while that lives
 
-def run(path: Path, overrides: Sequence[str], seeds: int, num_processes: int) -> None:
+
+def run(path: Path, overrides: Sequence[str], seeds: int, options: Sequence[str]) -> None:
     """Pack, train the teacher, cache it, train every student stage with each seed, evaluate, report."""
     first = load(path, overrides)
     per_seed = [[*overrides, f"seed={first.seed + number}"] for number in range(seeds)]
@@ -36,20 +45,24 @@ def run(path: Path, overrides: Sequence[str], seeds: int, num_processes: int) ->
         student = stage.model == "student"
         ready = assemble.weights_ready(first, first.teacher.weights)
         if student and not cached and (ready or assemble.reads_cache(stage)):
-            cache(first, path, overrides, num_processes)
+            cache(first, path, overrides, options)
             cached = True
         for recipe, words in list(zip(recipes, per_seed, strict=True))[: seeds if student else 1]:
-            train(recipe, path, name, words, num_processes)
+            train(recipe, path, name, words, options)
     rows = [row for recipe in recipes for row in evaluate_recipe(recipe)]
     write_report(recipes, unique(rows))
 
 
-def train(recipe: Recipe, path: Path, name: str, overrides: Sequence[str], num_processes: int) -> None:
-    """Train one stage in processes of its own unless it is done."""
+def train(recipe: Recipe, path: Path, name: str, overrides: Sequence[str], options: Sequence[str]) -> None:
+    """Train one stage in processes of its own, started with the launcher's `options`, unless it is done."""
+    folder = assemble.stage_folder(recipe, name)
     if assemble.stage_result(recipe, name) is not None:
-        print(f"{name} ({assemble.stage_folder(recipe, name).name}): done before", file=sys.stderr)
+        print(f"{name} ({folder.name}): done before", file=sys.stderr)
         return
-    launch([str(Path(__file__).with_name("train.py")), str(path), "--stage", name, *overrides], num_processes)
+    with alone(folder):
+        came = launch([str(Path(__file__).with_name("train.py")), str(path), "--stage", name, *overrides], options)
+    if came or assemble.stage_result(recipe, name) is None:
+        raise stopped(f"{name} ({folder.name})", came)
 
 
 def pack_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -71,7 +84,7 @@ def pack_recipe(recipe: Recipe) -> dict[str, Any]:
     return manifests
 
 
-def cache(recipe: Recipe, path: Path, overrides: Sequence[str], num_processes: int) -> None:
+def cache(recipe: Recipe, path: Path, overrides: Sequence[str], options: Sequence[str]) -> None:
     """Cache the teacher's signals for every split unless they are there and are this recipe's."""
     folders = [assemble.signals_folder(recipe, split) for split in assemble.splits(recipe)]
     # Weights that are no file are known by the network alone, which the launched command builds.
@@ -81,24 +94,87 @@ def cache(recipe: Recipe, path: Path, overrides: Sequence[str], num_processes: i
             assemble.signals(recipe, split, assemble.examples(recipe, split))  # refuses another teacher's
         print(f"cache {recipe.teacher.name}: done before", file=sys.stderr)
         return
-    launch(["-m", "kd_dist.cache_teacher", str(path), *overrides], num_processes)
+    with alone(assemble.shards_folder(recipe)):
+        came = launch(["-m", "kd_dist.cache_teacher", str(path), *overrides], options)
+    if came or any(manifest.finished(folder) is None for folder in folders):
+        raise stopped(f"cache {recipe.teacher.name}", came)
 
 
-def launch(arguments: list[str], num_processes: int) -> None:
-    """`accelerate launch` with so many processes; its exit status becomes ours."""
-    command = [sys.executable, "-m", "kd_dist.launch", "--quiet", "--num_machines", "1"]
-    command += ["--num_processes", str(num_processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    environment = dict(os.environ)
-    if num_processes > 1:
-        command.append("--multi_gpu")
-        if not torch.cuda.is_available():
-            environment["ACCELERATE_USE_CPU"] = "true"  # with --cpu, the launcher would start ONE process
+def stopped(what: str, came: str | None) -> Preempted:
+    """What to raise when the processes have ended well but before their end; `came` is the signal, if it is known."""
+    return Preempted(f"{what}: stopped by {came or 'a signal to its processes'}; the same command goes on")
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Within it SIGTERM and SIGUSR1 raise Preempted: for commands that go on where they were."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise stopped("kd-dist", signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
-        status = subprocess.run([*command, *arguments], env=environment).returncode
-    except KeyboardInterrupt:  # the processes had it too, and have said so
-        raise SystemExit(INTERRUPTED) from None
-    if status:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`, which the kernel takes back however this process ends. Raises a KdError when another
+    process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise KdError(
+                f"{folder}: {file.read() or 'another process'} is writing here; wait for it, or choose another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)  # not removed: another process may have it open
+
+
+def launcher_options(num_processes: int | None, config: Path | None) -> list[str]:
+    """What the launcher is told: a configuration file of accelerate's, or one machine; and how many processes."""
+    number = [] if num_processes is None else ["--num_processes", str(num_processes)]
+    if config is not None:
+        return ["--config_file", str(config), *number]
+    several = ["--multi_gpu"] if (num_processes or 1) > 1 else []
+    one_machine = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [*several, *one_machine, *(number or ["--num_processes", "1"])]
+
+
+def launch(arguments: list[str], options: Sequence[str]) -> str | None:
+    """`accelerate launch` with `options`; its exit status becomes ours unless it is 0.
+
+    SIGTERM and SIGUSR1 are handed on; returns the name of the last that came.
+    """
+    with noticed() as notice:
+        started = subprocess.Popen(tied([sys.executable, "-m", "kd_dist.launch", *options, *arguments]))
+        told = None
+        try:
+            while started.poll() is None:
+                if notice.name != told:
+                    told = notice.name
+                    started.send_signal(signal.Signals[told])
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    started.wait(0.2)
+        except KeyboardInterrupt:  # the processes had it too, and say so
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                started.wait(PATIENCE + 1)
+            raise SystemExit(INTERRUPTED) from None
+    status = started.returncode
+    if status and -status not in SIGNALS:  # a launcher that has hardly begun dies of them
         raise SystemExit(status if status > 0 else 1)  # it has said why
+    return told
 
 
 def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ TESTS = Path(__file__).parent
 LAYERS = (
     ("__init__",),
     ("errors",),
-    ("choose", "batch", "progress", "preempt", "launch"),
-    ("views", "plan", "index", "disk", "remote"),
+    ("choose", "batch", "progress", "preempt"),
+    ("views", "plan", "index", "disk", "remote", "launch"),
     ("shards", "signals", "compress"),
     ("manifest",),
     ("losses", "tasks", "models", "sources"),

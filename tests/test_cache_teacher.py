@@ -276,7 +276,8 @@ def test_one_process_and_two_write_the_same_bytes(home):
     assert len(alone) == (3 + 2 + 2) * 2 * 2 + 2 * 3  # tar and index of each shard, of examples and signals; manifests
     for split in SPLITS:
         shutil.rmtree(home / "shards" / "tiny" / split / "teacher")
-    done(run(journey.launch, ["-m", "kd_dist.cache_teacher", "tiny.yaml", *words], 2, folder=home))
+    options = journey.launcher_options(2, None)
+    done(run(journey.launch, ["-m", "kd_dist.cache_teacher", "tiny.yaml", *words], options, folder=home))
     assert {path.name for path in home.glob("rank-*")} == {"rank-None-of-None", "rank-0-of-2", "rank-1-of-2"}
     assert contents(home / "shards") == alone
 

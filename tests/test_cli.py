@@ -284,3 +284,17 @@ def test_two_processes_of_the_real_launcher_train_as_one(home):
     assert failed.status == 1 and "Traceback" not in failed.output and "Error" not in failed.output
     assert 1 <= failed.output.count("was made with stage.lr = 0.01") <= 2
     assert {path.name for path in home.glob("rank-*")} == {"rank-None-of-None", "rank-0-of-2", "rank-1-of-2"}
+
+
+@pytest.mark.slow
+def test_a_configuration_of_the_launcher_decides_on_the_processes(home):
+    (home / "two.yaml").write_text("distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n")
+    words = ["train", "tiny.yaml", "--stage", "pretrain", "student.model=tiny_model:witness", "--launch-config"]
+    done(run(kd_dist, *words, "two.yaml", folder=home))
+    assert {path.name for path in home.glob("rank-*")} == {"rank-0-of-2", "rank-1-of-2"}
+    done(run(kd_dist, *words, "two.yaml", "--gpus", "3", "runs=three", folder=home))
+    assert len(list(home.glob("rank-*-of-3"))) == 3
+    assert "'absent.yaml' does not exist" in " ".join(run(kd_dist, *words, "absent.yaml", folder=home).output.split())
+    (home / "two.yaml").write_text("distributed_typ: MULTI_GPU\n")
+    said = sentence(run(kd_dist, *words, "two.yaml", "runs=none", folder=home))
+    assert said.startswith("accelerate launch: A `distributed_type` must be specified in the config file")

@@ -334,7 +334,8 @@ def test_one_process_and_two_write_the_same_features(scenery):
     assert len(alone) == (3 + 1) * 2 + 2 + 1  # tar and index of each shard; manifests; bases
     for path in (scenery / "shards").glob("scenes/*/teacher"):
         shutil.rmtree(path)
-    done(run(journey.launch, ["-m", "kd_dist.cache_teacher", *words], 2, folder=scenery))
+    options = journey.launcher_options(2, None)
+    done(run(journey.launch, ["-m", "kd_dist.cache_teacher", *words], options, folder=scenery))
     assert contents(scenery / "shards", "**/teacher/*") == alone
 
 

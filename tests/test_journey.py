@@ -2,9 +2,13 @@
 
 import json
 import math
+import os
+import signal
+import socket
 import statistics
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 from processes import Ended, contents, done, kd_dist, laboratory, run, sentence, start, wait_until
@@ -235,3 +239,76 @@ def test_segmentation_from_raw_pictures_to_a_report_with_classes_and_examples(tm
     done(again)
     assert again.output.count("done before") == 4  # two splits of the cache, two stages
     assert json.loads((made / "report.json").read_text())["summary"] == json.loads(before)["summary"]
+
+
+# ---------------------------------------------------------------------------------------------- stopped; two at once
+
+
+def started_by(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def all_gone(processes: list[psutil.Process]) -> bool:
+    return not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes)
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "begun"),
+    [
+        ("SIGTERM", "teacher (seed-0)", RUNS.format("teacher", 0) + "/checkpoint-00000003"),
+        ("SIGUSR1", "cache teacher", "shards/tiny/train/teacher/signals-000000.idx"),
+    ],
+)
+def test_a_run_that_is_stopped_says_so_and_begins_nothing_else(whole, tmp_path, name, what, begun):
+    folder = make(tmp_path / "home")
+    child = start(kd_dist, "run", "tiny.yaml", folder=folder)
+    wait_until((folder / begun).exists, f"{begun} of a run")
+    others = started_by(child.process.pid)
+    assert len(others) >= 2  # the launcher and what it launched
+    os.kill(child.process.pid, signal.Signals[name])
+    ended = child.wait()
+    assert ended.status == 0 and "Traceback" not in ended.output, ended
+    assert ended.stderr.splitlines()[-1] == f"{what}: stopped by {name}; the same command goes on"
+    assert all_gone(others)
+    assert not (folder / RUNS.format("pretrain", 0)).exists()
+    assert not (folder / begun).parent.joinpath("result.json").exists()
+    done(run(kd_dist, "run", "tiny.yaml", folder=folder))
+    expected = [row for row in reported(whole[0])["models"] if row["seed"] == 0]
+    assert same(reported(folder)["models"]) == same(expected)
+
+
+def test_a_run_is_stopped_between_launches_too(tmp_path):
+    folder = make(tmp_path / "home")
+    child = start(kd_dist, "run", "tiny.yaml", folder=folder)
+    wait_until((folder / "shards/tiny/train/data-000000.idx").exists, "a first shard")
+    os.kill(child.process.pid, signal.SIGTERM)
+    ended = child.wait()
+    assert (ended.status, ended.stderr.splitlines()[-1]) == (
+        0,
+        "kd-dist: stopped by SIGTERM; the same command goes on",
+    )
+    assert not (folder / "runs").exists()
+
+
+def test_two_at_once_in_one_folder_are_refused_and_nothing_outlives_a_kill(tmp_path):
+    """A stage, then the cache: a second command names the first, which is then killed; a third one goes on."""
+    folder = make(tmp_path / "home")
+    done(run(kd_dist, "pack", "tiny.yaml", folder=folder))
+    for words, place, begun in (
+        (["train", "tiny.yaml", "--stage", "teacher"], RUNS.format("teacher", 0), "checkpoint-00000003"),
+        (["cache-teacher", "tiny.yaml"], "shards/tiny", "train/teacher/signals-000000.idx"),
+    ):
+        first = start(kd_dist, *words, folder=folder)
+        wait_until((folder / place / begun).exists, f"{begun} of a command")
+        others = started_by(first.process.pid)
+        assert len(others) >= 2  # the launcher and what it launched
+        assert sentence(run(kd_dist, *words, folder=folder)) == (
+            f"{place}: process {first.process.pid} on {socket.gethostname()} is writing here; wait for it, or choose "
+            "another folder"
+        )
+        assert not all_gone(others)
+        first.process.kill()  # that one alone
+        assert first.wait().status == -signal.SIGKILL
+        wait_until(lambda others=others: all_gone(others), "that no process is left of a killed command")
+        done(run(kd_dist, *words, folder=folder))
+    assert manifest_says_complete(folder / "shards/tiny/train/teacher") and has_result(folder, "teacher")
