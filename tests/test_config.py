@@ -476,7 +476,7 @@ def test_every_key_refuses_a_value_of_another_type(written):
         name, wrong = ".".join(keys), "3" if free else "{no: 1}"
         assert refusal(path, [f"{name}={wrong}"]).startswith(f"command line: {name}: must be "), name
         seen += 1
-    assert seen == 73
+    assert seen == 76
 
 
 def test_every_bounded_value_refuses_what_is_below_it(written):
@@ -492,7 +492,7 @@ def test_every_bounded_value_refuses_what_is_below_it(written):
             refusal(path, [f"{name}={wrong}"]),
         ), name
         seen += 1
-    assert seen == 42
+    assert seen == 44
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
