@@ -401,7 +401,8 @@ def ward_round(home: Path, words: list[str], total: int, random: Random) -> tupl
 
 def ward_rounds(home: Path, rounds: int) -> None:
     """Kill and resume, on one process or two; nothing that was published ever differs from the undisturbed run."""
-    words, random = [*SMALL, FEATURES], Random(rounds)
+    sleepy = ["teacher.model=tiny_model:slow", "teacher.options={seconds: 0.01}", "cache.batch_size=4"]
+    words, random = [*SMALL, FEATURES, *sleepy], Random(rounds)  # mostly at work on a shard, seldom between two
     whole = undisturbed(home, *words)
     assert len(whole) == 2 * (6 + 3 + 3) + 3 + 1  # tars and indexes, manifests, bases
     moments = []
