@@ -476,7 +476,7 @@ def test_every_key_refuses_a_value_of_another_type(written):
         name, wrong = ".".join(keys), "3" if free else "{no: 1}"
         assert refusal(path, [f"{name}={wrong}"]).startswith(f"command line: {name}: must be "), name
         seen += 1
-    assert seen == 68
+    assert seen == 69
 
 
 def test_every_bounded_number_refuses_what_is_below_it(written):
@@ -491,7 +491,7 @@ def test_every_bounded_number_refuses_what_is_below_it(written):
             refusal(path, [f"{name}={wrong}"]),
         ), name
         seen += 1
-    assert seen == 40
+    assert seen == 41
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
