@@ -94,7 +94,8 @@ def one_sentence() -> Iterator[None]:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Preempted as stop:
-        print(stop, file=sys.stderr, flush=True)
+        if rank == "0":  # all stop for one reason
+            print(stop, file=sys.stderr, flush=True)
         sys.exit(0)
     except KdError as error:
         sys.exit(f"{label}: {error}")

@@ -55,11 +55,7 @@ def train(run: Run, progress: Progress, notice: Notice) -> None:
         for micro in range(plan.accumulate):
             batch, waited = next(stream)
             with engine.accumulating(last=micro + 1 == plan.accumulate):
-                output, loss, terms = forward(run, batch, epoch)
-                engine.backward(loss, progress.scale)
-            peaks = output.logits.detach().abs().flatten(1).amax(1)
-            keys = tuple(filter(None, batch.keys))  # a filler row has none
-            shares.append(Share({"loss": loss.detach(), **terms}, peaks, keys, waited, batch.failed))
+                shares.append(learn(run, batch, waited, epoch, progress.scale))
         verdict = guard.judge(engine, shares, plan.total(step), stage.clip, progress.scale, notice.name is not None)
         taken = take_step(run, progress, shares, verdict)
         for meter in (recent, epoch_meter):
@@ -117,6 +113,15 @@ def read_ahead(run: Run, cursor: int) -> Iterator[tuple[Batch, float]]:
             return
         waited = time.perf_counter() - began
         yield to_device(valid_rows(batch), device, codecs), waited
+
+
+def learn(run: Run, batch: Batch, waited: float, epoch: float, scale: float) -> Share:
+    """Forward and backward pass of one micro-batch, its loss scaled; returns what it left beside its gradient."""
+    output, loss, terms = forward(run, batch, epoch)
+    run.engine.backward(loss, scale)
+    peaks = output.logits.detach().abs().flatten(1).amax(1)
+    keys = tuple(filter(None, batch.keys))  # a filler row has none
+    return Share({"loss": loss.detach(), **terms}, peaks, keys, waited, batch.failed)
 
 
 def forward(run: Run, batch: Batch, epoch: float) -> tuple[StudentOutput, Tensor, dict[str, Tensor]]:
@@ -177,8 +182,7 @@ def explain(run: Run, progress: Progress, shares: list[Share]) -> list[Cause]:
     seed_step(run, progress.step)
     for batch in again:
         with guard.watched(run.student) as wrong, run.engine.accumulating(last=batch is again[-1]):
-            _, loss, _ = forward(run, batch, progress.step / run.train.plan.steps_per_epoch)
-            run.engine.backward(loss, progress.scale)
+            learn(run, batch, 0.0, progress.step / run.train.plan.steps_per_epoch, progress.scale)
         own += guard.wrong_gradients(wrong, batch.keys, rank)
     run.engine.clear()
     run.kept.restore()

@@ -1,7 +1,10 @@
 """One process, DDP and ZeRO 1, 2, 3: the same training, the same checkpoints, the same refusal of a bad step."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from kd_dist.errors import TrainingError
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 
 ENGINES = {"one": (1, 0), "ddp": (2, 0), "zero1": (2, 1), "zero2": (2, 2), "zero3": (2, 3)}  # processes, ZeRO stage
+LAUNCH = Path(__file__).parent.parent / "launch"
 WIDE = "student.model=tiny_model:brittle"  # without BatchNorm, and with limit 2 it never breaks
 SOUND = [*PLAIN, WIDE, "student.options={norm: false, limit: 2.0}", "train.accumulate=2"]
 
@@ -58,6 +62,20 @@ def test_the_best_weights_are_one_file_of_the_model_alone(whole):
         assert one.keys() == best["one"].keys() and len(one) == 8, name
         for key, value in one.items():
             torch.testing.assert_close(value, best["one"][key], rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_launch_files_for_zero_train_it(lab, tmp_path, whole, stage):
+    """Through the launcher itself, with two processes."""
+    file = LAUNCH / f"zero{stage}.yaml"
+    words = ["--config_file", str(file), "--num_processes", "2", "--main_process_port", "0", train.__file__]
+    command = [sys.executable, "-m", "kd_dist.launch", *words, *arguments(tmp_path, *SOUND)[0]]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    ended = subprocess.run(command, cwd=lab, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    one, two = state(whole[f"zero{stage}"]), state(tmp_path / "tiny" / "distill" / "seed-0")
+    for name in ("model.safetensors", "optimizer.safetensors", "best"):
+        assert one[name] == two[name], name
 
 
 @pytest.mark.parametrize("name", ENGINES)
