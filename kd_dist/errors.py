@@ -94,7 +94,7 @@ def one_sentence() -> Iterator[None]:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Preempted as stop:
-        if rank == "0":  # all stop for one reason
+        if str(stop):  # of ranks that stop together, the first alone speaks
             print(stop, file=sys.stderr, flush=True)
         sys.exit(0)
     except KdError as error:

@@ -73,9 +73,8 @@ def train(run: Run, progress: Progress, notice: Notice) -> None:
             save(run, progress)
         if verdict.stop and progress.step < run.steps:
             name = notice.name or "a signal to another process"
-            raise Preempted(
-                f"{run.name}: stopped by {name} after step {progress.step}, which is saved; the same command goes on"
-            )
+            done = f"{run.name}: stopped by {name} after step {progress.step}, which is saved; the same command goes on"
+            raise Preempted(done if run.accelerator.is_main_process else "")
 
 
 def due(step: int, every: int | None) -> bool:

@@ -187,8 +187,8 @@ def test_an_example_that_cannot_be_read_is_left_out_exactly(lab, tmp_path, world
     plain = run(train.main, *each, folder=place)
     assert "goes without an example" in done(plain) and "red/03" in plain.stderr
     assert result(stage_folder(tmp_path / "runs"))["failed"] == 1
-    parts = arguments(tmp_path / "parts", *words, "data.on_error=replace_masked", f"train.accumulate={accumulate}") * world
-    for one in ranks(train.main, parts, place):
+    more = ["data.on_error=replace_masked", f"train.accumulate={accumulate}"]
+    for one in ranks(train.main, arguments(tmp_path / "parts", *words, *more) * world, place):
         done(one)
     mine, other = (weights(stage_folder(tmp_path / name)) for name in ("runs", "parts"))
     for name, value in mine.items():
