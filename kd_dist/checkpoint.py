@@ -44,6 +44,7 @@ class Progress:
     recent: list[float] = field(default_factory=list)  # losses of the steps taken last, where spikes are looked for
     best: float | None = None  # best validation metric
     best_epoch: int = -1
+    so_far: dict[str, Any] | None = None  # what the meter of an epoch holds that is not over
     history: list[dict[str, Any]] = field(default_factory=list)  # one record an epoch
 
 

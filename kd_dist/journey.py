@@ -26,7 +26,7 @@ from kd_dist.evaluation import evaluate, first_examples, picture
 from kd_dist.launch import PATIENCE, tied
 from kd_dist.loader import batches
 from kd_dist.models import Network
-from kd_dist.pack import pack
+from kd_dist.pack import pack, refuse_writing
 from kd_dist.preempt import SIGNALS, noticed
 from kd_dist.recipe import Recipe
 
@@ -94,6 +94,7 @@ def cache(recipe: Recipe, path: Path, overrides: Sequence[str], options: Sequenc
             assemble.signals(recipe, split, assemble.examples(recipe, split))  # refuses another teacher's
         print(f"cache {recipe.teacher.name}: done before", file=sys.stderr)
         return
+    refuse_writing(assemble.shards_folder(recipe))
     with alone(assemble.shards_folder(recipe)):
         came = launch(["-m", "kd_dist.cache_teacher", str(path), *overrides], options)
     if came or any(manifest.finished(folder) is None for folder in folders):

@@ -1,8 +1,8 @@
 """Running means of a training run between two reports: loss terms, throughput, data wait."""
 
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,10 +20,10 @@ class Share(NamedTuple):
 
 
 class Meter:
-    """Sums on the device; nothing is copied to the host before `report`."""
+    """Sums on the device; nothing is copied to the host before `report`. Goes on from `before`, a `state`."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
+    def __init__(self, names: Sequence[str], before: Mapping[str, Any] | None = None) -> None:
+        self.names, self.before = names, dict(before or {})
         self.started = time.perf_counter()
         self.steps, self.examples, self.waited = 0, 0, 0.0
         self.sums = dict.fromkeys(names, torch.zeros(()))
@@ -40,19 +40,29 @@ class Meter:
                     self.sums[name] = share.terms[name] + self.sums[name].to(share.terms[name].device)
                 self.logit_max = torch.maximum(self.logit_max.to(share.peaks), share.peaks.max())
 
+    def state(self, accelerator: Accelerator) -> dict[str, Any]:
+        """All that was added, over all ranks, as plain numbers. A collective call: every rank makes it."""
+        device, before = accelerator.device, self.before
+        sums = torch.stack([self.sums[name].to(device, torch.float32) for name in self.names])
+        totals = accelerator.reduce(sums, "sum").tolist()
+        highest = accelerator.gather(self.logit_max.to(device, torch.float32).view(1)).max()
+        own = {
+            "steps": self.steps,
+            "examples": self.examples,
+            "waited": self.waited,
+            "seconds": time.perf_counter() - self.started,
+            **dict(zip(self.names, totals, strict=True)),
+        }
+        added = {name: value + before.get(name, 0) for name, value in own.items()}
+        return {**added, "logit_max": max(float(highest), before.get("logit_max", 0.0))}
+
     def report(self, accelerator: Accelerator) -> dict[str, float]:
         """Means per taken step over all ranks (NaN when none was taken). A collective call: every rank makes it."""
-        seconds = time.perf_counter() - self.started
-        device = accelerator.device
-        sums = torch.stack([self.sums[name].to(device, torch.float32) for name in self.names])
-        means = accelerator.reduce(sums, "sum").tolist()
-        highest = accelerator.gather(self.logit_max.to(device, torch.float32).view(1)).max()
+        total = self.state(accelerator)
+        steps, seconds = total["steps"], total["seconds"]
         return {
-            **{
-                name: total / self.steps if self.steps else float("nan")
-                for name, total in zip(self.names, means, strict=True)
-            },
-            "logit_max": float(highest),
-            "examples_per_second": self.examples / seconds,
-            "data_wait": self.waited / seconds,
+            **{name: total[name] / steps if steps else float("nan") for name in self.names},
+            "logit_max": total["logit_max"],
+            "examples_per_second": total["examples"] / seconds,
+            "data_wait": total["waited"] / seconds,
         }

@@ -43,7 +43,7 @@ def train(run: Run, progress: Progress, notice: Notice) -> None:
     plan, stage, engine = run.train.plan, run.stage, run.engine
     stream = read_ahead(run, progress.step * plan.accumulate)
     names = ["loss", *stage.losses]
-    recent, epoch_meter = Meter(names), Meter(names)
+    recent, epoch_meter = Meter(names), Meter(names, progress.so_far)
     while progress.step < run.steps and not out_of_patience(progress, stage.patience):
         step, epoch = progress.step, progress.step / plan.steps_per_epoch
         seed_step(run, step)
@@ -70,6 +70,7 @@ def train(run: Run, progress: Progress, notice: Notice) -> None:
             end_epoch(run, progress, epoch_meter.report(run.accelerator) | {"lr": lr, "grad_norm": verdict.norm})
             recent, epoch_meter = Meter(names), Meter(names)
         if epoch_over or due(progress.step, stage.checkpoint_every) or verdict.stop:
+            progress.so_far = None if epoch_over else epoch_meter.state(run.accelerator)
             save(run, progress)
         if verdict.stop and progress.step < run.steps:
             name = notice.name or "a signal to another process"

@@ -273,8 +273,7 @@ def read_bases(folder: Path) -> None:
 
 
 def read_checkpoint(folder: Path) -> None:
-    module = nn.Linear(2, 3)
-    checkpoint.load(folder, module, torch.optim.AdamW(module.parameters()), None, {})
+    checkpoint.load(folder, {})
 
 
 def decode(folder: Path) -> None:
@@ -370,7 +369,8 @@ def copied(source: Path, folder: Path) -> None:
 
 def lay_checkpoint(folder: Path) -> None:
     module = nn.Linear(2, 3)
-    checkpoint.save(folder, module, torch.optim.AdamW(module.parameters()), None, checkpoint.Progress(), {})
+    moments = torch.optim.AdamW(module.parameters()).state_dict()
+    checkpoint.save(folder, module.state_dict(), moments, checkpoint.Progress(), {})
     [made] = folder.iterdir()
     for path in made.iterdir():
         path.rename(folder / path.name)

@@ -65,6 +65,19 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(lab, tmp_path)
     assert state(whole) == state(folder)
 
 
+def test_an_epoch_that_is_interrupted_has_the_means_of_all_its_steps(lab, tmp_path):
+    words = [*PLAIN, "train.batch_size=4", "train.checkpoint_every=1"]
+    whole = result(trained(lab, tmp_path / "whole", *words))
+    child = start(train.main, *arguments(tmp_path / "parts", *words, "student.model=tiny_model:slow"), folder=lab)
+    folder = tmp_path / "parts" / "tiny" / "distill" / "seed-0"
+    wait_until((folder / "checkpoint-00000003").is_dir, "the third step")
+    child.kill()
+    parts = result(trained(lab, tmp_path / "parts", *words, "student.model=tiny_model:slow"))
+    for mine, other in zip(whole["history"], parts["history"], strict=True):
+        for name in ("loss", "kd", "cross_entropy", "logit_max", "val_nll"):
+            assert other[name] == pytest.approx(mine[name], rel=1e-5), name
+
+
 def test_a_torn_checkpoint_folder_is_not_taken_for_a_whole_one(lab, tmp_path):
     folder = trained(lab, tmp_path / "a", "train.max_steps=3")
     shutil.copytree(folder / "checkpoint-00000003", folder / "checkpoint-00000004.tmp")
