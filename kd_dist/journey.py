@@ -26,9 +26,10 @@ from kd_dist.evaluation import evaluate, first_examples, picture
 from kd_dist.launch import PATIENCE, tied
 from kd_dist.loader import batches
 from kd_dist.models import Network
-from kd_dist.pack import pack, refuse_writing
+from kd_dist.pack import pack
 from kd_dist.preempt import SIGNALS, noticed
 from kd_dist.recipe import Recipe
+from kd_dist.remote import Remote
 
 LOCK = ".lock"  # in a folder that a run writes to; holds the host and the process, and is locked while that lives
 
@@ -94,7 +95,6 @@ def cache(recipe: Recipe, path: Path, overrides: Sequence[str], options: Sequenc
             assemble.signals(recipe, split, assemble.examples(recipe, split))  # refuses another teacher's
         print(f"cache {recipe.teacher.name}: done before", file=sys.stderr)
         return
-    refuse_writing(assemble.shards_folder(recipe))
     with alone(assemble.shards_folder(recipe)):
         came = launch(["-m", "kd_dist.cache_teacher", str(path), *overrides], options)
     if came or any(manifest.finished(folder) is None for folder in folders):
@@ -122,9 +122,12 @@ def stoppable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path | Remote) -> Iterator[None]:
     """Hold the lock of `folder`, which the kernel takes back however this process ends. Raises a KdError when another
-    process has it."""
+    process has it. Nobody writes under a URL, so there is nothing to hold."""
+    if isinstance(folder, Remote):
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+") as file:
         try:
