@@ -16,7 +16,7 @@ from kd_dist.compress import FeatureCodec
 from kd_dist.config import shared_features, to_dict
 from kd_dist.data import Corridor, Shards, SignalShards
 from kd_dist.errors import DataError, MismatchError, ModelError, RecipeError
-from kd_dist.losses import LOSSES, features_read, projections, signals_needed
+from kd_dist.losses import features_read, projections, signals_needed
 from kd_dist.models import Network, build_network, load_weights, weights_digest
 from kd_dist.plan import Order, Plan, Sequential
 from kd_dist.recipe import Recipe, Stage, parse_bytes
@@ -350,11 +350,6 @@ def role(recipe: Recipe, name: str) -> str:
     if stage.model == "teacher":
         return "teacher"
     return "student_kd" if signals_needed(stage.losses) else "student_alone"
-
-
-def reads_logits(stage: Stage) -> bool:
-    """Whether some loss reaches all of the model: features may be taken below its last layers."""
-    return any(LOSSES[loss].student == "logits" for loss in stage.losses)
 
 
 def planned_steps(stage: Stage, corridor: Corridor) -> int:

@@ -37,7 +37,9 @@ class Progress:
     step: int = 0  # optimiser steps taken or skipped: the cursor into the plan
     skipped: int = 0  # of them, steps that were skipped
     streak: int = 0  # skipped steps in a row, up to now
-    failed: int = 0  # examples that could not be read
+    failed: int = 0  # examples that could not be read, each as often as it was tried
+    failed_now: int = 0  # of them, those of the present epoch
+    precision: str = "fp32"
     scale: float = 1.0  # of the loss; fp16 alone has another
     calm: int = 0  # steps taken since the scale fell
     lr_factor: float = 1.0  # by which the guard has lowered the learning rate

@@ -42,10 +42,10 @@ def launched_precision() -> str:
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
-def accelerator(find_unused_parameters: bool) -> Accelerator:
+def accelerator() -> Accelerator:
     """The processes that the launcher started, and how they work together. Raises a TrainingError for settings of
     DeepSpeed that belong to the recipe, or that this engine does not know."""
-    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)]
+    handlers: list[Any] = [DistributedDataParallelKwargs()]
     plugin = None
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         if importlib.util.find_spec("deepspeed") is None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from kd_dist import assemble, checkpoint, monitor
 from kd_dist.checkpoint import Progress
+from kd_dist.errors import TrainingError, cause, is_out_of_memory
 from kd_dist.evaluation import agree_on_buffers, evaluate, picture
 from kd_dist.loader import batches
 from kd_dist.losses import Objective
@@ -36,11 +37,12 @@ def end_epoch(run: Run, progress: Progress, means: dict[str, float]) -> None:
     # Means of no step, a norm that was not finite: null, which JSON knows.
     record = {name: value if value is None or math.isfinite(value) else None for name, value in record.items()}
     progress.history.append(record)
-    if is_better(metric, values[metric], progress.best):
-        progress.best, progress.best_epoch = values[metric], len(progress.history) - 1
+    if math.isfinite(values[metric]) and is_better(metric, values[metric], progress.best):
         weights = run.engine.weights()
-        if accelerator.is_main_process:
-            checkpoint.save_weights(backbone(weights), run.folder / assemble.BEST)
+        if checkpoint.unsound(weights) is None:  # a model that says nothing may still be right by chance
+            progress.best, progress.best_epoch = values[metric], len(progress.history) - 1
+            if accelerator.is_main_process:
+                checkpoint.save_weights(backbone(weights), run.folder / assemble.BEST)
     run.log("epoch", {name: value for name, value in record.items() if value is not None}, progress.step)
     draw(run, progress.step)
     accelerator.print(console_line(record, run.stage.epochs, run.objective, metric), flush=True)
@@ -67,10 +69,17 @@ def evaluating(module: nn.Module) -> Iterator[nn.Module]:
 def run_evaluation(run: Run) -> dict[str, float]:
     """The student's metrics on the validation split, exact over all ranks, in float32."""
     stream = batches(run.validation, 0, len(run.validation), 0, pin=False)
-    with evaluating(run.student) as student:
-        return evaluate(
-            lambda batch: student(batch.images).logits, stream, run.task, run.accelerator.device, run.error_limit
-        )
+    device, rows = run.accelerator.device, run.validation.plan.rows
+    try:
+        with evaluating(run.student) as student:
+            return evaluate(lambda batch: student(batch.images).logits, stream, run.task, device, run.error_limit)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"stages.{run.name}: out of memory while {rows} examples are evaluated at a time ({cause(error)}); make "
+            f"views.size or the model smaller; the last checkpoint is untouched"
+        ) from error
 
 
 def draw(run: Run, step: int) -> None:
@@ -92,7 +101,7 @@ def console_line(record: dict[str, Any], epochs: int, objective: Objective, metr
     terms = " ".join(f"{name} {number[name]:.4f}" for name in objective.losses)
     line = f"epoch {record['epoch'] + 1}/{epochs}  loss {number['loss']:.4f} ({terms})  lr {record['lr']:.2e}"
     line += f"  grad {number['grad_norm']:.2f}  {record['examples_per_second']:,.0f} ex/s"
-    line += f"  wait {record['data_wait']:.0%}  val {metric} {record[f'val_{metric}']:.4f}"
+    line += f"  wait {record['data_wait']:.0%}  val {metric} {number[f'val_{metric}']:.4f}"
     if record.get("retention") is not None:
-        line += f"  teacher {record[f'teacher_{metric}']:.4f}  retention {record['retention']:.1%}"
+        line += f"  teacher {number[f'teacher_{metric}']:.4f}  retention {record['retention']:.1%}"
     return line

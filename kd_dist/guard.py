@@ -212,6 +212,11 @@ def wrong_gradients(names: Sequence[str], keys: tuple[str, ...], rank: int) -> l
     return [Cause(rank, f"the gradient of {names[-1]}{more}", keys)]
 
 
+def wrong_norm(shares: Sequence[Share], rank: int) -> list[Cause]:
+    """When nothing else is found: gradients so large that their norm is not finite, or a fault that did not repeat."""
+    return [Cause(rank, "the gradient's norm", share.keys) for share in shares if share.keys]
+
+
 def sentence(step: int, cause: Cause) -> str:
     """A cause as the console shows it."""
     keys = ", ".join(cause.keys[:SHOWN]) + (" ..." if len(cause.keys) > SHOWN else "")

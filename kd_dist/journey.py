@@ -206,9 +206,7 @@ def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
     return rows
 
 
-def measured(
-    recipe: Recipe, folder: Path, which: str, weights: str, build: Callable[[], Network]
-) -> dict[str, Any]:
+def measured(recipe: Recipe, folder: Path, which: str, weights: str, build: Callable[[], Network]) -> dict[str, Any]:
     """The metric and the cost of the `teacher` or `student` whose weights have the digest `weights`, from the record in
     `folder` or measured now and recorded there."""
     split, metric, task = recipe.evaluate.split, recipe.evaluate.metric, assemble.task(recipe)

@@ -68,7 +68,7 @@ class Data:
     lanes: Count | None = None  # streams of blocks that are interleaved; null: chosen
     window: Count | None = None  # examples of a lane that are shuffled together; null: chosen
     on_error: Literal["raise", "replace_masked"] = "raise"  # at a damaged example: stop, or mask it and go on
-    error_limit: Count = 100  # examples of a run that may be masked; one more stops it
+    error_limit: Count = 100  # examples of an epoch that may be masked; one more stops the run
 
 
 @dataclass(frozen=True, kw_only=True)

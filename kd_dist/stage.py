@@ -41,7 +41,7 @@ class Run:
     seed: int
     student: Student
     engine: Engine  # which trains it
-    fp16: bool
+    precision: str  # fp32, bf16 or fp16
     kept: guard.Keep  # the student's buffers before the step
     teacher: Teacher | None  # only when it is online
     objective: Objective
@@ -55,6 +55,10 @@ class Run:
     shown: Batch | None  # examples of which each epoch draws a picture
     limits: Monitor
     writer: SummaryWriter | None  # on the main process
+
+    @property
+    def fp16(self) -> bool:
+        return self.precision == "fp16"
 
     @property
     def steps(self) -> int:
@@ -88,12 +92,11 @@ def agree(about: dict[str, Any], cursor: str) -> None:
 def prepare(recipe: Recipe, name: str) -> Run:
     """Build every part of a stage. Everything that can be wrong with the recipe and the data is found here."""
     stage, seed = recipe.stages[name], assemble.stage_seed(recipe, name)
-    # Losses on features alone leave the layers above them without a gradient, which DDP must be told.
-    accelerator = engine.accelerator(find_unused_parameters=not assemble.reads_logits(stage))
+    accelerator = engine.accelerator()
     guard.check_world(accelerator.num_processes)
     trial.check_relations(recipe, name, accelerator.num_processes)
     rank, world = accelerator.process_index, accelerator.num_processes
-    precision = stage.precision or engine.launched_precision()
+    precision = stage.precision or engine.launched_precision().replace("no", "fp32")
     corridor = assemble.training_corridor(recipe, name, rank, world)
     identity, folder = assemble.stage_identity(recipe, name, corridor), assemble.stage_folder(recipe, name)
     validation = assemble.VALIDATION_SPLIT
@@ -109,10 +112,14 @@ def prepare(recipe: Recipe, name: str) -> Run:
         teacher = assemble.teacher(recipe, assemble.stage_features(recipe, name)).to(accelerator.device)
     module = synchronised(assemble.module(recipe, name, corridor, teacher), stage, name, accelerator)
     module.to(accelerator.device)
-    objective = Objective(stage.losses, stage.epochs)
+    alone = {
+        loss: {**written, "gather": False} if "gather" in written else written for loss, written in stage.losses.items()
+    }
+    attempt = partial(one_step, module, teacher, Objective(alone, stage.epochs), engine.DTYPES[precision])
     if stage.find_batch_size:
-        trial_step = partial(one_step, module, teacher, objective, engine.DTYPES[precision])
-        corridor = fitting(corridor, trial_step, accelerator, f"stages.{name}")
+        corridor = fitting(corridor, attempt, accelerator, f"stages.{name}")
+    if accelerator.num_processes > 1:
+        tell_unused(accelerator, attempt(first_share(corridor, accelerator.device)))
     made = engine.start(accelerator, module, build_optimizer(module, stage), precision)
     task = assemble.task(recipe)
     evaluation = assemble.evaluation_corridor(recipe, validation, rank, world, cached=False)
@@ -126,10 +133,10 @@ def prepare(recipe: Recipe, name: str) -> Run:
         seed=seed,
         student=module,
         engine=made,
-        fp16=precision == "fp16",
+        precision=precision,
         kept=guard.Keep(module),
         teacher=teacher,
-        objective=objective,
+        objective=Objective(stage.losses, stage.epochs),
         train=corridor,
         validation=evaluation,
         workers=recipe.data.workers,
@@ -152,7 +159,21 @@ def synchronised(module: Student, stage: Stage, name: str, accelerator: Accelera
     return nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 
-def fitting(corridor: Corridor, attempt: Callable[[Batch], None], accelerator: Accelerator, where: str) -> Corridor:
+def first_share(corridor: Corridor, device: torch.device) -> Batch:
+    """The largest micro-batch of this rank's first step."""
+    plan = corridor.plan
+    largest = max(range(plan.accumulate), key=lambda micro: len(plan.share(0, corridor.rank, micro)))
+    return to_device(corridor[largest], device, on_device(corridor.codecs, device))
+
+
+def tell_unused(accelerator: Accelerator, unused: bool) -> None:
+    """DDP must be told when there are parameters without a gradient: layers above the features that are learned from,
+    or an auxiliary head."""
+    anywhere = accelerator.reduce(torch.tensor(float(unused), device=accelerator.device), "sum")
+    accelerator.ddp_handler.find_unused_parameters = bool(anywhere)
+
+
+def fitting(corridor: Corridor, attempt: Callable[[Batch], bool], accelerator: Accelerator, where: str) -> Corridor:
     """The corridor with as many micro-batches a step as it takes for each to fit into the memory of every rank.
 
     The examples of a step, and so the result of the run, stay what they are. `attempt` runs one micro-batch.
@@ -161,7 +182,7 @@ def fitting(corridor: Corridor, attempt: Callable[[Batch], None], accelerator: A
     while True:
         tried = replace(corridor, plan=plan)
         try:
-            attempt(to_device(tried[0], device, on_device(tried.codecs, device)))
+            attempt(first_share(tried, device))
             full = False
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -189,8 +210,9 @@ def one_step(
     objective: Objective,
     dtype: torch.dtype | None,
     batch: Batch,
-) -> None:
-    """Forward and backward pass beside as much memory as DDP and the optimiser will take; leaves nothing behind."""
+) -> bool:
+    """Forward and backward pass beside as much memory as DDP and the optimiser will take; leaves nothing behind.
+    Returns whether a parameter that is trained had no part in it."""
     kept = guard.Keep(module)
     kept.store()
     ballast = [torch.empty_like(value) for value in module.parameters() for _ in range(3)]
@@ -198,6 +220,7 @@ def one_step(
         if teacher is not None:
             batch = batch._replace(signals=teacher(batch.images))
         objective(engine.computed(module, batch.images, dtype), batch, 0.0)[0].backward()
+        return any(value.requires_grad and value.grad is None for value in module.parameters())
     finally:
         ballast.clear()
         module.zero_grad(set_to_none=True)
@@ -211,6 +234,7 @@ def build_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
         {"params": [value for value in trained if value.ndim > 1], "weight_decay": stage.weight_decay},
         {"params": [value for value in trained if value.ndim <= 1], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]  # DeepSpeed drops an empty one by itself
     if stage.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=stage.lr, momentum=stage.momentum)
     return torch.optim.AdamW(groups, lr=stage.lr)

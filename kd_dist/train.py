@@ -56,8 +56,8 @@ def train(run: Run, progress: Progress, notice: Notice) -> None:
             batch, waited = next(stream)
             with engine.accumulating(last=micro + 1 == plan.accumulate):
                 shares.append(learn(run, batch, waited, epoch, progress.scale))
-        verdict = guard.judge(engine, shares, plan.total(step), stage.clip, progress.scale, notice.name is not None)
-        taken = take_step(run, progress, shares, verdict)
+        verdict = guard.judge(engine, shares, batch.total, stage.clip, progress.scale, notice.name is not None)
+        taken = take_step(run, progress, shares, verdict, empty=verdict.failed >= batch.total)
         for meter in (recent, epoch_meter):
             meter.add(shares, plan.total(step), taken)
         progress.step += 1
@@ -71,10 +71,12 @@ def train(run: Run, progress: Progress, notice: Notice) -> None:
             recent, epoch_meter = Meter(names), Meter(names)
         if epoch_over or due(progress.step, stage.checkpoint_every) or verdict.stop:
             progress.so_far = None if epoch_over else epoch_meter.state(run.accelerator)
-            save(run, progress)
+            progress.failed_now = 0 if epoch_over else progress.failed_now
+            saved = save(run, progress)
         if verdict.stop and progress.step < run.steps:
             name = notice.name or "a signal to another process"
-            done = f"{run.name}: stopped by {name} after step {progress.step}, which is saved; the same command goes on"
+            what = "which is saved" if saved else "which could not be saved"
+            done = f"{run.name}: stopped by {name} after step {progress.step}, {what}; the same command goes on"
             raise Preempted(done if run.accelerator.is_main_process else "")
 
 
@@ -137,10 +139,18 @@ def forward(run: Run, batch: Batch, epoch: float) -> tuple[StudentOutput, Tensor
     return output, loss, terms
 
 
-def take_step(run: Run, progress: Progress, shares: list[Share], verdict: Verdict) -> bool:
-    """Step, or skip on every rank; returns which. A skipped step leaves nothing behind but what it was counted."""
+def take_step(run: Run, progress: Progress, shares: list[Share], verdict: Verdict, empty: bool) -> bool:
+    """Step, or skip on every rank; returns which. A skipped step leaves nothing behind but that it was counted.
+
+    One that is `empty` has no example that could be read.
+    """
     if verdict.failed:
         report_failed(run, progress, shares, verdict)
+    if empty:
+        run.engine.clear()
+        run.kept.restore()
+        progress.skipped += 1
+        return False
     spike = verdict.finite and guard.is_spike(verdict.loss, progress.recent, run.stage.spike)
     if verdict.finite and not spike:
         run.engine.step()
@@ -177,7 +187,7 @@ def explain(run: Run, progress: Progress, shares: list[Share]) -> list[Cause]:
     again = [to_device(run.train[first + micro], run.accelerator.device, codecs) for micro in range(len(shares))]
     own = [cause for batch in again for cause in guard.wrong_data(with_teacher(run, batch), rank)]
     causes = gather_object(own + guard.wrong_terms(shares, rank))
-    if causes or progress.scale > 1:
+    if causes or (run.fp16 and progress.scale > 1):  # a scale that is too high needs no explanation
         return causes
     seed_step(run, progress.step)
     for batch in again:
@@ -186,7 +196,8 @@ def explain(run: Run, progress: Progress, shares: list[Share]) -> list[Cause]:
         own += guard.wrong_gradients(wrong, batch.keys, rank)
     run.engine.clear()
     run.kept.restore()
-    return gather_object(own)
+    found = gather_object(own)
+    return found or gather_object(guard.wrong_norm(shares, rank))
 
 
 def with_teacher(run: Run, batch: Batch) -> Batch:
@@ -206,10 +217,11 @@ def report_failed(run: Run, progress: Progress, shares: list[Share], verdict: Ve
     for sentence in said:
         run.warn(f"step {progress.step} goes without an example: {sentence}")
     progress.failed += verdict.failed
-    if progress.failed > run.error_limit:
+    progress.failed_now += verdict.failed
+    if progress.failed_now > run.error_limit:
         raise TrainingError(
-            f"{progress.failed} examples could not be read, more than data.error_limit {run.error_limit}; the last: "
-            f"{said[-1]}"
+            f"{progress.failed_now} examples of an epoch could not be read, more than data.error_limit "
+            f"{run.error_limit}; the last: {said[-1]}"
         )
 
 
@@ -235,23 +247,24 @@ def log_step(run: Run, progress: Progress, scalars: dict[str, float], epoch: flo
     run.log("train", scalars | more | weights, progress.step)
 
 
-def save(run: Run, progress: Progress) -> None:
-    """A checkpoint by the main process; the others wait, so that none runs ahead of what is durable."""
+def save(run: Run, progress: Progress) -> bool:
+    """A checkpoint by the main process, unless the weights are not finite; returns whether. The other processes wait,
+    so that none runs ahead of what is durable."""
     weights, moments = run.engine.weights(), run.engine.moments()
-    if run.accelerator.is_main_process:
-        wrong = checkpoint.unsound(weights)
-        if wrong is None:
-            checkpoint.save(run.folder, weights, moments, progress, run.identity)
-        else:
-            run.warn(f"step {progress.step}: no checkpoint, since '{wrong}' is not finite; the last one is kept")
+    wrong = checkpoint.unsound(weights)
+    if wrong is not None:
+        run.warn(f"step {progress.step}: no checkpoint, since '{wrong}' is not finite; the last one is kept")
+    elif run.accelerator.is_main_process:
+        checkpoint.save(run.folder, weights, moments, progress, run.identity)
     run.accelerator.wait_for_everyone()
+    return wrong is None
 
 
 def resume(run: Run) -> Progress:
     """The progress of the last checkpoint, whose weights and moments the engine then has; else the beginning's."""
     last = checkpoint.latest(run.folder)
     if last is None:
-        return Progress(scale=guard.first_scale(run.fp16))
+        return Progress(scale=guard.first_scale(run.fp16), precision=run.precision)
     weights, moments, progress = checkpoint.load(last, run.identity)
     try:
         run.engine.load(weights, moments)
@@ -261,7 +274,21 @@ def resume(run: Run) -> Progress:
             f"restore the model's code, or delete the folder"
         ) from error
     run.accelerator.print(f"{run.name}: goes on from {last}", flush=True)
+    if progress.precision != run.precision:
+        run.warn(f"warning: {run.name}: was trained in {progress.precision} so far and goes on in {run.precision}")
+        progress.precision, progress.scale, progress.calm = run.precision, guard.first_scale(run.fp16), 0
     return progress
+
+
+def check_end(run: Run, progress: Progress) -> None:
+    """Raise a TrainingError when what was trained is worth nothing. Every rank calls it."""
+    wrong = checkpoint.unsound(run.engine.weights())
+    if wrong is not None or progress.best is None or progress.skipped >= progress.step:
+        why = f"'{wrong}' is not finite" if wrong else f"{progress.skipped} of {progress.step} steps were skipped"
+        raise TrainingError(
+            f"stages.{run.name}: ended with nothing to keep, since {why}; lower the learning rate, clip harder or "
+            f"train in fp32 or bf16, look at {run.folder / guard.SUSPECTS}, then delete {run.folder} and train again"
+        )
 
 
 def run_stage(recipe: Recipe, name: str) -> None:
@@ -272,6 +299,7 @@ def run_stage(recipe: Recipe, name: str) -> None:
         accelerator, progress = run.accelerator, resume(run)
         try:
             train(run, progress, notice)
+            check_end(run, progress)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -287,12 +315,12 @@ def run_stage(recipe: Recipe, name: str) -> None:
 
 def out_of_memory(run: Run, error: BaseException) -> str:
     """What to change, in one sentence."""
-    plan = run.train.plan
+    plan, (height, width) = run.train.plan, run.train.policy.size
+    find = "" if run.stage.find_batch_size else ", or let `find_batch_size: true` do it"
     return (
         f"stages.{run.name}: out of memory with {plan.rows} examples at a time ({cause(error)}): raise `accumulate`, "
-        f"now {plan.accumulate}, or let `find_batch_size: true` do it, which changes no result; or make `batch_size` "
-        f"{plan.batch_size} or views.size {run.train.policy.size[0]}x{run.train.policy.size[1]} smaller; the last "
-        f"checkpoint is untouched"
+        f"now {plan.accumulate}{find}; or make `batch_size` {plan.batch_size} or views.size {height}x{width} smaller; "
+        f"the last checkpoint is untouched"
     )
 
 

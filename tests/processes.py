@@ -129,6 +129,52 @@ def doomed(classes, width=4, at=0):
     return Doomed(*network(classes, width), at=at)
 
 
+class Huge(torch.autograd.Function):
+    """Passes values on as they are, and gradients so large that their squares are not finite."""
+
+    @staticmethod
+    def forward(context, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * 1e25
+
+
+class Steep(nn.Sequential):
+    def forward(self, images):
+        return Huge.apply(super().forward(images))
+
+
+def steep(classes, width=4):
+    return Steep(*network(classes, width))
+
+
+def bare(classes, width=4):
+    """Without biases and norms."""
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, stride=2, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(4 * width, classes, bias=False),
+    )
+
+
+class Idle(nn.Sequential):
+    """A network with a layer that has no part in what it says."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.idle = nn.Linear(3, 3)
+
+    def forward(self, images):
+        for part in list(self)[:-1]:
+            images = part(images)
+        return images
+
+
+def idle(classes, width=4):
+    return Idle(*network(classes, width))
+
+
 class Hungry(nn.Sequential):
     """A network that takes more memory than there is when it gets more pictures than `limit`."""
 

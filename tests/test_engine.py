@@ -96,6 +96,19 @@ def test_a_run_goes_on_under_another_engine(lab, tmp_path, whole):
     assert_same_weights(whole["one"], folder, 2e-5, tensors=8)
 
 
+@pytest.mark.parametrize("student", ["bare", "idle"])
+def test_students_of_unusual_parts_train_under_every_engine(lab, tmp_path, student):
+    """No bias and no norm; a layer that gets no gradient."""
+    words, losses = [*PLAIN, f"student.model=tiny_model:{student}"], {}
+    folders = {
+        name: trained(lab, tmp_path / name, *words, world=world, zero=zero) for name, (world, zero) in ENGINES.items()
+    }
+    for name, folder in folders.items():
+        assert_same_weights(folders["one"], folder, 2e-5, tensors={"bare": 2, "idle": 6}[student])
+        losses[name] = result(folder)["history"][-1]["loss"]
+    assert list(losses.values()) == pytest.approx([losses["one"]] * 5, rel=1e-4)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_lower_precision_trains_as_under_ddp(lab, tmp_path, name, precision):

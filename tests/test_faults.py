@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import done, ranks, run, sentence, start, start_ranks, wait_until
+from safetensors.torch import load_file
 from trainings import PLAIN, TRAIN, arguments, launched, result, scalars, state, trained, weights
 
 from kd_dist import train
@@ -141,6 +142,52 @@ def test_ruined_weights_go_back_to_the_last_checkpoint_and_training_goes_on(lab,
     assert all(value.isfinite().all() for value in weights(folder).values())
 
 
+def test_a_metric_that_is_not_finite_neither_ends_a_run_nor_is_its_best(lab, tmp_path):
+    """Weights are ruined for some epochs; their nll is not finite."""
+    words = [*PLAIN, "train.epochs=14", "student.model=tiny_model:doomed", "student.options={at: 7}"]
+    folder = trained(lab, tmp_path, *words, "evaluate.metric=nll")
+    history = result(folder)["history"]
+    assert history[3]["val_nll"] is None
+    assert result(folder)["best"] == min(one["val_nll"] for one in history if one["val_nll"] is not None)
+    assert all(value.isfinite().all() for value in load_file(folder / "best.safetensors").values())
+
+
+@pytest.mark.parametrize("student", [["doomed", "student.options={at: 1}"], ["steep"]])
+def test_a_run_that_learned_nothing_is_no_result(lab, tmp_path, student):
+    words = [*PLAIN, "train.epochs=1", f"student.model=tiny_model:{student[0]}", *student[1:]]
+    said = sentence(run(train.main, *arguments(tmp_path, *words), folder=lab))
+    assert said.startswith("stages.distill: ended with nothing to keep, since ")
+    assert not (stage_folder(tmp_path) / "result.json").exists()
+
+
+@pytest.mark.parametrize(("world", "zero"), [(1, 0), (2, 0), (2, 2)])
+def test_no_step_is_skipped_in_silence(lab, tmp_path, world, zero):
+    """Each gradient is finite, the norm of all is not."""
+    words = [*PLAIN, "train.epochs=1", "student.model=tiny_model:steep"]
+    ended = ranks(train.main, arguments(tmp_path, *words) * world, lab, **launched(zero))
+    for step in range(3):
+        assert f"step {step} is skipped: the gradient's norm not finite on rank 0; keys: " in ended[0].stderr
+    suspects = [json.loads(line) for line in (stage_folder(tmp_path) / "suspects.jsonl").read_text().splitlines()]
+    assert len(suspects) == 3 * world and sum(len(one["keys"]) for one in suspects) == TRAIN
+
+
+def test_a_run_that_goes_on_in_another_precision_finds_its_scale_anew(lab, tmp_path):
+    words = [*SINGLE, "student.model=tiny_model:brittle", "student.options={where: backward}", "train.epochs=1"]
+
+    def go_on(steps: int, precision: str) -> tuple[str, dict]:
+        each = arguments(tmp_path, *words, f"train.max_steps={steps}")
+        said = done(start(train.main, *each, folder=lab, ACCELERATE_MIXED_PRECISION=precision).wait())
+        last = max(stage_folder(tmp_path).glob("checkpoint-*"))
+        return said, json.loads((last / "state.json").read_text())["progress"]
+
+    _, begun = go_on(1, "fp16")
+    assert begun["scale"] >= 2.0**15 and begun["precision"] == "fp16"
+    said, exact = go_on(21, "no")
+    assert "was trained in fp16 so far and goes on in fp32" in said
+    assert (exact["scale"], exact["precision"]) == (1.0, "fp32")
+    assert exact["skipped"] == 1 and ("the gradient of" in said or begun["skipped"])
+
+
 def test_there_may_be_no_checkpoint_to_go_back_to(lab, tmp_path):
     words = [*SINGLE, "student.model=tiny_model:fragile", "student.options={limit: 0.0}"]
     said = sentence(run(train.main, *arguments(tmp_path, *words), folder=lab))
@@ -197,13 +244,26 @@ def test_an_example_that_cannot_be_read_is_left_out_exactly(lab, tmp_path, world
     assert "red/03" in refused and "is damaged" in refused
 
 
+def test_a_step_of_which_nothing_could_be_read_is_not_taken(lab, tmp_path):
+    place = damaged(lab, tmp_path / "lab", "red/03")
+    words = [*SINGLE, "train.epochs=1", "data.on_error=replace_masked"]
+    folder = trained(place, tmp_path / "runs", *words)
+    assert result(folder)["failed"] == result(folder)["skipped"] == 1 and result(folder)["streak"] == 0
+    found = scalars(folder)["train/failed"]
+    at = min(step for step, count in found.items() if count)
+    before, after = (
+        weights(trained(place, tmp_path / str(steps), *words, f"train.max_steps={steps}")) for steps in (at - 1, at)
+    )
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
 def test_too_many_examples_that_cannot_be_read_end_the_run(lab, tmp_path):
     place = damaged(lab, tmp_path / "lab", "red/03")
     words = [*PLAIN, "data.on_error=replace_masked", "data.error_limit=1"]
-    said = sentence(run(train.main, *arguments(tmp_path / "runs", *words), folder=place))
-    assert (
-        said.startswith("2 examples could not be read, more than data.error_limit 1; the last: ") and "red/03" in said
-    )
+    assert result(trained(place, tmp_path / "one", *words))["failed"] == 2  # one in each of two epochs
+    twice = damaged(place, tmp_path / "twice", "blue/02")
+    said = sentence(run(train.main, *arguments(tmp_path / "two", *words), folder=twice))
+    assert said.startswith("2 examples of an epoch could not be read, more than data.error_limit 1; the last: ")
 
 
 def test_a_shard_that_vanishes_or_changes_while_a_run_reads_it(lab, tmp_path):
@@ -243,6 +303,13 @@ def test_memory_that_runs_out_says_what_to_change(lab, tmp_path):
     assert said.startswith("stages.distill: out of memory with 8 examples at a time (")
     assert "raise `accumulate`, now 1, or let `find_batch_size: true` do it" in said
     assert "`batch_size` 8 or views.size 8x8 smaller; the last checkpoint is untouched" in said
+
+
+def test_the_largest_share_is_the_one_that_is_tried(lab, tmp_path):
+    """6 examples on 2 ranks in 2 micro-batches: of 1 and 2 examples."""
+    words = [*PLAIN, "train.batch_size=6", "train.accumulate=2", "train.find_batch_size=true"]
+    each = arguments(tmp_path, *words, "student.model=tiny_model:hungry", "student.options={limit: 1}") * 2
+    assert "accumulate: 6, micro-batches of up to 1 examples fit" in "".join(map(done, ranks(train.main, each, lab)))
 
 
 @pytest.mark.parametrize(("world", "found"), [(1, 4), (2, 2)])
