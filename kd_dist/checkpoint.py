@@ -27,7 +27,7 @@ from kd_dist.manifest import digest, first_difference
 VERSION = 2  # 1 had no digests
 PREFIX = "checkpoint-"
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-_AGAIN = "delete it to start the stage again"
+_AGAIN = "delete the folder to start the stage again"
 
 
 @dataclass

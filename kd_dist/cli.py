@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kd_dist.errors import one_sentence
+from kd_dist.preempt import stoppable
 
 # Libraries load inside the commands: `--help` answers at once.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -188,7 +189,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fa
 def main() -> None:
     """The `kd-dist` entry point."""
     sys.path.insert(0, os.getcwd())  # a recipe may name a user's own module
-    with one_sentence():
+    with one_sentence(), stoppable("kd-dist"):
         app()
 
 

@@ -324,11 +324,8 @@ def _feature_problems(recipe: Recipe) -> Problems:
     for keys, names in ((("cache", "features"), recipe.cache.features), (("student", "taps"), recipe.student.taps)):
         for name in names:
             if not FEATURE.fullmatch(name):
-                yield (
-                    (*keys, name),
-                    (
-                        f"'{name}' cannot name a feature; use 1 to 32 of a-z 0-9 _, a letter first, no '_scale' at the end"
-                    ),
+                yield (*keys, name), (
+                    f"'{name}' cannot name a feature; use 1 to 32 of a-z 0-9 _, a letter first, no '_scale' at the end"
                 )
     for name in recipe.student.taps:
         if name not in recipe.cache.features:

@@ -49,7 +49,7 @@ def accelerator() -> Accelerator:
     plugin = None
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         if importlib.util.find_spec("deepspeed") is None:
-            raise TrainingError("the launcher asks for DeepSpeed, which is missing; pip install 'kd_dist[deepspeed]'")
+            raise TrainingError("the launcher asks for DeepSpeed, which is missing; pip install -e '.[deepspeed]'")
         if not torch.cuda.is_available():  # Accelerate would take each process for the only one
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
         plugin = _Plugin()

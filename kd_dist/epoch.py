@@ -29,6 +29,7 @@ def end_epoch(run: Run, progress: Progress, means: dict[str, float]) -> None:
         "epoch": epoch,
         "step": progress.step,
         **means,
+        "skipped": progress.skipped,
         **{f"val_{name}": value for name, value in values.items()},
     }
     if run.teacher_metrics is not None:
@@ -101,6 +102,7 @@ def console_line(record: dict[str, Any], epochs: int, objective: Objective, metr
     terms = " ".join(f"{name} {number[name]:.4f}" for name in objective.losses)
     line = f"epoch {record['epoch'] + 1}/{epochs}  loss {number['loss']:.4f} ({terms})  lr {record['lr']:.2e}"
     line += f"  grad {number['grad_norm']:.2f}  {record['examples_per_second']:,.0f} ex/s"
+    line += f"  skipped {record['skipped']}" if record["skipped"] else ""
     line += f"  wait {record['data_wait']:.0%}  val {metric} {number[f'val_{metric}']:.4f}"
     if record.get("retention") is not None:
         line += f"  teacher {number[f'teacher_{metric}']:.4f}  retention {record['retention']:.1%}"

@@ -91,7 +91,8 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        if rank == "0":  # a terminal interrupts all
+            print("interrupted; the same command goes on from the last checkpoint or finished shard", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Preempted as stop:
         if str(stop):  # of ranks that stop together, the first alone speaks

@@ -132,8 +132,8 @@ def react(progress: Progress) -> Literal["slow down", "go back"] | None:
     if turn > 2:
         raise TrainingError(
             f"step {progress.step}: {progress.streak} steps in a row were skipped, also at half the learning rate and "
-            f"from the last checkpoint; lower the learning rate, clip harder or train in fp32 or bf16, or look at the "
-            f"examples in {SUSPECTS}; the last checkpoint is untouched"
+            f"from the last checkpoint; lower the learning rate, clip harder or train in fp32 or bf16, for which the "
+            f"stage's folder must go, or look at the examples in its {SUSPECTS}; the last checkpoint is untouched"
         )
     return "slow down" if turn == 1 else "go back"
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -107,21 +106,6 @@ def stopped(what: str, came: str | None) -> Preempted:
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Within it SIGTERM and SIGUSR1 raise Preempted: for commands that go on where they were."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise stopped("kd-dist", signal.Signals(number).name)
-
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
 def alone(folder: Path | Remote) -> Iterator[None]:
     """Hold the lock of `folder`, which the kernel takes back however this process ends. Raises a KdError when another
     process has it. Nobody writes under a URL, so there is nothing to hold."""
@@ -171,7 +155,8 @@ def launch(arguments: list[str], options: Sequence[str]) -> str | None:
                     started.send_signal(signal.Signals[told])
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     started.wait(0.2)
-        except KeyboardInterrupt:  # the processes had it too, and say so
+        except KeyboardInterrupt:  # from a terminal the processes had it too, and say so
+            started.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 started.wait(PATIENCE + 1)
             raise SystemExit(INTERRUPTED) from None
@@ -206,7 +191,9 @@ def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
     return rows
 
 
-def measured(recipe: Recipe, folder: Path, which: str, weights: str, build: Callable[[], Network]) -> dict[str, Any]:
+def measured(
+    recipe: Recipe, folder: Path, which: str, weights: str, build: Callable[[], Network]
+) -> dict[str, Any]:
     """The metric and the cost of the `teacher` or `student` whose weights have the digest `weights`, from the record in
     `folder` or measured now and recorded there."""
     split, metric, task = recipe.evaluate.split, recipe.evaluate.metric, assemble.task(recipe)

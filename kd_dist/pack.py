@@ -170,7 +170,9 @@ def stopped(folder: Path, items: int, shard_size: int, signal: str) -> str:
     return f"pack {folder.name}: stopped by {signal} after {done} of {count} shards; the same command goes on"
 
 
-def pack_split(folder: Path, items: list[Item], content: dict[str, Any], task: Task, notice: Notice) -> dict[str, Any]:
+def pack_split(
+    folder: Path, items: list[Item], content: dict[str, Any], task: Task, notice: Notice
+) -> dict[str, Any]:
     """Write one split's shards and, last, its manifest marked complete."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / manifest.FILE_NAME).exists():

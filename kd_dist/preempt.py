@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from kd_dist.errors import Preempted
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 GRACE = 60  # seconds that a loader process outlives SIGTERM, for the process that reads from it to end its step
 
@@ -34,6 +36,21 @@ def noticed() -> Iterator[Notice]:
     before = {number: signal.signal(number, note) for number in SIGNALS}
     try:
         yield notice
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def stoppable(who: str) -> Iterator[None]:
+    """Within it SIGTERM and SIGUSR1 raise Preempted: for commands that go on where they were."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Preempted(f"{who}: stopped by {signal.Signals(number).name}; the same command goes on")
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -118,7 +118,7 @@ def prepare(recipe: Recipe, name: str) -> Run:
     attempt = partial(one_step, module, teacher, Objective(alone, stage.epochs), engine.DTYPES[precision])
     if stage.find_batch_size:
         corridor = fitting(corridor, attempt, accelerator, f"stages.{name}")
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.DEEPSPEED:
         tell_unused(accelerator, attempt(first_share(corridor, accelerator.device)))
     made = engine.start(accelerator, module, build_optimizer(module, stage), precision)
     task = assemble.task(recipe)

@@ -173,7 +173,10 @@ def take_step(run: Run, progress: Progress, shares: list[Share], verdict: Verdic
     reaction = guard.react(progress)
     if reaction == "slow down":
         progress.lr_factor /= 2
-        run.warn(f"step {progress.step}: {progress.streak} steps in a row were skipped; the learning rate is halved")
+        run.warn(
+            f"step {progress.step}: {progress.streak} steps in a row were skipped; the learning rate is halved; if that "
+            f"is not enough, lower `lr` or `clip`"
+        )
     if reaction == "go back":
         go_back(run, progress)
     return False
@@ -308,8 +311,10 @@ def run_stage(recipe: Recipe, name: str) -> None:
             result = {"identity": run.identity, "steps": run.steps, "metric": run.metric, **asdict(progress)}
             checkpoint.write_atomic(run.folder / assemble.RESULT, json.dumps(result, indent=1, sort_keys=True))
             run.writer.close()
+        lost = f", {progress.skipped} of them skipped" if progress.skipped else ""
+        lost += f", {progress.failed} times without an example that could not be read" if progress.failed else ""
         best = f"best {run.metric} {progress.best:.4f}"
-        accelerator.print(f"{name}: done after {progress.step} steps, {best}", flush=True)
+        accelerator.print(f"{name}: done after {progress.step} steps{lost}, {best}", flush=True)
         accelerator.end_training()
 
 

@@ -181,7 +181,7 @@ def test_a_torn_checkpoint(tmp_path, name):
     for size in (0, 7, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
         with pytest.raises(
-            TrainingError, match=rf"(?s)^{path}: (state.json )?cannot be read \(.+\); delete it to start"
+            TrainingError, match=rf"(?s)^{path}: (state.json )?cannot be read \(.+\); delete the folder to start"
         ):
             loaded(path)
     file.unlink()
