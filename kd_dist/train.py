@@ -174,8 +174,8 @@ def take_step(run: Run, progress: Progress, shares: list[Share], verdict: Verdic
     if reaction == "slow down":
         progress.lr_factor /= 2
         run.warn(
-            f"step {progress.step}: {progress.streak} steps in a row were skipped; the learning rate is halved; if that "
-            f"is not enough, lower `lr` or `clip`"
+            f"step {progress.step}: {progress.streak} steps in a row were skipped; the learning rate is halved; if "
+            f"that is not enough, lower `lr` or `clip`"
         )
     if reaction == "go back":
         go_back(run, progress)

@@ -46,7 +46,8 @@ def test_a_disk_that_takes_nothing_is_a_sentence(number):
 
 def test_an_interruption_is_no_error(capsys):
     assert ended_by(KeyboardInterrupt()).code == INTERRUPTED == 130
-    assert capsys.readouterr().err == "interrupted; the same command goes on from the last checkpoint or finished shard\n"
+    said = "interrupted; the same command goes on from the last checkpoint or finished shard\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_disk_that_breaks_is_a_sentence():

@@ -32,41 +32,43 @@ def stage_folder(runs: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(lab, tmp_path_factory) -> Path:
-    return trained(lab, tmp_path_factory.mktemp("undisturbed"), *SLOW)
+def undisturbed(lab, tmp_path_factory) -> dict[int, Path]:
+    """The folder of a run that nothing befalls, by its number of processes."""
+    runs = tmp_path_factory.mktemp("undisturbed")
+    return {world: trained(lab, runs / str(world), *SLOW, world=world) for world in (1, 2)}
 
 
-def disturb(lab: Path, runs: Path, chance: random.Random) -> int:
-    """Start the run and kill it, or ask it to stop, after a random time; returns its exit status."""
+def disturb(lab: Path, runs: Path, chance: random.Random, world: int) -> None:
+    """Start the run and kill its last process, or ask it to stop, after a random time."""
     folder, before = stage_folder(runs), checkpoints(stage_folder(runs))
-    child = start(train.main, *arguments(runs, *SLOW, "train.checkpoint_every=1"), folder=lab)
+    each = arguments(runs, *SLOW, "train.checkpoint_every=1") * world
+    *others, child = start_ranks(train.main, each, lab) if world > 1 else [start(train.main, *each, folder=lab)]
     number = chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
     turns = chance.randrange(1, 5)
     wait_until(lambda: len(checkpoints(folder) - before) > 0 or not child.process.is_alive(), "a checkpoint")
     child.process.join(chance.random() * turns * 0.02)
     with contextlib.suppress(ProcessLookupError):  # it is done
         os.kill(child.process.pid, number)
-    ended = child.wait()
-    finished = (folder / "result.json").exists()
-    if number != signal.SIGKILL and not finished:
-        assert ended.status == 0 and f"stopped by {number.name} after step" in ended.stderr, ended
-    return number
+    ended = [one.wait() for one in (*others, child)]  # without the one that died, the others end as well
+    if number != signal.SIGKILL and not (folder / "result.json").exists():
+        assert all(one.status == 0 for one in ended), ended
+        assert f"stopped by {number.name if world == 1 else 'a signal'}" in ended[0].stderr, ended
 
 
 def checkpoints(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("checkpoint-*") if not path.name.endswith(".tmp")}
 
 
-@pytest.mark.parametrize("rounds", [25, pytest.param(1000, marks=pytest.mark.nightly)])
-def test_kills_at_random_moments_leave_no_trace(lab, tmp_path, undisturbed, rounds):
+@pytest.mark.parametrize(("world", "rounds"), [(1, 25), (2, 5), pytest.param(1, 1000, marks=pytest.mark.nightly)])
+def test_kills_at_random_moments_leave_no_trace(lab, tmp_path, undisturbed, world, rounds):
     """Each run is disturbed again and again until it is done, and ends bit for bit like one that never was."""
     chance, disturbances, runs = random.Random(4), 0, 0
     while disturbances < rounds:
         place = tmp_path / str(runs)
         while not (stage_folder(place) / "result.json").exists():
-            disturb(lab, place, chance)
+            disturb(lab, place, chance, world)
             disturbances += not (stage_folder(place) / "result.json").exists()
-        one, two = state(undisturbed), state(stage_folder(place))
+        one, two = state(undisturbed[world]), state(stage_folder(place))
         for name in ("name", "model.safetensors", "optimizer.safetensors", "best"):
             assert one[name] == two[name], name
         runs += 1

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from kd_dist.errors import Preempted, one_sentence
-from kd_dist.preempt import SIGNALS, noticed
+from kd_dist.preempt import SIGNALS, noticed, stoppable
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -33,6 +33,17 @@ def test_a_forked_process_outlives_it_for_a_while():
         assert os.waitpid(child, os.WNOHANG) == (0, 0) and notice.name is None
         os.kill(child, signal.SIGALRM)  # what ends it after a minute, had it not ended by itself
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGALRM
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_command_that_can_be_stopped_anywhere_says_so(number):
+    before = signal.getsignal(number)
+    with (
+        pytest.raises(Preempted, match=f"^kd-dist: stopped by {signal.Signals(number).name}; the same"),
+        stoppable("kd-dist"),
+    ):
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
 
 
 def test_being_preempted_is_no_failure(capsys):

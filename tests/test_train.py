@@ -259,7 +259,7 @@ def test_tensorboard_holds_every_scalar(lab, tmp_path):
     rates = {"lr", "grad_norm", "logit_max", "examples_per_second", "data_wait"}
     compared = {"val_accuracy", "val_nll", "teacher_accuracy", "retention"}
     assert {f"train/{name}" for name in terms | rates | {"skipped", "failed", "weight/cross_entropy", "weight/kd"}} | {
-        f"epoch/{name}" for name in terms | rates | compared | {"epoch", "step"}
+        f"epoch/{name}" for name in terms | rates | compared | {"epoch", "step", "skipped"}
     } == set(found)
     assert list(found["train/loss"]) == [1, 2, 3, 4, 5, 6] and list(found["epoch/retention"]) == [3, 6]
     for step in range(6):
