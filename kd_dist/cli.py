@@ -46,8 +46,7 @@ def run(
     """
     from kd_dist import journey
 
-    with journey.stoppable():
-        journey.run(recipe, overrides or [], seeds, journey.launcher_options(num_processes, launch_config))
+    journey.run(recipe, overrides or [], seeds, journey.launcher_options(num_processes, launch_config))
 
 
 @app.command()
@@ -100,8 +99,7 @@ def train(
     from kd_dist.config import load
 
     options = journey.launcher_options(num_processes, launch_config)
-    with journey.stoppable():
-        journey.train(load(recipe, overrides or [], stage), recipe, stage, overrides or [], options)
+    journey.train(load(recipe, overrides or [], stage), recipe, stage, overrides or [], options)
 
 
 @app.command()
@@ -119,8 +117,7 @@ def cache_teacher(
     from kd_dist.config import load
 
     options = journey.launcher_options(num_processes, launch_config)
-    with journey.stoppable():
-        journey.cache(load(recipe, overrides or []), recipe, overrides or [], options)
+    journey.cache(load(recipe, overrides or []), recipe, overrides or [], options)
 
 
 @app.command()
