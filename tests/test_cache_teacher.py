@@ -506,7 +506,7 @@ def test_a_signal_stops_at_the_next_batch_and_keeps_what_is_finished(ward, struc
     whole = undisturbed(ward, *STRUCK)
     came = struck(20, lambda: os.kill(os.getpid(), number))
     assert said(*STRUCK) == 0
-    assert 20 <= len(came) <= 21
+    assert 20 <= len(came) <= 24  # the teacher speaks in a thread of its own: some batches pass before it is told
     last = capsys.readouterr().err.splitlines()[-1]
     name = signal.Signals(number).name
     assert last == f"cache train: stopped by {name} after 2 of 6 shards; the same command goes on"
@@ -520,7 +520,7 @@ def test_a_signal_while_the_bases_are_fitted(ward, struck, capsys):
     words = [*STRUCK, FEATURES]
     whole = undisturbed(ward, *words)
     came = struck(9, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert said(*words) == 0 and 9 <= len(came) <= 10
+    assert said(*words) == 0 and 9 <= len(came) <= 13
     assert "cache train: stopped by SIGTERM after 0 of 6 shards; " in capsys.readouterr().err
     assert signals(ward) == {}
     goes_on(ward, whole, *words)
