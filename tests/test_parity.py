@@ -53,12 +53,12 @@ def gradients(to: str, overrides: list[str], recipe: str = "tiny.yaml") -> None:
     """Save the loss and the gradient of the first steps of a stage, made by the loop's own parts."""
     run = train.prepare(load(recipe, overrides, "distill"), "distill")
     stream, kept = train.read_ahead(run, 0), {}
-    run.model.train()
+    run.student.train()
     for step in range(STEPS):
         batch, _ = next(stream)
         _, loss, _ = train.forward(run, batch, epoch=0.0)
-        run.model.zero_grad()
-        run.accelerator.backward(loss)
+        run.engine.clear()
+        run.engine.backward(loss, 1.0)
         kept[step] = loss.detach(), torch.cat([p.grad.flatten().clone() for p in run.student.parameters()])
     torch.save(kept, to)
 
