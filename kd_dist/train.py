@@ -77,6 +77,7 @@ def train(run: Run, progress: Progress, notice: Notice) -> None:
             name = notice.name or "a signal to another process"
             what = "which is saved" if saved else "which could not be saved"
             done = f"{run.name}: stopped by {name} after step {progress.step}, {what}; the same command goes on"
+            run.accelerator.end_training()
             raise Preempted(done if run.accelerator.is_main_process else "")
 
 

@@ -80,6 +80,7 @@ with noticed() as notice:
 if "fail" in sys.argv:
     time.sleep(99 * rank)  # the launcher ends the others
     sys.exit(3)
+accelerator.end_training()  # together: one that is left alone with a lost store may end badly
 '''
 
 DEAF = '''\
