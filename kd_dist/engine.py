@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from kd_dist.batch import StudentOutput
 from kd_dist.errors import TrainingError
 
-DTYPES = {"fp32": None, "no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FIRST_SCALE = 2.0**16  # of fp16's loss; a non-finite step halves it, as many steps without one double it as
 SCALE_GROWS_AFTER = 2000
 
@@ -38,8 +38,9 @@ class _Plugin(DeepSpeedPlugin):
 
 
 def launched_precision() -> str:
-    """The precision that the launcher asks for: no, bf16 or fp16."""
-    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    """The precision that the launcher asks for: fp32, bf16 or fp16."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return "fp32" if asked == "no" else asked
 
 
 def accelerator() -> Accelerator:

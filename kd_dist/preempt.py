@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -33,12 +33,8 @@ def noticed() -> Iterator[Notice]:
         elif number == signal.SIGTERM:
             signal.alarm(GRACE)
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
-    try:
+    with _handled(note):
         yield notice
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -48,7 +44,14 @@ def stoppable(who: str) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Preempted(f"{who}: stopped by {signal.Signals(number).name}; the same command goes on")
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    with _handled(stop):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within it SIGNALS go to this handler, afterwards to those of before."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:

@@ -96,7 +96,7 @@ def prepare(recipe: Recipe, name: str) -> Run:
     guard.check_world(accelerator.num_processes)
     trial.check_relations(recipe, name, accelerator.num_processes)
     rank, world = accelerator.process_index, accelerator.num_processes
-    precision = stage.precision or engine.launched_precision().replace("no", "fp32")
+    precision = stage.precision or engine.launched_precision()
     corridor = assemble.training_corridor(recipe, name, rank, world)
     identity, folder = assemble.stage_identity(recipe, name, corridor), assemble.stage_folder(recipe, name)
     validation = assemble.VALIDATION_SPLIT

@@ -129,8 +129,7 @@ def learn(run: Run, batch: Batch, waited: float, epoch: float, scale: float) -> 
 
 def forward(run: Run, batch: Batch, epoch: float) -> tuple[StudentOutput, Tensor, dict[str, Tensor]]:
     """Student and objective on one micro-batch; an online teacher speaks first, on the same pixels."""
-    if run.teacher is not None:
-        batch = batch._replace(signals=run.teacher(batch.images))
+    batch = with_teacher(run, batch)
     # The filler row of an empty share must not enter BatchNorm; statistics of all ranks wait for every rank.
     if len(batch.valid) == 1 and not batch.valid.item() and not run.stage.sync_bn:
         run.student.eval()
@@ -147,19 +146,16 @@ def take_step(run: Run, progress: Progress, shares: list[Share], verdict: Verdic
     """
     if verdict.failed:
         report_failed(run, progress, shares, verdict)
-    if empty:
-        run.engine.clear()
-        run.kept.restore()
-        progress.skipped += 1
-        return False
     spike = verdict.finite and guard.is_spike(verdict.loss, progress.recent, run.stage.spike)
-    if verdict.finite and not spike:
+    if verdict.finite and not spike and not empty:
         run.engine.step()
         guard.taken(progress, verdict, run.fp16, run.stage.spike)
         return True
     run.engine.clear()
     run.kept.restore()
-    causes = []
+    if empty:
+        progress.skipped += 1
+        return False
     if spike:
         median = guard.median(progress.recent)
         run.warn(f"step {progress.step} is skipped: its loss {verdict.loss:.4g} is a spike, the median is {median:.4g}")
