@@ -12,10 +12,11 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 from conftest import CLASSES, MODEL, RECIPE, picture
 from PIL import Image
 
@@ -329,6 +330,16 @@ def laboratory(folder: Path) -> Path:
     (folder / "tiny_model.py").write_text(IMPORTS + MODEL + NETWORKS)
     (folder / "tiny.yaml").write_text(RECIPE)
     return folder
+
+
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """This process in a user's folder, with the `tiny_model` of that folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        patch.delitem(sys.modules, "tiny_model", raising=False)
+        yield
 
 
 def contents(folder: Path, *patterns: str) -> dict[str, bytes]:

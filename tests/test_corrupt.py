@@ -1,7 +1,6 @@
 """Every byte of a shard changed, and every shard cut short: damage is named, or nothing that is read has changed."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from processes import laboratory
+from processes import inside, laboratory
 
 from kd_dist import assemble, cache_teacher, journey
 from kd_dist.config import load
@@ -29,10 +28,7 @@ BOTH = pytest.mark.parametrize("folder", [TRAIN, TRAIN / "teacher"], ids=["examp
 def home(tmp_path_factory) -> Path:
     """A user's folder with examples and a cache in shards of three."""
     folder = laboratory(tmp_path_factory.mktemp("corrupt"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.syspath_prepend(folder)
-        patch.delitem(sys.modules, "tiny_model", raising=False)
+    with inside(folder):
         recipe = load("tiny.yaml", RECIPE)
         journey.pack_recipe(recipe)
         cache_teacher.cache_split(recipe, "train", assemble.teacher(recipe), Accelerator(cpu=True))

@@ -1,7 +1,6 @@
 """The corridor over real packed shards: every example once, in one order, with its own signals, or an error."""
 
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from processes import laboratory
+from processes import inside, laboratory
 
 from kd_dist import assemble, cache_teacher, journey, manifest
 from kd_dist.batch import IGNORED, Batch, Example, TeacherSignal
@@ -36,10 +35,7 @@ FRAGILE = [*RECIPE, "teacher.model=tiny_model:fragile", "teacher.options={}", "t
 def made(tmp_path_factory) -> Path:
     """A user's folder with packed examples and two caches, one of a teacher that fails on the white picture."""
     folder = laboratory(tmp_path_factory.mktemp("data"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.syspath_prepend(folder)
-        patch.delitem(sys.modules, "tiny_model", raising=False)
+    with inside(folder):
         journey.pack_recipe(load("tiny.yaml"))
         for words in (RECIPE, FRAGILE):
             recipe = load("tiny.yaml", words)

@@ -8,7 +8,6 @@ import pickle
 import re
 import resource
 import struct
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -23,7 +22,7 @@ import webdataset
 from accelerate import Accelerator
 from conftest import picture
 from PIL import Image
-from processes import contents, done, laboratory, run
+from processes import contents, done, inside, laboratory, run
 from test_index import DEEP, EXAMPLES, INDEXES, LONG, resealed
 from torch import nn
 
@@ -435,10 +434,7 @@ def ghostscript(folder: Path) -> None:
 def home(tmp_path_factory) -> Path:
     """A user's folder with a cache and all bait in it."""
     folder = laboratory(tmp_path_factory.mktemp("hostile") / "home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.syspath_prepend(folder)
-        patch.delitem(sys.modules, "tiny_model", raising=False)
+    with inside(folder):
         recipe = load("tiny.yaml", ["teacher.weights=null"])
         journey.pack_recipe(recipe)
         for split in ("train", "val"):

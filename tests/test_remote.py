@@ -7,7 +7,6 @@ import fcntl
 import pickle
 import re
 import shutil
-import sys
 import threading
 import time
 from collections import Counter
@@ -19,7 +18,7 @@ import fsspec
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from processes import contents, done, kd_dist, laboratory, run, sentence, start, wait_until
+from processes import contents, done, inside, kd_dist, laboratory, run, sentence, start, wait_until
 
 from kd_dist import assemble, cache_teacher, journey, remote, train
 from kd_dist.config import load
@@ -134,10 +133,7 @@ def served(root: Path) -> Iterator[Store]:
 def made(tmp_path_factory) -> Path:
     """A user's folder with packed examples and cached signals of a random teacher."""
     folder = laboratory(tmp_path_factory.mktemp("remote"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.syspath_prepend(folder)
-        patch.delitem(sys.modules, "tiny_model", raising=False)
+    with inside(folder):
         recipe = load("tiny.yaml", RECIPE)
         journey.pack_recipe(recipe)
         for split in ("train", "val"):
