@@ -103,9 +103,14 @@ def save(
         sync(path)
     os.rename(temporary, final)
     sync(folder)
-    for old in sorted(folder.glob(f"{PREFIX}*")):
-        if old != final:
-            shutil.rmtree(old)
+    keep_only(final)
+
+
+def keep_only(path: Path) -> None:
+    """Delete the checkpoints, and the unfinished ones, beside the one at `path`."""
+    for other in sorted(path.parent.glob(f"{PREFIX}*")):
+        if other != path:
+            shutil.rmtree(other)
 
 
 def unsound(weights: Mapping[str, Tensor]) -> str | None:

@@ -273,6 +273,8 @@ def resume(run: Run) -> Progress:
             f"{last}: its weights are of another model than the recipe builds now ({' '.join(str(error).split())}); "
             f"restore the model's code, or delete the folder"
         ) from error
+    if run.accelerator.is_main_process:
+        checkpoint.keep_only(last)  # a run that was killed may have left an older one
     run.accelerator.print(f"{run.name}: goes on from {last}", flush=True)
     if progress.precision != run.precision:
         run.warn(f"warning: {run.name}: was trained in {progress.precision} so far and goes on in {run.precision}")

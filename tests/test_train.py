@@ -86,6 +86,14 @@ def test_a_torn_checkpoint_folder_is_not_taken_for_a_whole_one(lab, tmp_path):
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-00000006"]
 
 
+def test_an_older_checkpoint_that_a_kill_has_left_is_removed_by_a_run_with_no_step_left(lab, tmp_path):
+    folder = trained(lab, tmp_path, "train.max_steps=3")
+    shutil.copytree(folder / "checkpoint-00000003", folder / "checkpoint-00000002")
+    (folder / "result.json").unlink()
+    trained(lab, tmp_path, "train.max_steps=3")
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-00000003"]
+
+
 def test_a_checkpoint_of_another_recipe_is_refused_and_names_both_values(lab, tmp_path):
     trained(lab, tmp_path, "train.max_steps=2", "train.lr=0.01")
     said = sentence(run(train.main, *arguments(tmp_path, "train.max_steps=4", "train.lr=0.02"), folder=lab))
