@@ -24,12 +24,15 @@ LaunchConfig = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="A file for `accelerate launch`, as in launch/."),
 ]
+GO_ON = ("run", "pack", "train", "cache-teacher")  # what a signal stops nothing of for good
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback()
-def kd_dist() -> None:
+def kd_dist(context: typer.Context) -> None:
     """Offline knowledge distillation: the teacher runs once, students train from shards."""
+    name = context.invoked_subcommand
+    context.with_resource(stoppable("kd-dist" if name in GO_ON else f"kd-dist {name}", goes_on=name in GO_ON))
 
 
 @app.command()
@@ -186,7 +189,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fa
 def main() -> None:
     """The `kd-dist` entry point."""
     sys.path.insert(0, os.getcwd())  # a recipe may name a user's own module
-    with one_sentence(), stoppable("kd-dist"):
+    with one_sentence():
         app()
 
 

@@ -37,6 +37,8 @@ def end_epoch(run: Run, progress: Progress, means: dict[str, float]) -> None:
         record["retention"] = retention(metric, values[metric], run.teacher_metrics[metric])
     # Means of no step, a norm that was not finite: null, which JSON knows.
     record = {name: value if value is None or math.isfinite(value) else None for name, value in record.items()}
+    if progress.history and progress.history[-1]["epoch"] == epoch:  # it was cut by `max_steps`, and went on
+        progress.history.pop()
     progress.history.append(record)
     if math.isfinite(values[metric]) and is_better(metric, values[metric], progress.best):
         weights = run.engine.weights()

@@ -7,8 +7,10 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 INTERRUPTED = 130  # exit status of what Ctrl-C ended
+STOPPED = "KD_DIST_STOPPED"  # in the environment: the file that a command makes when a signal has stopped it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 
 
@@ -50,8 +52,34 @@ class ContactError(KdError):
         )
 
 
+class LoaderError(KdError):
+    """One of the processes that read ahead has died."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(
+            f"a loader process has died ({cause}), most often for lack of memory, or of room in /dev/shm after a bus "
+            f"error; lower data.workers (0 needs neither), or run the same command where there is more: it goes on "
+            f"from the last checkpoint"
+        )
+
+
 class Preempted(Exception):
-    """Not an error: a signal asked the command to stop, and all that it had done is saved. Its exit status is 0."""
+    """Not an error: a signal asked the command to stop. Its exit status is 0 where all that it had done is saved and
+    the same command goes on, else what a shell gives for the signal."""
+
+    def __init__(self, said: str = "", status: int = 0) -> None:
+        super().__init__(said)
+        self.status = status
+
+
+def mark_stopped() -> None:
+    """Make the file by which a job script learns that its command was stopped: the exit status does not say it."""
+    path = os.environ.get(STOPPED)
+    if path:
+        try:
+            Path(path).touch()
+        except OSError as error:
+            sys.exit(f"error: {STOPPED}={path}: {error.strerror}; name a file that can be written")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -68,6 +96,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_lost_contact(error: BaseException) -> bool:
     """Whether torch.distributed failed: by an error of its own, or a RuntimeError that names the sources of gloo."""
     return "DistError" in _names(error) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether torch has found one of this process's loader processes dead."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 
 def cause(error: BaseException) -> str:
@@ -97,7 +130,8 @@ def one_sentence() -> Iterator[None]:
     except Preempted as stop:
         if str(stop):  # of ranks that stop together, the first alone speaks
             print(stop, file=sys.stderr, flush=True)
-        sys.exit(0)
+        mark_stopped()
+        sys.exit(stop.status)
     except KdError as error:
         sys.exit(f"{label}: {error}")
     except OSError as error:
@@ -116,4 +150,6 @@ def one_sentence() -> Iterator[None]:
             )
         if is_lost_contact(error):
             sys.exit(f"{label}: {ContactError(cause(error))}")
+        if is_lost_worker(error):
+            sys.exit(f"{label}: {LoaderError(cause(error))}")
         raise

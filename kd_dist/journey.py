@@ -22,7 +22,7 @@ from kd_dist.checkpoint import write_atomic
 from kd_dist.config import load, to_dict
 from kd_dist.errors import INTERRUPTED, DataError, KdError, Preempted
 from kd_dist.evaluation import evaluate, first_examples, picture
-from kd_dist.launch import PATIENCE, tied
+from kd_dist.launch import PATIENCE, killed, tied
 from kd_dist.loader import batches
 from kd_dist.models import Network
 from kd_dist.pack import pack
@@ -161,8 +161,11 @@ def launch(arguments: list[str], options: Sequence[str]) -> str | None:
                 started.wait(PATIENCE + 1)
             raise SystemExit(INTERRUPTED) from None
     status = started.returncode
-    if status and -status not in SIGNALS:  # a launcher that has hardly begun dies of them
-        raise SystemExit(status if status > 0 else 1)  # it has said why
+    if status < 0 and -status not in SIGNALS:  # a launcher that has hardly begun dies of them
+        print(killed("the launcher", -status), file=sys.stderr)
+        raise SystemExit(1)
+    if status > 0:
+        raise SystemExit(status)  # it has said why
     return told
 
 

@@ -1,7 +1,8 @@
 """`accelerate launch` for our own commands: `python -m kd_dist.launch [--config_file FILE ...] SCRIPT ...`.
 
 Three things differ. SIGTERM and SIGUSR1 are handed on to the processes, for which it waits as long as they need. When
-it is killed none of them outlives it. And it is silent about a process that ends with an error, which has said it.
+it is killed none of them outlives it. And it is silent about a process that ends with an error, which has said it; of
+one that a signal has ended it says so in a sentence.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import threading
 from argparse import Namespace
 from typing import NoReturn
 
-from kd_dist.errors import INTERRUPTED
+from kd_dist.errors import INTERRUPTED, mark_stopped
 from kd_dist.preempt import SIGNALS
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
@@ -28,10 +29,15 @@ def tied(command: list[str]) -> list[str]:
     return [sys.executable, "-m", "kd_dist.launch", TIED, str(os.getpid()), *command]
 
 
+def tie(parent: int) -> None:
+    """Have the kernel kill this process as soon as `parent`, which started it, has ended."""
+    if ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) or os.getppid() != parent:
+        os._exit(1)  # it had ended before
+
+
 def become(parent: int, command: list[str]) -> NoReturn:
     """Replace this process by `command`, which the kernel kills as soon as `parent`, which started it, has ended."""
-    if ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) or os.getppid() != parent:
-        sys.exit(1)  # it had ended before
+    tie(parent)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     os.execvp(command[0], command)
 
@@ -47,6 +53,7 @@ def hand_on() -> NoReturn:
     number, told = signal.sigwait(SIGNALS), set()
     launcher = psutil.Process()
     if not launcher.children():
+        mark_stopped()
         os._exit(0)
     while True:
         for child in set(launcher.children()) - told:  # a process may be started after it came
@@ -92,6 +99,18 @@ def launch() -> None:
     launch_command(ready(arguments))
 
 
+def killed(what: str, number: int) -> str:
+    """What is said of a process that a signal has ended, which cannot say it itself."""
+    name = {one.value: one.name for one in signal.Signals}.get(number, f"signal {number}")
+    go_on = "the same command goes on from the last checkpoint or finished shards"
+    if number != signal.SIGKILL:
+        return f"error: {what} was ended by {name}; {go_on}"
+    return (
+        f"error: {what} was ended by {name}, most often for lack of memory; raise the stage's `accumulate`, lower "
+        f"data.workers, start fewer processes or run it where there is more: {go_on}"
+    )
+
+
 def main() -> None:
     """Run the launcher on `sys.argv`. Exit status: 0 when no process failed, else 1; one that had not yet begun to note
     SIGNALS, and that one of them ended, did not fail."""
@@ -109,15 +128,22 @@ def main() -> None:
         launch()
         return
     except ChildFailedError as error:
-        ended = {failure.exitcode for failure in error.failures.values()}
+        ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
     except subprocess.CalledProcessError as error:
-        ended = {error.returncode}
+        ended = {0: error.returncode}
     except (KeyboardInterrupt, SignalException):
         psutil.wait_procs(psutil.Process().children(), timeout=PATIENCE)
         sys.exit(INTERRUPTED)
     except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
         sys.exit(f"error: accelerate launch: {' '.join(str(error).split())}")
-    sys.exit(0 if ended <= {-number for number in SIGNALS} else 1)
+    failed = {rank: status for rank, status in ended.items() if -status not in SIGNALS}
+    if not failed:
+        mark_stopped()
+        return
+    for rank, status in sorted(failed.items()):
+        if status < 0:
+            print(killed(f"rank {rank}", -status), file=sys.stderr, flush=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """The way of a batch from the corridor to the step: worker processes, prefetching, the device."""
 
+import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -10,12 +14,17 @@ from torch.utils.data import DataLoader, Dataset
 from kd_dist.batch import Batch, TeacherSignal
 from kd_dist.compress import FeatureCodec
 from kd_dist.data import Corridor
-from kd_dist.errors import KdError
+from kd_dist.errors import KdError, LoaderError, cause
+from kd_dist.launch import tie
+from kd_dist.preempt import SIGNALS
+
+KEPT_OUT = (*SIGNALS, signal.SIGINT)  # what may be sent to all processes at once, and is for the training process alone
 
 
 def batches(corridor: Corridor, start: int, stop: int, workers: int, pin: bool) -> Iterator[Batch]:
     """Batches `start` to `stop` in order, prefetched by `workers` processes (0: read in this one)."""
-    options: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
+    # Forked from this process, they have its signal mask, and it for a parent; Python's default differs by version.
+    options: dict[str, Any] = {"prefetch_factor": 4, "multiprocessing_context": "fork"} if workers else {}
     loader = DataLoader(
         _Delivered(corridor),
         batch_size=None,
@@ -24,12 +33,18 @@ def batches(corridor: Corridor, start: int, stop: int, workers: int, pin: bool) 
         collate_fn=_as_it_is,
         pin_memory=pin,
         generator=torch.Generator(),  # the global one belongs to the training step
+        worker_init_fn=partial(_begin_worker, os.getpid()),
         **options,
     )
-    for delivered in loader:
-        if isinstance(delivered, KdError):
-            raise delivered
-        yield delivered
+    try:
+        for delivered in _started(loader):
+            if isinstance(delivered, KdError):
+                raise delivered
+            yield delivered
+    except (OSError, EOFError) as error:
+        if not workers or str(error).startswith("Caught"):  # what a worker has raised, not what became of it
+            raise
+        raise LoaderError(cause(error)) from error  # it died while it handed over a batch
 
 
 class _Delivered(Dataset[Batch | KdError]):
@@ -43,6 +58,28 @@ class _Delivered(Dataset[Batch | KdError]):
             return self.corridor[cursor]
         except KdError as error:
             return error
+
+
+def _started(loader: DataLoader) -> Iterator[Batch | KdError]:
+    """The loader's batches, its processes started with KEPT_OUT blocked: torch gives them handlers of its own."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_OUT)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(parent: int, worker: int) -> None:
+    """What a loader process does first. It ends with `parent`, its training process, and when that asks for it."""
+    tie(parent)
+    threading.Thread(target=_heed, args=(parent,), daemon=True).start()
+
+
+def _heed(parent: int) -> NoReturn:
+    """Wait for one of KEPT_OUT from `parent`, which multiprocessing sends at its exit, and end; others' go unheard."""
+    while signal.sigwaitinfo(KEPT_OUT).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _as_it_is(delivered: Batch | KdError) -> Batch | KdError:

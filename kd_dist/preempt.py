@@ -1,6 +1,5 @@
 """The scheduler wants the machine back: SIGTERM or SIGUSR1 is noted, and work stops where nothing is lost."""
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +8,6 @@ from types import FrameType
 from kd_dist.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-GRACE = 60  # seconds that a loader process outlives SIGTERM, for the process that reads from it to end its step
 
 
 class Notice:
@@ -20,29 +18,26 @@ class Notice:
 
 @contextmanager
 def noticed() -> Iterator[Notice]:
-    """Within the block SIGTERM and SIGUSR1 end nothing: the notice that it yields holds the name of the last to come.
-
-    Processes forked within the block share the handler. A scheduler may signal all of them at once: they live on for
-    `GRACE` seconds, since a loader that died would take down the step that waits for it.
-    """
-    notice, owner = Notice(), os.getpid()
+    """Within the block SIGTERM and SIGUSR1 end nothing: the notice that it yields has the name of the last to come."""
+    notice = Notice()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == owner:
-            notice.name = signal.Signals(number).name
-        elif number == signal.SIGTERM:
-            signal.alarm(GRACE)
+        notice.name = signal.Signals(number).name
 
     with _handled(note):
         yield notice
 
 
 @contextmanager
-def stoppable(who: str) -> Iterator[None]:
-    """Within it SIGTERM and SIGUSR1 raise Preempted: for commands that go on where they were."""
+def stoppable(who: str, goes_on: bool) -> Iterator[None]:
+    """Within it SIGTERM and SIGUSR1 raise Preempted. A command that `goes_on` where it was has not failed; of another
+    nothing is left."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Preempted(f"{who}: stopped by {signal.Signals(number).name}; the same command goes on")
+        said = f"{who}: stopped by {signal.Signals(number).name}"
+        if goes_on:
+            raise Preempted(f"{said}; the same command goes on")
+        raise Preempted(f"{said} before it had a result; run it again", 128 + number)
 
     with _handled(stop):
         yield

@@ -65,13 +65,14 @@ def train(run: Run, progress: Progress, notice: Notice) -> None:
             scalars = {**recent.report(run.accelerator), "lr": lr, "grad_norm": verdict.norm}
             log_step(run, progress, scalars, epoch)
             recent = Meter(names)
-        epoch_over = due(progress.step, plan.steps_per_epoch) or progress.step == run.steps
-        if epoch_over:
+        whole = due(progress.step, plan.steps_per_epoch)  # else `max_steps` may cut the epoch, and be raised later
+        if whole or progress.step == run.steps:
             end_epoch(run, progress, epoch_meter.report(run.accelerator) | {"lr": lr, "grad_norm": verdict.norm})
-            recent, epoch_meter = Meter(names), Meter(names)
-        if epoch_over or due(progress.step, stage.checkpoint_every) or verdict.stop:
-            progress.so_far = None if epoch_over else epoch_meter.state(run.accelerator)
-            progress.failed_now = 0 if epoch_over else progress.failed_now
+            recent = Meter(names)
+        if whole or progress.step == run.steps or due(progress.step, stage.checkpoint_every) or verdict.stop:
+            progress.so_far = None if whole else epoch_meter.state(run.accelerator)
+            epoch_meter = Meter(names) if whole else epoch_meter
+            progress.failed_now = 0 if whole else progress.failed_now
             saved = save(run, progress)
         if verdict.stop and progress.step < run.steps:
             name = notice.name or "a signal to another process"
@@ -299,6 +300,8 @@ def run_stage(recipe: Recipe, name: str) -> None:
         run = prepare(recipe, name)
         run.folder.mkdir(parents=True, exist_ok=True)
         accelerator, progress = run.accelerator, resume(run)
+        if accelerator.is_main_process and progress.step < run.steps:  # `max_steps` was raised: it is not done any more
+            (run.folder / assemble.RESULT).unlink(missing_ok=True)
         try:
             train(run, progress, notice)
             check_end(run, progress)

@@ -1,12 +1,14 @@
 """The command line: every command explains itself, and whatever goes wrong is one sentence."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 from conftest import picture
-from processes import contents, done, kd_dist, laboratory, run, sentence
+from processes import contents, done, kd_dist, laboratory, run, sentence, start, wait_until
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -200,6 +202,39 @@ def test_the_advice_on_a_damaged_shard_mends_it(home):
         assert tar.read_bytes() == whole
     done(run(kd_dist, "verify", "tiny.yaml", folder=home))
     done(run(train.main, ["tiny.yaml", "--stage", "distill", "data.workers=1"], folder=home))
+
+
+LINGERING = """
+
+import time
+from pathlib import Path
+
+
+class Lingering(nn.Sequential):
+    def forward(self, images):
+        Path("asked").touch()
+        time.sleep(0.5)
+        return super().forward(images)
+
+
+def network(classes, width=4, made=network):
+    return Lingering(*made(classes, width))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["verify", "evaluate"])
+def test_a_signal_to_a_command_that_leaves_nothing_is_a_failure(home, command):
+    with open("tiny_model.py", "a") as file:
+        file.write(LINGERING)
+    child = start(kd_dist, command, "tiny.yaml", folder=home)
+    wait_until(Path("asked").exists, "that the command asks a network")
+    os.kill(child.process.pid, signal.SIGTERM)
+    ended = child.wait()
+    assert ended.status == 128 + signal.SIGTERM and ended.stdout == ""
+    said = f"kd-dist {command}: stopped by SIGTERM before it had a result; run it again"
+    assert ended.stderr.splitlines()[-1] == said
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.slow

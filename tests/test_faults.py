@@ -8,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from processes import done, ranks, run, sentence, start, start_ranks, wait_until
@@ -96,6 +97,32 @@ def test_a_signal_to_one_rank_saves_and_stops_all(lab, tmp_path, number, zero):
     parts = trained(lab, tmp_path / "parts", *words, world=2, zero=zero)
     one, two = state(whole), state(parts)
     for name in ("model.safetensors", "optimizer.safetensors"):
+        assert one[name] == two[name], name
+
+
+@pytest.mark.parametrize(
+    ("world", "number", "when"),
+    [(1, signal.SIGTERM, "trains"), (1, signal.SIGTERM, "evaluates"), (2, signal.SIGTERM, "trains")],
+)
+def test_a_signal_to_every_process_of_a_run_with_loader_processes(lab, tmp_path, undisturbed, world, number, when):
+    words = [*SLOW, "data.workers=2"]
+    words += ["student.model=tiny_model:lingering"] if when == "evaluates" else ["train.checkpoint_every=1"]
+    begun = lab / "evaluating" if when == "evaluates" else stage_folder(tmp_path) / "checkpoint-00000002"
+    begun.unlink(missing_ok=True)
+    each = arguments(tmp_path, *words) * world
+    started = start_ranks(train.main, each, lab) if world > 1 else [start(train.main, *each, folder=lab)]
+    wait_until(begun.exists, f"that a run {when}")
+    loaders = [one for rank in started for one in psutil.Process(rank.process.pid).children(recursive=True)]
+    assert len(loaders) == 2 * world
+    for one in started:
+        one.send(number)
+    ended = [one.wait() for one in started]
+    assert [one.status for one in ended] == [0] * world, ended
+    assert f"distill: stopped by {number.name} after step " in ended[0].stderr
+    assert "Traceback" not in "".join(one.output for one in ended)
+    assert not any(one.is_running() for one in loaders)
+    one, two = state(undisturbed[world]), state(trained(lab, tmp_path, *words, world=world))
+    for name in ("name", "model.safetensors", "optimizer.safetensors"):
         assert one[name] == two[name], name
 
 

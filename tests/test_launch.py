@@ -3,6 +3,7 @@
 Slurm and Kubernetes are not here. Their job files run as they are, with stand-ins for Slurm's own commands.
 """
 
+import functools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -342,10 +344,42 @@ def test_a_signal_reaches_every_process_and_the_launcher_waits_for_them(name, wo
 def test_processes_that_a_signal_ends_have_not_failed(world, probe):
     """They had not begun to note it: nothing is lost, and the same command goes on."""
     (probe / "deaf.py").write_text(DEAF)
-    process = launcher(probe, *WORLDS[world], "deaf.py")
+    process = launcher(probe, *WORLDS[world], "deaf.py", KD_DIST_STOPPED="stopped")
     marks(probe, world, process)
     process.terminate()
-    assert status(process) == 0
+    assert status(process) == 0 and (probe / "stopped").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "name"), [(1, "SIGKILL"), (2, "SIGKILL"), (1, "SIGABRT")])
+def test_a_process_that_cannot_say_what_ended_it_is_named(world, name, probe):
+    process = launcher(probe, *WORLDS[world], "probe.py", "wait", KD_DIST_STOPPED="stopped")
+    last = marks(probe, world, process)[-1]["pid"]
+    (probe / "go").touch()  # for the other one, which the launcher then stops
+    os.kill(last, signal.Signals[name])
+    assert status(process) == 1 and not (probe / "stopped").exists()
+    said = (probe / "said").read_text()
+    hint = ", most often for lack of memory; " if name == "SIGKILL" else "; the same command goes on"
+    assert said.count("\nerror: ") + said.startswith("error: ") == 1
+    assert f"error: rank {world - 1} was ended by {name}{hint}" in said
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_beside_loader_processes_is_two_sentences(home):
+    """Its own by the launcher, and that of the rank that has lost it; the launcher signals all its processes then."""
+    folder = home / "runs/tiny/distill/seed-0"
+    words = ["kd_dist/train.py", "tiny.yaml", "--stage", "distill", "train.checkpoint_every=1"]
+    process = launcher(home, *WORLDS[2], *words)
+    wait_until((folder / "checkpoint-00000002").exists, "a checkpoint")
+    found = psutil.Process(process.pid).children(recursive=True)
+    ranks = {one.environ()["RANK"]: one for one in psutil.Process(process.pid).children()}
+    assert len(ranks) == 2 and len(found) == 6  # two loader processes each
+    ranks["1"].kill()
+    assert status(process) == 1
+    said = (home / "said").read_text()
+    assert "error: lost contact with the other processes (" in said and "Traceback" not in said, said
+    assert "error: rank 1 was ended by SIGKILL, most often for lack of memory; " in said
+    wait_until(lambda: all(gone(one.pid) for one in found), "that every process has ended")
 
 
 @pytest.mark.slow
@@ -375,11 +409,11 @@ def test_no_process_outlives_a_launcher_that_is_killed(world, probe):
 
 @pytest.mark.slow
 def test_a_signal_before_anything_was_started_ends_the_launcher_well(probe):
-    process = launcher(probe, *WORLDS[1], "probe.py")
+    process = launcher(probe, *WORLDS[1], "probe.py", KD_DIST_STOPPED="stopped")
     blocked = f"/proc/{process.pid}/status"
     wait_until(lambda: mask(blocked) & (1 << signal.SIGTERM - 1), "that the launcher keeps signals to itself")
     process.terminate()
-    assert status(process) == 0 and not list(probe.glob("mark-*"))
+    assert status(process) == 0 and not list(probe.glob("mark-*")) and (probe / "stopped").exists()
 
 
 def mask(path: str) -> int:
@@ -397,6 +431,7 @@ def test_what_is_tied_to_a_process_that_has_ended_does_not_start():
 
 SGD = "lr: 0.5, optimizer: sgd, momentum: 0, weight_decay: 0, clip: null"  # a rounding error does not lead it elsewhere
 RECIPE = {
+    "  workers: 0\n": "",  # the default: two loader processes each
     'student: {model: "tiny_model:network", options:': 'student: {model: "tiny_model:slow", options:',
     "kd: {weight: 0.5}}, epochs: 2, batch_size: 8, lr: 1e-2": f"kd: {{weight: 0.5}}}}, epochs: 6, batch_size: 8, {SGD}",
 }
@@ -454,24 +489,26 @@ def stop_in_the_middle(began: Path, result: Callable[[], bool], stop: Callable[[
     stop()
 
 
-def signal_the_step(job: subprocess.Popen, least: int) -> None:
-    """SIGUSR1 to every process that `srun` has started."""
+def signal_the_step(job: subprocess.Popen, least: int, number: int) -> None:
+    """A signal to every process that `srun` has started."""
     [srun] = [one for one in psutil.Process(job.pid).children() if "srun" in " ".join(one.cmdline())]
     step = srun.children(recursive=True)
     assert len(step) >= least
     for one in step:
-        one.send_signal(signal.SIGUSR1)
+        one.send_signal(number)
 
 
 @pytest.mark.slow
 def test_the_slurm_job_trains_on_two_nodes_and_is_queued_again_when_it_is_stopped(home):
     folder = home / "runs/tiny/distill/seed-0"
-    words = ["tiny.yaml", "distill", "runs/tiny/distill/seed-0"]
+    words = ["tiny.yaml", "distill", "train.epochs=6"]
     slurm = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "this", "SLURM_JOB_ID": "42", "GPUS": "1", "PORT": free_port()}
     slurm["PATH"] = f"{home / 'bin'}:{environment()['PATH']}"
 
     job = start(["bash", "launch/train.slurm", *words], home, **slurm)
-    stop_in_the_middle(folder / "checkpoint-00000003", (folder / "result.json").exists, lambda: signal_the_step(job, 4))
+    # Two launchers, two training processes, four loaders.
+    stop = functools.partial(signal_the_step, job, 8, signal.SIGTERM)
+    stop_in_the_middle(folder / "checkpoint-00000003", (folder / "result.json").exists, stop)
     assert status(job) == 0, (home / "said").read_text()
     assert (home / "requeued").read_text() == "42\n" and not (folder / "result.json").exists()
     job = start(["bash", "launch/train.slurm", *words], home, **slurm)
@@ -489,12 +526,13 @@ def container(name: str) -> str:
 @pytest.mark.slow
 def test_the_kubernetes_job_trains_in_two_pods_and_goes_on_after_it_is_stopped(home):
     folder = home / "runs/tiny/distill/seed-0"
-    pod = {"RECIPE": "tiny.yaml", "STAGE": "distill", "FOLDER": "runs/tiny/distill/seed-0", "NODES": "2"}
+    pod = {"RECIPE": "tiny.yaml", "STAGE": "distill", "NODES": "2"}
     pod |= {"PROCESSES": "2", "FIRST": "127.0.0.1", "PORT": free_port()}
 
     def pods(**more: str) -> list[subprocess.Popen]:
-        shell = ["bash", "-c", container("train.k8s.yaml")]
-        return [start(shell, home, **{**pod, **more, "JOB_COMPLETION_INDEX": str(index)}) for index in range(2)]
+        shell, own = ["bash", "-c", container("train.k8s.yaml")], tempfile.mkdtemp(dir=home)
+        each = [{"JOB_COMPLETION_INDEX": str(index), "KD_DIST_STOPPED": f"{own}/{index}"} for index in range(2)]
+        return [start(shell, home, **{**pod, **more, **one}) for one in each]
 
     both = pods()
     stop_in_the_middle(
@@ -510,24 +548,24 @@ def test_the_kubernetes_job_trains_in_two_pods_and_goes_on_after_it_is_stopped(h
 @pytest.mark.parametrize("kind", ["slurm", "k8s"])
 def test_a_job_that_caches_goes_on_after_it_is_stopped(kind, home):
     recipe = (home / "tiny.yaml").read_text().replace("cache: {batch_size: 8}", "cache: {batch_size: 2}")
-    recipe = recipe.replace('teacher: {model: "tiny_model:network"', 'teacher: {model: "tiny_model:slow"')
-    (home / "tiny.yaml").write_text(recipe)
-    for path in (home / "shards/tiny").glob("*/teacher"):
-        shutil.rmtree(path)
+    recipe = recipe.replace('teacher: {model: "tiny_model:network"', 'teacher: {name: other, model: "tiny_model:slow"')
+    (home / "tiny.yaml").write_text(recipe + "evaluate: {split: val}\n")  # `test` is packed, and needs no signals
     more = {"SLURM_NNODES": "1", "SLURM_JOB_ID": "42", "GPUS": "2", "PATH": f"{home / 'bin'}:{environment()['PATH']}"}
-    command = ["bash", "launch/cache_teacher.slurm", "tiny.yaml", "shards/tiny"]
+    command = ["bash", "launch/cache_teacher.slurm", "tiny.yaml"]
     if kind == "k8s":
-        more = {"RECIPE": "tiny.yaml", "SHARDS": "shards/tiny", "PROCESSES": "2"}
+        more = {"RECIPE": "tiny.yaml", "PROCESSES": "2"}
         command = ["bash", "-c", container("cache_teacher.k8s.yaml")]
 
     def complete() -> bool:
-        manifests = [home / "shards/tiny" / split / "teacher/manifest.json" for split in ("train", "val", "test")]
+        manifests = [home / "shards/tiny" / split / "other/manifest.json" for split in ("train", "val")]
         return all(path.exists() and '"complete": true' in path.read_text() for path in manifests)
 
-    job = start(command, home, **more)
-    stop = job.terminate if kind == "k8s" else lambda: signal_the_step(job, 4)  # kd-dist, launcher, two processes
-    stop_in_the_middle(home / "shards/tiny/train/teacher/signals-000000.idx", complete, stop)
+    job = start(command, home, **more, **({"KD_DIST_STOPPED": "stopped"} if kind == "k8s" else {}))
+    # kd-dist, its launcher, two processes
+    stop = job.terminate if kind == "k8s" else functools.partial(signal_the_step, job, 4, signal.SIGUSR1)
+    stop_in_the_middle(home / "shards/tiny/train/other/signals-000000.idx", complete, stop)
     assert status(job) == (75 if kind == "k8s" else 0), (home / "said").read_text()
     assert (home / "requeued").exists() == (kind == "slurm")
-    assert status(start(command, home, **more)) == 0 and complete()
+    assert status(start(command, home, **more, **({"KD_DIST_STOPPED": "other"} if kind == "k8s" else {}))) == 0
+    assert complete() and not (home / "shards/tiny/test/other").exists()
     assert kind == "k8s" or (home / "requeued").read_text() == "42\n"

@@ -2,11 +2,10 @@
 
 import os
 import signal
-import time
 
 import pytest
 
-from kd_dist.errors import Preempted, one_sentence
+from kd_dist.errors import STOPPED, Preempted, one_sentence
 from kd_dist.preempt import SIGNALS, noticed, stoppable
 
 
@@ -20,34 +19,36 @@ def test_a_signal_is_noted_and_ends_nothing(number):
     assert signal.getsignal(number) == before
 
 
-def test_a_forked_process_outlives_it_for_a_while():
-    with noticed() as notice:
-        child = os.fork()
-        if not child:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the test's own time limit uses it
-            time.sleep(30)
-            os._exit(7)
-        for number in SIGNALS:
-            os.kill(child, number)
-        time.sleep(0.2)
-        assert os.waitpid(child, os.WNOHANG) == (0, 0) and notice.name is None
-        os.kill(child, signal.SIGALRM)  # what ends it after a minute, had it not ended by itself
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGALRM
-
-
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_command_that_can_be_stopped_anywhere_says_so(number):
     before = signal.getsignal(number)
     with (
         pytest.raises(Preempted, match=f"^kd-dist: stopped by {signal.Signals(number).name}; the same"),
-        stoppable("kd-dist"),
+        stoppable("kd-dist", goes_on=True),
     ):
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
 
 
-def test_being_preempted_is_no_failure(capsys):
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_command_that_has_nothing_to_go_on_from_has_failed(capsys, number):
+    with pytest.raises(SystemExit) as end, one_sentence(), stoppable("kd-dist verify", goes_on=False):
+        os.kill(os.getpid(), number)
+    assert end.value.code == 128 + number
+    name = signal.Signals(number).name
+    assert capsys.readouterr().err == f"kd-dist verify: stopped by {name} before it had a result; run it again\n"
+
+
+def test_being_preempted_is_no_failure_and_a_job_script_learns_of_it(capsys, tmp_path, monkeypatch):
+    for path in (None, tmp_path / "stopped"):
+        if path is not None:
+            monkeypatch.setenv(STOPPED, str(path))
+        with pytest.raises(SystemExit) as end, one_sentence():
+            raise Preempted("saved at step 3; the same command goes on")
+        assert end.value.code == 0
+        assert capsys.readouterr().err == "saved at step 3; the same command goes on\n"
+        assert list(tmp_path.iterdir()) == ([] if path is None else [path])
+    monkeypatch.setenv(STOPPED, str(tmp_path / "absent" / "stopped"))
     with pytest.raises(SystemExit) as end, one_sentence():
-        raise Preempted("saved at step 3; the same command goes on")
-    assert end.value.code == 0
-    assert capsys.readouterr().err == "saved at step 3; the same command goes on\n"
+        raise Preempted
+    assert end.value.code.endswith("absent/stopped: No such file or directory; name a file that can be written")

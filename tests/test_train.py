@@ -78,6 +78,23 @@ def test_an_epoch_that_is_interrupted_has_the_means_of_all_its_steps(lab, tmp_pa
             assert other[name] == pytest.approx(mine[name], rel=1e-5), name
 
 
+def test_a_stage_whose_end_is_put_off_is_not_done_and_has_one_record_an_epoch(lab, tmp_path):
+    """`max_steps` cuts the second epoch after one of its three steps, and is then raised."""
+    words = [*PLAIN, "train.epochs=3", "student.model=tiny_model:slow"]
+    whole = result(trained(lab, tmp_path / "whole", *words))
+    folder = trained(lab, tmp_path / "parts", *words, "train.max_steps=4")
+    assert [one["step"] for one in result(folder)["history"]] == [3, 4]
+    child = start(train.main, *arguments(tmp_path / "parts", *words, "train.checkpoint_every=1"), folder=lab)
+    wait_until((folder / "checkpoint-00000005").is_dir, "the fifth step")
+    child.kill()
+    assert not (folder / "result.json").exists()
+    parts = result(trained(lab, tmp_path / "parts", *words))
+    assert [(one["epoch"], one["step"]) for one in parts["history"]] == [(0, 3), (1, 6), (2, 9)]
+    for mine, other in zip(whole["history"], parts["history"], strict=True):
+        for name in ("loss", "kd", "cross_entropy", "logit_max", "val_nll"):
+            assert other[name] == pytest.approx(mine[name], rel=1e-5), name
+
+
 def test_a_torn_checkpoint_folder_is_not_taken_for_a_whole_one(lab, tmp_path):
     folder = trained(lab, tmp_path / "a", "train.max_steps=3")
     shutil.copytree(folder / "checkpoint-00000003", folder / "checkpoint-00000004.tmp")

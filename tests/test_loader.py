@@ -1,0 +1,72 @@
+"""Loader processes: what ends them, and what the training process says when one has ended."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import Started, start, wait_until
+
+from kd_dist import assemble
+from kd_dist.config import load
+from kd_dist.loader import batches
+from kd_dist.preempt import noticed
+
+pytestmark = [pytest.mark.slow]
+BATCHES = 3 * 60  # in as many epochs that the loaders have work to the end
+
+
+def read(mark: str) -> None:
+    """Read a training run's batches, slowly; what was read is the length of the file `mark`."""
+    corridor = assemble.training_corridor(load("tiny.yaml", ["train.epochs=60"], "distill"), "distill", 0, 1)
+    with noticed(), open(mark, "ab", buffering=0) as file:
+        for batch in batches(corridor, 0, len(corridor), 2, pin=False):
+            assert batch.images.any()
+            file.write(b".")
+            time.sleep(0.01)
+
+
+def reading(lab: Path, mark: Path) -> tuple[Started, list[psutil.Process]]:
+    """A process that has begun to read, and its loaders."""
+    child = start(read, str(mark), folder=lab)
+    begun = lambda: mark.exists() and mark.stat().st_size >= 3  # noqa: E731
+    wait_until(lambda: begun() or not child.process.is_alive(), "three batches")
+    assert begun(), child.wait()
+    loaders = psutil.Process(child.process.pid).children()
+    assert len(loaders) == 2
+    return child, loaders
+
+
+def wait_for_the_end(loaders: list[psutil.Process]) -> None:
+    wait_until(lambda: not any(one.is_running() and one.status() != "zombie" for one in loaders), "the loaders' end")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_that_is_sent_to_all_ends_no_loader(lab, tmp_path, number):
+    child, loaders = reading(lab, tmp_path / "read")
+    for one in loaders:
+        one.send_signal(number)
+    ended = child.wait()
+    assert (ended.status, ended.output) == (0, "") and (tmp_path / "read").stat().st_size == BATCHES
+    wait_for_the_end(loaders)
+
+
+def test_no_loader_outlives_a_training_process_that_is_killed(lab, tmp_path):
+    child, loaders = reading(lab, tmp_path / "read")
+    os.kill(child.process.pid, signal.SIGKILL)
+    assert child.wait().status == -signal.SIGKILL
+    wait_for_the_end(loaders)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+def test_a_loader_that_is_killed_is_a_sentence_and_keeps_nobody(lab, tmp_path, number):
+    child, loaders = reading(lab, tmp_path / "read")
+    loaders[0].send_signal(number)
+    ended = child.wait()
+    *before, said = ended.stderr.splitlines()
+    assert ended.status == 1 and len(before) == (number == signal.SIGBUS)  # of which torch speaks, too
+    assert said.lstrip().startswith("error: a loader process has died (")
+    assert "; lower data.workers (0 needs neither), or run the same command where there is more: " in said
+    wait_for_the_end(loaders)
