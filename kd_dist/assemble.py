@@ -1,7 +1,6 @@
 """From a recipe to the values that parts are made of. Below the commands, the only file that sees a whole recipe."""
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from kd_dist import manifest
-from kd_dist.checkpoint import refuse_other_run
+from kd_dist.checkpoint import read_record, refuse_other_run
 from kd_dist.compress import FeatureCodec
 from kd_dist.config import shared_features, to_dict
 from kd_dist.data import Corridor, Shards, SignalShards
@@ -361,12 +360,12 @@ def planned_steps(stage: Stage, corridor: Corridor) -> int:
 def stage_result(recipe: Recipe, name: str) -> dict[str, Any] | None:
     """The result of a stage that this recipe has trained to its end; None when it has yet to.
 
-    Raises TrainingError when the folder holds the result of another recipe.
+    Raises TrainingError when the folder holds the result of another recipe, or a damaged one.
     """
     path = stage_folder(recipe, name) / RESULT
     if not path.is_file():
         return None
-    result = json.loads(path.read_text())
+    result = read_record(path, "identity", "steps")
     corridor = training_corridor(recipe, name, rank=0, world=1)
     refuse_other_run(path.parent, result["identity"], stage_identity(recipe, name, corridor))
     return result if result["steps"] == planned_steps(recipe.stages[name], corridor) else None

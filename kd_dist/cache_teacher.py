@@ -78,8 +78,8 @@ def finish(work: Extraction, content: dict[str, Any]) -> dict[str, Any]:
     """Write the manifest that completes the folder, with the codec's measured error and the teacher's report."""
     paths = [shard_path(work.folder, STEM, number) for number in range(len(work.examples.paths))]
     shards = [Shard(path) for path in paths]
-    error = error_report(merge_errors([shard.notes["error"] for shard in shards]))
-    sums = functools.reduce(add_sums, [shard.notes["teacher"] for shard in shards], None)
+    error = error_report(merge_errors([shard.note("error") for shard in shards]))
+    sums = functools.reduce(add_sums, [shard.note("teacher") for shard in shards], None)
     final = {
         **content,
         "complete": True,
@@ -87,10 +87,10 @@ def finish(work: Extraction, content: dict[str, Any]) -> dict[str, Any]:
         "row_bytes": work.dtype.itemsize,
         "bytes_per_view": sum(path.stat().st_size for path in paths) / max(1, len(work.examples) * work.rows),
         "codec_error": {"logits": error},
-        "overflow": functools.reduce(add_sums, [shard.notes["overflow"] for shard in shards], None) or {},
+        "overflow": functools.reduce(add_sums, [shard.note("overflow") for shard in shards], None) or {},
         "teacher_report": sums and work.task.teacher_report(sums),
         "shards": [manifest.shard_entry(shard) for shard in shards],
-        "quarantined": [row for shard in shards for row in shard.notes["quarantined"]],
+        "quarantined": [row for shard in shards for row in shard.note("quarantined")],
         "versions": manifest.versions(),
     }
     if len(final["quarantined"]) == final["examples"]:
@@ -255,9 +255,6 @@ def cache_teacher(recipe: Recipe) -> None:
                 made = cache_split(recipe, split, teacher, accelerator, notice)
             except Preempted:
                 raise Preempted(stopped(recipe, split, notice.name)) from None
-            except OSError as error:  # of a full disk, write() does not say which
-                error.filename = error.filename or str(assemble.signals_folder(recipe, split))
-                raise
             except Exception as error:
                 if is_out_of_memory(error):
                     raise ModelError(too_large(recipe, split, error)) from error

@@ -148,7 +148,7 @@ class Engine:
     def load(self, weights: dict[str, Tensor], moments: dict[str, Any]) -> None:
         """Take over what `weights` and `moments` returned, here or under another engine.
 
-        RuntimeError: they are of another module.
+        RuntimeError, ValueError: they are of another module.
         """
         self.module.load_state_dict(weights)
         self.optimizer.load_state_dict(moments)
@@ -255,15 +255,17 @@ class DeepSpeed(Engine):
         base, states = self.optimizer.optimizer, moments["state"]
         base.state.clear()
         if states:
-            shared = {name: value for name, value in states[0].items() if value.ndim == 0}
-            divided = sorted(name for name, value in states[0].items() if value.ndim)
+            divided = sorted({name for one in states.values() for name, value in one.items() if value.ndim})
+            shared = {name: value for name, value in next(iter(states.values())).items() if name not in divided}
             for flat in self._flat():
                 base.state[flat] = {name: value.clone() for name, value in shared.items()}
                 base.state[flat] |= {name: torch.zeros_like(flat) for name in divided}
             self._link()
             for number, value in enumerate(self.trained):
                 for name in divided:
-                    self._put(value, states[number][name], name)
+                    whole = states.get(number, {}).get(name)
+                    if whole is not None:  # a parameter that never had a gradient has none: its moments are zero
+                        self._put(value, whole, name)
         for group, saved in zip(base.param_groups, moments["param_groups"], strict=True):
             group |= {name: value for name, value in saved.items() if name != "params"}
 

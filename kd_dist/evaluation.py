@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,25 +32,36 @@ def evaluate(
 
     The metrics hold sums; in a distributed run `compute` adds them over the ranks, so no row is padded or repeated.
     `name/part` is left out where it is undefined, as the IoU of a class that nobody saw. Failed examples are left out
-    too, with a warning on stderr; more of them on this rank than `error_limit` are a DataError.
+    too, with a warning on stderr; more of them over all ranks than `error_limit` are a DataError on each.
     """
     metrics = task.metrics().to(device)
     failed, first = 0, ""
     for batch in batches:
         if batch.failed:
             failed, first = failed + len(batch.failed), first or batch.failed[0]
-            if error_limit is not None and failed > error_limit:
-                raise DataError(f"{failed} examples failed, data.error_limit allows {error_limit}; the first: {first}")
         empty = not batch.valid.any()
         batch = to_device(batch, device)
         logits = predict(batch)
         if not empty:  # torchmetrics refuses zero rows
             sizes = batch.sizes if batch.sizes is None else batch.sizes[batch.valid]
             task.update(metrics, logits[batch.valid].float(), batch.targets[batch.valid], sizes)
-    if failed:
+    failed, first, speaks = _of_all_ranks(failed, first)
+    if error_limit is not None and failed > error_limit:
+        raise DataError(f"{failed} examples failed, data.error_limit allows {error_limit}; the first: {first}")
+    if failed and speaks:
         print(f"warning: the metrics leave out {failed} examples; the first: {first}", file=sys.stderr, flush=True)
     values = {name: float(value) for name, value in metrics.compute().items()}
     return {name: value for name, value in values.items() if not ("/" in name and math.isnan(value))}
+
+
+def _of_all_ranks(failed: int, first: str) -> tuple[int, str, bool]:
+    """How many examples failed on all ranks, the first of their sentences, and whether this rank is to say so."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return failed, first, True
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, (failed, first))
+    counts, sentences = zip(*everyone, strict=True)
+    return sum(counts), next(filter(None, sentences), ""), torch.distributed.get_rank() == 0
 
 
 def first_examples(corridor: Corridor) -> Batch:

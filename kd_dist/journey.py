@@ -1,15 +1,12 @@
 """The whole journey of a recipe, step by step, each skipped when it is done: what `kd-dist run` does."""
 
 import contextlib
-import fcntl
 import functools
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,10 @@ import torch
 from rich.console import Console
 
 from kd_dist import assemble, manifest, report, trial
-from kd_dist.checkpoint import write_atomic
+from kd_dist.checkpoint import read_record, write_atomic
 from kd_dist.config import load, to_dict
-from kd_dist.errors import INTERRUPTED, DataError, KdError, Preempted
+from kd_dist.disk import alone
+from kd_dist.errors import INTERRUPTED, DataError, Preempted
 from kd_dist.evaluation import evaluate, first_examples, picture
 from kd_dist.launch import PATIENCE, killed, tied
 from kd_dist.loader import batches
@@ -30,7 +28,7 @@ from kd_dist.preempt import SIGNALS, noticed
 from kd_dist.recipe import Recipe
 from kd_dist.remote import Remote
 
-LOCK = ".lock"  # in a folder that a run writes to; holds the host and the process, and is locked while that lives
+COST = ("name", "parameters", "macs", "latency_ms")  # what a model is and takes, in the record of its evaluation
 
 
 def run(path: Path, overrides: Sequence[str], seeds: int, options: Sequence[str]) -> None:
@@ -94,7 +92,8 @@ def cache(recipe: Recipe, path: Path, overrides: Sequence[str], options: Sequenc
             assemble.signals(recipe, split, assemble.examples(recipe, split))  # refuses another teacher's
         print(f"cache {recipe.teacher.name}: done before", file=sys.stderr)
         return
-    with alone(assemble.shards_folder(recipe)):
+    folder = assemble.shards_folder(recipe)
+    with contextlib.nullcontext() if isinstance(folder, Remote) else alone(folder):  # nobody writes under a URL
         came = launch(["-m", "kd_dist.cache_teacher", str(path), *overrides], options)
     if came or any(manifest.finished(folder) is None for folder in folders):
         raise stopped(f"cache {recipe.teacher.name}", came)
@@ -103,31 +102,6 @@ def cache(recipe: Recipe, path: Path, overrides: Sequence[str], options: Sequenc
 def stopped(what: str, came: str | None) -> Preempted:
     """What to raise when the processes have ended well but before their end; `came` is the signal, if it is known."""
     return Preempted(f"{what}: stopped by {came or 'a signal to its processes'}; the same command goes on")
-
-
-@contextlib.contextmanager
-def alone(folder: Path | Remote) -> Iterator[None]:
-    """Hold the lock of `folder`, which the kernel takes back however this process ends. Raises a KdError when another
-    process has it. Nobody writes under a URL, so there is nothing to hold."""
-    if isinstance(folder, Remote):
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise KdError(
-                f"{folder}: {file.read() or 'another process'} is writing here; wait for it, or choose another folder"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)  # not removed: another process may have it open
 
 
 def launcher_options(num_processes: int | None, config: Path | None) -> list[str]:
@@ -204,8 +178,8 @@ def measured(
     corridor = assemble.evaluation_corridor(recipe, split, 0, 1, cached=False)
     identity = {"weights": weights, "examples": corridor.examples.fingerprint, "model": to_dict(section)}
     identity["views"] = assemble.views_identity(recipe, split)
-    known = json.loads(record.read_text()) if record.is_file() else {}
-    if known.get("identity") != manifest.plain(identity):
+    known = read_record(record, "identity", "metrics", *COST) if record.is_file() else {"identity": None}
+    if known["identity"] != manifest.plain(identity):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = build().eval().to(device)
         stream = batches(corridor, 0, len(corridor), 0, pin=False)
@@ -214,7 +188,7 @@ def measured(
         known |= report.measure(network, recipe.views.shape)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(record, json.dumps(known, indent=1, sort_keys=True))
-    cost = {field: known[field] for field in ("name", "parameters", "macs", "latency_ms")}
+    cost = {field: known[field] for field in COST}
     parts = task.table(known["metrics"], corridor.examples.manifest["class_names"])
     return {"metric": metric, "value": known["metrics"][metric], "parts": parts, **cost}
 
@@ -230,7 +204,7 @@ def write_report(recipes: Sequence[Recipe], models: list[dict[str, Any]]) -> Non
     for recipe in recipes:
         for name in recipe.stages:
             folder = assemble.stage_folder(recipe, name)
-            histories[f"{name} {folder.name}"] = json.loads((folder / assemble.RESULT).read_text())["history"]
+            histories[f"{name} {folder.name}"] = read_record(folder / assemble.RESULT, "history")["history"]
     folder = Path(first.runs) / first.name
     rows = report.write(folder, first.name, first.evaluate.split, models, histories, draw(first))
     show(rows, first)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_dist import manifest
+from kd_dist.disk import alone
 from kd_dist.errors import DataError, MismatchError, Preempted, RecipeError
 from kd_dist.preempt import Notice, noticed
 from kd_dist.progress import progress
@@ -36,7 +37,8 @@ def pack(
 
     Every image is decoded and every label or mask checked once, here: what fails is left out and listed, with its
     reason, as quarantined in the manifest. `required` names the splits that must end up with an example. The same data
-    and recipe give the same bytes. Raises Preempted at the next item once a signal is noticed.
+    and recipe give the same bytes. Raises Preempted at the next item once a signal is noticed, and KdError when another
+    command writes in the folder.
     """
     identity = {
         "kind": "examples",
@@ -63,16 +65,13 @@ def pack(
     for items in splits.values():  # before anything is written
         refuse_twins(items)
     manifests = {}
-    with noticed() as notice:
+    with alone(folder), noticed() as notice:
         for split, items in sorted(splits.items()):
             about = {"split": split, "class_names": list(listing.classes), "listing": listing_digest(items)}
             try:
                 manifests[split] = pack_split(folder / split, items, {**identity, **about}, task, notice)
             except Preempted:
                 raise Preempted(stopped(folder / split, len(items), shard_size, notice.name)) from None
-            except OSError as error:  # of a full disk, write() does not say which
-                error.filename = error.filename or str(folder / split)
-                raise
     return manifests
 
 
@@ -192,7 +191,7 @@ def pack_split(
                     write_shard(path, checked, notes)
             advance(len(chunk))
     shards = [Shard(path) for path in paths]
-    quarantined = [row for shard in shards for row in shard.notes["quarantined"]]
+    quarantined = [row for shard in shards for row in shard.note("quarantined")]
     if quarantined and not any(len(shard) for shard in shards):
         first = quarantined[0]
         raise DataError(
@@ -203,6 +202,7 @@ def pack_split(
         **content,
         "complete": True,
         "examples": sum(len(shard) for shard in shards),
+        "tar_bytes": sum(shard.tar_bytes for shard in shards),
         "shards": [manifest.shard_entry(shard) for shard in shards],
         "quarantined": quarantined,
         "versions": manifest.versions(),

@@ -19,6 +19,7 @@ from kd_dist.errors import ShardError
 T = TypeVar("T")
 
 WAITS = (0.0, 0.1, 0.2, 0.4, 0.8)  # seconds before each try
+ANSWER = 30.0  # seconds that one request may take
 AT_ONCE = 16  # requests that a process has under way
 CHUNK = 2**23  # bytes of one request while a whole shard is fetched
 REFUSED = (400, 401, 403, 405, 407, 416, 451)  # HTTP statuses that a second try does not change; 404 and 410: not there
@@ -67,7 +68,7 @@ class Remote:
 
     def stat(self) -> Status:
         """Its size. Raises FileNotFoundError when nothing is there, ShardError when the store does not say."""
-        size = _persistently(self.url, lambda: _asked(self.url, lambda store, path: store.info(path)["size"]))
+        size = _persistently(self.url, lambda: _asked(self.url, "info")["size"])
         if size is None:
             raise ShardError(f"{self.url}: the store does not say how large it is; use one that serves byte ranges")
         return Status(size)
@@ -76,7 +77,7 @@ class Remote:
         """All of it, asked for until it is `sound`. Raises FileNotFoundError, or ShardError after the last try."""
 
         def attempt() -> bytes:
-            return _checked(_asked(self.url, lambda store, path: store.cat_file(path)), sound)
+            return _checked(_asked(self.url, "cat_file"), sound)
 
         return _persistently(self.url, attempt)
 
@@ -114,7 +115,7 @@ class Remote:
 
     def _range(self, offset: int, size: int) -> bytes:
         try:
-            data = _asked(self.url, lambda store, path: store.cat_file(path, start=offset, end=offset + size))
+            data = _asked(self.url, "cat_file", start=offset, end=offset + size)
         except FileNotFoundError as error:
             raise ShardError(f"{self.url}: is missing though its index is there; {COPY}") from error
         if len(data) > size:
@@ -303,14 +304,18 @@ def _store(url: str) -> tuple[Any, str]:
     return fsspec.url_to_fs(url)
 
 
-def _asked(url: str, question: Callable[[Any, str], T]) -> T:
-    """What a store answers. Raises FileNotFoundError when it says that nothing is there, ShardError when asking again
-    would not help, _Stumble for all else."""
+def _asked(url: str, method: str, **options: int) -> Any:
+    """What a store answers to a method of its file system, within `ANSWER` seconds; a store whose library is not
+    asynchronous has its own patience. Raises FileNotFoundError when it says that nothing is there, ShardError when
+    asking again would not help, _Stumble for all else."""
     try:
-        return question(*_store(url))
+        store, path = _store(url)
+        patience = {"timeout": ANSWER} if store.async_impl else {}
+        return getattr(store, method)(path, **options, **patience)
     except Exception as error:  # every library has errors of its own
         cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
-        status, said = _status(cause), f"{type(cause or error).__name__}: {cause or error}"
+        silence = f"no answer within {ANSWER:g} s" if isinstance(error, TimeoutError) else ""
+        status, said = _status(cause), f"{type(cause or error).__name__}: {str(cause or error) or silence}"
         if status in MISSING or cause is None:  # fsspec says "not found" of an HTTP server that answers nothing at all
             raise FileNotFoundError(url) from error
         if status in REFUSED or isinstance(error, PermissionError):

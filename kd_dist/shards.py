@@ -229,6 +229,12 @@ class Shard:
             raise ShardError(f"{self.path}: only {len(data)} of {size} bytes at {offset} are there; {_AGAIN}")
         return data
 
+    def note(self, name: str) -> Any:
+        """What the command that wrote the shard noted. Raises ShardError when the index was made without its notes."""
+        if name not in self.notes:
+            raise ShardError(f"{index_path(self.path)}: lacks what the command that wrote it noted, '{name}'; {_AGAIN}")
+        return self.notes[name]
+
     def _entry(self, i: int) -> tuple[int, int, int, int, int, int, int]:
         if not 0 <= i < self._examples:
             raise IndexError(f"{self.path}: there is no example {i} among {self._examples}")

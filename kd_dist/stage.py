@@ -110,8 +110,7 @@ def prepare(recipe: Recipe, name: str) -> Run:
     teacher = None
     if assemble.is_online(stage):
         teacher = assemble.teacher(recipe, assemble.stage_features(recipe, name)).to(accelerator.device)
-    module = synchronised(assemble.module(recipe, name, corridor, teacher), stage, name, accelerator)
-    module.to(accelerator.device)
+    module = assemble.module(recipe, name, corridor, teacher).to(accelerator.device)
     alone = {
         loss: {**written, "gather": False} if "gather" in written else written for loss, written in stage.losses.items()
     }
@@ -120,6 +119,8 @@ def prepare(recipe: Recipe, name: str) -> Run:
         corridor = fitting(corridor, attempt, accelerator, f"stages.{name}")
     if accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.DEEPSPEED:
         tell_unused(accelerator, attempt(first_share(corridor, accelerator.device)))
+    # Only now: a rank that runs out of memory while one is tried would leave the others waiting for its statistics.
+    module = synchronised(module, stage, name, accelerator)
     made = engine.start(accelerator, module, build_optimizer(module, stage), precision)
     task = assemble.task(recipe)
     evaluation = assemble.evaluation_corridor(recipe, validation, rank, world, cached=False)

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -27,7 +28,7 @@ from kd_dist.batch import Batch, StudentOutput, valid_rows
 from kd_dist.checkpoint import Progress
 from kd_dist.config import load
 from kd_dist.epoch import end_epoch
-from kd_dist.errors import Preempted, TrainingError, cause, is_out_of_memory, one_sentence
+from kd_dist.errors import Preempted, TrainingError, cause, is_lost_contact, is_out_of_memory, one_sentence
 from kd_dist.guard import Cause, Verdict
 from kd_dist.loader import batches, on_device, to_device
 from kd_dist.meter import Meter, Share
@@ -234,8 +235,7 @@ def go_back(run: Run, progress: Progress) -> None:
             f"step {progress.step}: {progress.streak} steps in a row were skipped, and there is no checkpoint yet to "
             f"go back to; lower the learning rate, or look at the examples in {run.folder / guard.SUSPECTS}"
         )
-    weights, moments, _ = checkpoint.load(last, run.identity)
-    run.engine.load(weights, moments)
+    take_over(run, last)
     run.warn(f"step {progress.step}: {progress.streak} steps in a row were skipped; weights go back to {last}")
 
 
@@ -266,20 +266,29 @@ def resume(run: Run) -> Progress:
     last = checkpoint.latest(run.folder)
     if last is None:
         return Progress(scale=guard.first_scale(run.fp16), precision=run.precision)
-    weights, moments, progress = checkpoint.load(last, run.identity)
-    try:
-        run.engine.load(weights, moments)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise TrainingError(
-            f"{last}: its weights are of another model than the recipe builds now ({' '.join(str(error).split())}); "
-            f"restore the model's code, or delete the folder"
-        ) from error
+    progress = take_over(run, last)
     if run.accelerator.is_main_process:
         checkpoint.keep_only(last)  # a run that was killed may have left an older one
     run.accelerator.print(f"{run.name}: goes on from {last}", flush=True)
     if progress.precision != run.precision:
         run.warn(f"warning: {run.name}: was trained in {progress.precision} so far and goes on in {run.precision}")
         progress.precision, progress.scale, progress.calm = run.precision, guard.first_scale(run.fp16), 0
+    return progress
+
+
+def take_over(run: Run, last: Path) -> Progress:
+    """Weights and moments of a checkpoint for the engine; returns its progress. Raises TrainingError when it is damaged
+    or of another model."""
+    weights, moments, progress = checkpoint.load(last, run.identity)
+    try:
+        run.engine.load(weights, moments)
+    except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error) or is_lost_contact(error):
+            raise
+        raise TrainingError(
+            f"{last}: its weights are of another model than the recipe builds now ({' '.join(str(error).split())}); "
+            f"restore the model's code, or delete the folder"
+        ) from error
     return progress
 
 

@@ -1,7 +1,9 @@
 """What several tests start from: a folder of tiny pictures, a user's own tiny network, a tiny recipe of both."""
 
+import secrets
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +74,13 @@ def pictures(tmp_path_factory) -> Path:
         for number in range(PICTURES_OF_A_CLASS):
             picture(label, number).save(root / name / f"{number:02d}.png")
     return root
+
+
+@pytest.fixture
+def same_names(monkeypatch) -> Callable[[Path], Path]:
+    """Temporary names without chance in them: under which name a file is begun."""
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "0" * 2 * size)
+    return lambda path: path.with_name(f"{path.name}.{'0' * 8}.tmp")
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from kd_dist.config import load
 from kd_dist.data import BASES
 from kd_dist.errors import MismatchError, ShardError, one_sentence
 from kd_dist.recipe import Recipe
-from kd_dist.shards import Shard
+from kd_dist.shards import Shard, index_tar
 from kd_dist.signals import CODECS, LogitsCodec
 from kd_dist.views import VIEW_DTYPE, canonical, draw, replay
 
@@ -216,6 +216,18 @@ def test_a_finished_cache_is_left_alone(home):
     assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()} and len(times) == 7
 
 
+def test_an_index_that_has_lost_its_notes_is_one_sentence(home):
+    """As `index_tar` leaves it, in a folder that is not finished."""
+    recipe = load("tiny.yaml", [RANDOM])
+    whole, folder = cached(recipe), assemble.signals_folder(recipe, "train")
+    manifest.write_manifest(folder, {**whole, "complete": False})
+    index_tar(folder / "signals-000001.tar")
+    with pytest.raises(ShardError, match=r"signals-000001.idx: lacks what the command that wrote it noted, 'error'; "):
+        cached(recipe)
+    (folder / "signals-000001.idx").unlink()
+    assert cached(recipe) == whole
+
+
 @pytest.mark.parametrize(
     "change, place, there, here",
     [
@@ -273,7 +285,8 @@ def test_one_process_and_two_write_the_same_bytes(home):
     words = [RANDOM, "cache.batch_size=7", "teacher.model=tiny_model:witness"]
     done(run(cache_teacher.main, ["tiny.yaml", *words], folder=home))
     alone = contents(home / "shards")
-    assert len(alone) == (3 + 2 + 2) * 2 * 2 + 2 * 3  # tar and index of each shard, of examples and signals; manifests
+    # tar and index of each shard, of examples and signals; manifests; the lock of the command that packed
+    assert len(alone) == (3 + 2 + 2) * 2 * 2 + 2 * 3 + 1
     for split in SPLITS:
         shutil.rmtree(home / "shards" / "tiny" / split / "teacher")
     options = journey.launcher_options(2, None)
@@ -558,15 +571,15 @@ FULL = ["signals-000001.tar", "signals-000001.idx", BASES, manifest.FILE_NAME]
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_a_full_disk_is_a_sentence_and_what_is_finished_is_kept(ward, name):
+def test_a_full_disk_is_a_sentence_and_what_is_finished_is_kept(ward, same_names, name):
     """The kernel's own full device is put where the file is begun."""
     words = [*SMALL, FEATURES]
     whole, folder = undisturbed(ward, *words), ward / "shards" / "tiny" / "train" / "teacher"
     folder.mkdir()
-    (folder / f"{name}.tmp").symlink_to("/dev/full")
+    same_names(folder / name).symlink_to("/dev/full")
     assert said(*words) == (
-        "error: shards/tiny/train/teacher: No space left on device; make room or choose another folder, then run the "
-        "same command again: finished shards and checkpoints are kept"
+        f"error: shards/tiny/train/teacher/{name}: No space left on device; make room or choose another folder, then "
+        f"run the same command again: finished shards and checkpoints are kept"
     )
     nothing_wrong(ward, whole, shards=int(name.startswith("signals")))
     assert (f"train/teacher/{name}" in signals(ward)) is False

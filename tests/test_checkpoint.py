@@ -1,6 +1,7 @@
 """A checkpoint brings everything back bit for bit, or says why not; there is always one to go on from."""
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kd_dist import checkpoint
-from kd_dist.checkpoint import Progress, latest, load, save, save_weights, write_atomic
+from kd_dist.checkpoint import Progress, latest, load, read_record, save, save_weights, write_atomic
 from kd_dist.errors import TrainingError
 
 IDENTITY = {"stage": {"lr": 0.1, "losses": {"kd": {"temperature": 4}}}, "seed": 0}
@@ -170,6 +171,16 @@ def test_a_small_text_is_replaced_whole(tmp_path):
     assert path.read_text() == "ä"
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"steps"', '{"identity": 1}', "[" * 100_000, "\ufffe"])
+def test_a_damaged_record_is_one_sentence(tmp_path, text):
+    path = tmp_path / "result.json"
+    path.write_text(text)
+    with pytest.raises(TrainingError, match=rf"(?s)^{path}: is damaged \(.+\); delete it and run the same command"):
+        read_record(path, "identity", "steps")
+    write_atomic(path, '{"identity": 1, "steps": 2, "more": 3}')
+    assert read_record(path, "identity", "steps") == {"identity": 1, "steps": 2, "more": 3}
+
+
 # ------------------------------------------------------------------------------------------------ what is none
 
 
@@ -217,6 +228,49 @@ def test_a_state_of_another_shape_is_refused(tmp_path):
         (path / "state.json").write_text(text)
         with pytest.raises(TrainingError, match=f"^{path}: "):
             loaded(path)
+
+
+def signed(path: Path, **changes: object) -> None:
+    """Change values of a checkpoint's state, each under its dotted place, and sign it anew."""
+    record = json.loads((path / "state.json").read_text())
+    del record["digest"]
+    for place, value in changes.items():
+        *places, last = place.split("__")
+        functools.reduce(lambda one, name: one[int(name) if name.isdigit() else name], places, record)[last] = value
+    (path / "state.json").write_text(json.dumps({**record, "digest": checkpoint.digest(record)}))
+
+
+NONSENSE = [
+    *(("optimizer__groups", value) for value in (5, None, "ab", [1, 2], [{}], [{"params": [0, 2]}], [{"params": "a"}])),
+    *(("optimizer__groups__0__betas", value) for value in ("0.9", ["0.9", "0.999"], [0.9], None)),
+    *((f"optimizer__groups__0__{name}", "much") for name in ("lr", "eps", "weight_decay")),
+    ("optimizer__groups__0__params", [0]),
+    *(("progress__scale", value) for value in (0, -1.0, "high")),
+    ("progress__lr_factor", 0.0),
+    *(("progress__step", value) for value in (10**9, 4, -1, "3")),
+    ("progress__precision", "bogus"),
+    ("progress__history", [3]),
+    ("progress__so_far", 3),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), NONSENSE)
+def test_a_state_that_is_signed_but_makes_no_sense_is_refused(tmp_path, place, value):
+    path, _, _ = saved(tmp_path)
+    signed(path)
+    assert loaded(path).step == 3
+    signed(path, **{place: value})
+    with pytest.raises(TrainingError, match=rf"^{path}: cannot be read \(.+\); delete the folder to start"):
+        loaded(path)
+
+
+def test_a_number_that_json_does_not_know_is_refused(tmp_path):
+    path, _, _ = saved(tmp_path)
+    text = (path / "state.json").read_text()
+    assert '"best": 0.75' in text
+    (path / "state.json").write_text(text.replace('"best": 0.75', '"best": NaN'))
+    with pytest.raises(TrainingError, match=f"^{path}: state.json cannot be read .*; delete the folder to start"):
+        loaded(path)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +330,29 @@ def test_the_newest_alone_is_kept_and_remains_of_a_kill_are_removed(tmp_path):
     assert loaded(latest(tmp_path)).step == 120
 
 
+def test_what_else_is_called_like_a_checkpoint_is_the_users(tmp_path):
+    """Copies in folders of other names, and files; none is taken for a checkpoint, and none is deleted."""
+    kept = ["checkpoint-00000009.backup", "checkpoint-good", "checkpoint-000000010", "checkpoint-zz.tmp"]
+    for name in kept:
+        (tmp_path / name).mkdir()
+    for name in ("checkpoint-00000007", "checkpoint-00000008.tmp", "checkpoint-notes.txt"):
+        (tmp_path / name).touch()
+        kept.append(name)
+    assert latest(tmp_path) is None
+    saved(tmp_path, 3)
+    saved(tmp_path, 5)
+    assert latest(tmp_path).name == "checkpoint-00000005"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["checkpoint-00000005", *kept])
+
+
+@pytest.mark.parametrize("name", ["checkpoint-00000005", "checkpoint-00000005.tmp"])
+def test_a_file_in_the_way_of_a_checkpoint_is_one_sentence(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(TrainingError, match=f"^{tmp_path}/{name}: is in the way of a checkpoint; move it away and run"):
+        saved(tmp_path, 5)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_the_same_step_again_keeps_what_is_there(tmp_path):
     path, _, _ = saved(tmp_path, 3)
     before = {one.name: (one.stat().st_ino, one.read_bytes()) for one in path.iterdir()}
@@ -312,9 +389,10 @@ def test_a_file_that_cannot_be_written_to_its_end_leaves_the_older_checkpoint(tm
             try:
                 saved(folder, 5)
             except OSError as error:
-                os._exit(error.errno)
+                os._exit(error.errno if error.filename == str(folder / "checkpoint-00000005") else 1)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == errno.EFBIG
+        assert [path.name for path in folder.iterdir()] == ["checkpoint-00000003"]  # what filled the disk is gone
         assert loaded(latest(folder)).step == 3
         saved(folder, 6)
         assert [path.name for path in folder.iterdir()] == ["checkpoint-00000006"]

@@ -366,6 +366,22 @@ def test_every_example_of_a_shard_that_cannot_be_opened_fails(home, name, ending
         drain(assemble.training_corridor(load("tiny.yaml", words), "distill", 0, 1))
 
 
+def test_the_bytes_of_an_example_are_those_that_were_packed_whatever_became_of_them(home):
+    """They choose the order, and a run whose order changes is refused. An older manifest goes by what is there."""
+    examples, folder = tolerant().examples, Path("shards/tiny/train")
+    before = examples.example_bytes()
+    assert before == sum(path.stat().st_size for path in examples.paths) // TRAIN
+    with open(examples.paths[0], "r+b") as tar:
+        tar.truncate(1024)
+    examples.paths[1].with_suffix(".idx").unlink()
+    examples.paths[2].unlink()
+    assert tolerant().examples.example_bytes() == before
+    about = manifest.read_manifest(folder)
+    del about["tar_bytes"]
+    manifest.write_manifest(folder, about)
+    assert 0 < tolerant().examples.example_bytes() < before
+
+
 def test_the_policy_holds_for_evaluation_and_no_wrong_cache_is_masked(home):
     recipe = load("tiny.yaml", [*RECIPE, "data.on_error=replace_masked"])
     examples = Shards(Path("shards/tiny/val")).shard(0)

@@ -6,15 +6,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from processes import done, ranks, run, sentence
 from safetensors.torch import load_file
 from trainings import PLAIN, arguments, assert_same_weights, launched, result, scalars, state, trained, weights
 
-from kd_dist import train
-from kd_dist.engine import _check_deepspeed
+from kd_dist import checkpoint, train
+from kd_dist.checkpoint import Progress
+from kd_dist.engine import Engine, _check_deepspeed
 from kd_dist.errors import TrainingError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
@@ -94,6 +97,21 @@ def test_a_run_goes_on_under_another_engine(lab, tmp_path, whole):
         world, zero = ENGINES[name]
         folder = trained(lab, tmp_path, *SOUND, f"train.max_steps={steps}", world=world, zero=zero)
     assert_same_weights(whole["one"], folder, 2e-5, tensors=8)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_run_with_an_idle_layer_goes_on_under_another_engine(lab, tmp_path, optimizer):
+    """PyTorch's optimisers have no moments of a layer that gets no gradient, ZeRO's has."""
+    words = [*PLAIN, "student.model=tiny_model:idle", f"train.optimizer={optimizer}"]
+    alone = trained(lab, tmp_path / "alone", *words)
+    for name, steps in (("one", 1), ("zero2", 2), ("ddp", 4), ("zero3", 5), ("one", 6)):
+        world, zero = ENGINES[name]
+        folder = trained(lab, tmp_path / "parts", *words, f"train.max_steps={steps}", world=world, zero=zero)
+    mine, other = weights(alone), weights(folder)
+    compared = [name for name in mine if ".idle." not in name]  # ZeRO decays it
+    assert len(compared) == 4 and mine.keys() == other.keys()
+    for name in compared:
+        torch.testing.assert_close(other[name], mine[name], rtol=0, atol=2e-5, msg=name)
 
 
 @pytest.mark.parametrize("student", ["bare", "idle"])
@@ -221,6 +239,25 @@ def test_synchronised_batch_norm_is_refused_where_there_is_none(lab, tmp_path):
     for one in ranks(train.main, each, lab):
         assert "stages.distill.sync_bn: PyTorch synchronises BatchNorm on GPUs only" in one.output and one.status == 1
     done(run(train.main, *arguments(tmp_path, "train.sync_bn=true", "train.max_steps=1"), folder=lab))
+
+
+def test_batch_norm_is_synchronised_only_when_a_micro_batch_is_found(lab, tmp_path):
+    """One rank that runs out of memory would leave the others waiting. Here the refusal tells when it is done."""
+    words = ["train.sync_bn=true", "train.find_batch_size=true", "student.model=tiny_model:normed"]
+    ended = ranks(train.main, arguments(tmp_path, *words) * 2, lab)
+    assert [one.status for one in ended] == [1, 1]
+    assert "accumulate: 1, micro-batches of up to 4 examples fit" in ended[0].stdout
+    assert "stages.distill.sync_bn: PyTorch synchronises BatchNorm on GPUs only" in sentence(ended[0])
+
+
+def test_weights_to_go_back_to_that_are_of_another_model_are_refused(tmp_path):
+    """As a checkpoint may be that was exchanged while the run was on its way."""
+    other, module = torch.nn.Linear(3, 2), torch.nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(other.parameters())
+    checkpoint.save(tmp_path, other.state_dict(), optimizer.state_dict(), Progress(step=3), {})
+    made = Engine(Accelerator(cpu=True), module, torch.optim.AdamW(module.parameters()), None)
+    with pytest.raises(TrainingError, match=f"^{tmp_path}/checkpoint-00000003: its weights are of another model"):
+        train.go_back(SimpleNamespace(folder=tmp_path, identity={}, engine=made), Progress(step=20, streak=20))
 
 
 def test_weights_of_another_model_are_refused(lab, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import secrets
 import shutil
 import signal
 from pathlib import Path
@@ -244,10 +245,10 @@ def test_a_spike_of_the_loss_is_skipped_where_that_is_asked_for(lab, tmp_path, w
 # ---------------------------------------------------------------------------------------------- data
 
 
-def damaged(lab: Path, place: Path, key: str) -> Path:
-    """A copy of the laboratory in which one training example has a flipped byte."""
+def damaged(lab: Path, place: Path, key: str, split: str = "train") -> Path:
+    """A copy of the laboratory in which one example of a split has a flipped byte."""
     shutil.copytree(lab, place, ignore=shutil.ignore_patterns("said-*"))
-    for path in sorted((place / "shards/tiny/train").glob("data-*.tar")):
+    for path in sorted((place / "shards/tiny" / split).glob("data-*.tar")):
         shard = Shard(path)
         if key in shard.keys:
             offset, _ = shard.member(shard.keys.index(key), "json")
@@ -297,6 +298,23 @@ def test_too_many_examples_that_cannot_be_read_end_the_run(lab, tmp_path):
     twice = damaged(place, tmp_path / "twice", "blue/02")
     said = sentence(run(train.main, *arguments(tmp_path / "two", *words), folder=twice))
     assert said.startswith("2 examples of an epoch could not be read, more than data.error_limit 1; the last: ")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_too_many_examples_that_cannot_be_evaluated_end_the_run_on_every_rank(lab, tmp_path, world):
+    """The first and the last example of the split: each of two ranks has one of them."""
+    shards = [Shard(path) for path in sorted((lab / "shards/tiny/val").glob("data-*.tar"))]
+    one, other = shards[0].key(0), shards[-1].key(len(shards[-1]) - 1)
+    place = damaged(damaged(lab, tmp_path / "one", one, "val"), tmp_path / "lab", other, "val")
+    words = [*PLAIN, "train.epochs=1", "data.on_error=replace_masked"]
+    ended = ranks(train.main, arguments(tmp_path / "two", *words, "data.error_limit=2") * world, place)
+    said = [line for line in "".join(map(done, ended)).splitlines() if line.startswith("warning: the metrics leave")]
+    assert len(said) == 2  # of the cached teacher, which has no limit, and of the student
+    assert all(line.startswith("warning: the metrics leave out 2 examples; the first: ") for line in said)
+    for rank in ranks(train.main, arguments(tmp_path / "few", *words, "data.error_limit=1") * world, place):
+        refused = sentence(rank)
+        assert refused.startswith("2 examples failed, data.error_limit allows 1; the first: ")
+        assert f"'{one}'" in refused or f"'{other}'" in refused
 
 
 def test_a_shard_that_vanishes_or_changes_while_a_run_reads_it(lab, tmp_path):
@@ -360,14 +378,20 @@ def test_a_micro_batch_that_fits_is_found_and_changes_no_result(lab, tmp_path, w
     assert said.startswith("stages.distill: not even 1 examples at a time fit into memory")
 
 
+def without_chance(arguments: list[str]) -> None:
+    """Train, with temporary names that are known before."""
+    secrets.token_hex = lambda size: "0" * 2 * size
+    train.main(arguments)
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(lab, tmp_path):
     """What the next checkpoint writes goes to a device that is always full."""
     words = [*PLAIN, "evaluate.metric=nll"]
     trained(lab, tmp_path, *words, "train.max_steps=3")
     folder = stage_folder(tmp_path)
-    (folder / "best.safetensors.tmp").symlink_to("/dev/full")
-    said = sentence(run(train.main, *arguments(tmp_path, *words), folder=lab))
-    assert "No space left on device; make room or choose another folder" in said
+    (folder / "best.safetensors.00000000.tmp").symlink_to("/dev/full")
+    said = sentence(run(without_chance, *arguments(tmp_path, *words), folder=lab))
+    assert said.startswith(f"{folder}/best.safetensors: No space left on device; make room or choose another folder")
     assert checkpoints(folder) == {"checkpoint-00000003"}
     done(run(train.main, *arguments(tmp_path, *words), folder=lab))
     assert result(folder)["step"] == 6

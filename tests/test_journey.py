@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import statistics
@@ -312,3 +313,51 @@ def test_two_at_once_in_one_folder_are_refused_and_nothing_outlives_a_kill(tmp_p
         wait_until(lambda others=others: all_gone(others), "that no process is left of a killed command")
         done(run(kd_dist, *words, folder=folder))
     assert manifest_says_complete(folder / "shards/tiny/train/teacher") and has_result(folder, "teacher")
+
+
+def test_two_that_pack_at_once_are_refused(whole, tmp_path):
+    """The first is kept at its first picture until the second has been refused."""
+    folder = make(tmp_path / "home")
+    own = folder / "data" / "own.py"
+    held = 'while "HELD" in os.environ and Path("held").exists():\n        time.sleep(0.05)'
+    text = own.read_text().replace("time.sleep(0.05)", held)
+    own.write_text(text.replace("import time\n", "import os\nimport time\nfrom pathlib import Path\n"))
+    (folder / "held").touch()
+    first = start(kd_dist, "pack", "tiny.yaml", folder=folder, HELD="1")
+    begun = folder / "shards" / "tiny" / "test"
+    wait_until(lambda: bool(list(begun.glob("data-000000.tar.*.tmp"))), "the first shard")
+    before = contents(folder / "shards")
+    second = run(kd_dist, "pack", "tiny.yaml", folder=folder)
+    after = contents(folder / "shards")
+    (folder / "held").unlink()
+    assert sentence(second) == (
+        f"shards/tiny: process {first.process.pid} on {socket.gethostname()} is writing here; wait for it, or choose "
+        "another folder"
+    )
+    assert after == before
+    done(first.wait())
+    made, expected = (contents(one / "shards", "tiny/*/data-*", "tiny/*/manifest.json") for one in (folder, whole[0]))
+    assert made == expected and len(made) == 2 * (3 + 2 + 2) + 3
+    done(run(kd_dist, "pack", "tiny.yaml", folder=folder))  # what is done needs no lock
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("result.json", ["train", "tiny.yaml", "--stage", "distill"]),
+        ("evaluation-test.json", ["evaluate", "tiny.yaml"]),
+    ],
+)
+def test_a_damaged_result_is_one_sentence(whole, tmp_path, name, words):
+    folder = tmp_path / "home"
+    shutil.copytree(whole[0], folder)
+    path = folder / RUNS.format("distill", 0) / name
+    text = path.read_text()
+    for damaged in (text[: len(text) // 2], "[]", "{}"):
+        path.write_text(damaged)
+        said = sentence(run(kd_dist, *words, folder=folder))
+        assert said.startswith(f"{RUNS.format('distill', 0)}/{name}: is damaged (")
+        assert said.endswith("); delete it and run the same command again")
+    path.unlink()
+    done(run(kd_dist, *words, folder=folder))
+    assert json.loads(path.read_text()).keys() == json.loads(text).keys()

@@ -18,6 +18,7 @@ from kd_dist.config import load
 from kd_dist.data import Shards, read_examples
 from kd_dist.errors import DataError, MismatchError, ShardError, one_sentence
 from kd_dist.pack import assign, choose_split, item_key, pack
+from kd_dist.shards import index_tar
 from kd_dist.sources import Item
 from kd_dist.tasks import Classification
 
@@ -442,12 +443,29 @@ def test_an_exception_of_the_users_source_leaves_nothing_half_written(own):
 
 
 @pytest.mark.parametrize("kind", ["tar", "idx"])
-def test_a_full_disk_is_a_sentence_and_what_is_finished_is_kept(own, kind):
+def test_a_full_disk_is_a_sentence_and_what_is_finished_is_kept(own, same_names, kind):
     """The kernel's own full device is put where the third shard is begun."""
     pack_own(own / "whole", die_at=TENTH)
     (own / "out/train").mkdir(parents=True)
-    (own / f"out/train/data-000002.{kind}.tmp").symlink_to("/dev/full")
+    file = own / f"out/train/data-000002.{kind}"
+    same_names(file).symlink_to("/dev/full")
     with pytest.raises(SystemExit) as ended, one_sentence():
         pack_own(own / "out", die_at=TENTH)
-    assert ended.value.code.startswith(f"error: {own}/out/train: No space left on device; make room or choose another")
+    assert ended.value.code.startswith(f"error: {file}: No space left on device; make room or choose another")
     half_made(own, files(own / "whole"), 2)
+
+
+def test_an_index_that_has_lost_its_notes_is_one_sentence(own):
+    """As `index_tar` leaves it, in a folder that is not finished."""
+    whole = pack_own(own / "out")
+    train = own / "out/train"
+    manifest.write_manifest(train, {**manifest.read_manifest(train), "complete": False})
+    index_tar(train / "data-000001.tar")
+    with pytest.raises(ShardError) as caught:
+        pack_own(own / "out")
+    assert str(caught.value) == (
+        f"{train}/data-000001.idx: lacks what the command that wrote it noted, 'quarantined'; delete the file and run "
+        f"the command that writes it (kd-dist pack or kd-dist cache-teacher)"
+    )
+    (train / "data-000001.idx").unlink()
+    assert pack_own(own / "out") == whole

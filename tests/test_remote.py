@@ -7,6 +7,7 @@ import fcntl
 import pickle
 import re
 import shutil
+import socket
 import threading
 import time
 from collections import Counter
@@ -377,6 +378,27 @@ def test_a_tar_of_another_size_is_refused_before_it_is_read(home, store):
 def test_a_store_that_is_not_there_is_one_sentence(home):
     with pytest.raises(ShardError, match=rf"^http://127.0.0.1:9/tiny/train/manifest.json: {TRIED}ClientConnectorError"):
         corridor(*RECIPE, "data.shards=http://127.0.0.1:9")
+
+
+def test_a_store_that_takes_the_connection_and_says_nothing_is_one_sentence(home, monkeypatch):
+    """The kernel accepts for whoever listens."""
+    monkeypatch.setattr(remote, "ANSWER", 0.2)
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as silent:
+        there = location(f"http://127.0.0.1:{silent.getsockname()[1]}") / "data-000000.tar"
+        said = f"{TRIED}FSTimeoutError: no answer within 0.2 s; {COPY}"
+        for ask in (there.stat, lambda: there.read_bytes(bool), lambda: there.pread(0, 9, bool, (9, ""))):
+            with pytest.raises(ShardError) as caught:
+                ask()
+            assert str(caught.value).endswith(said)
+
+
+
+def test_an_answer_that_is_late_once_is_asked_for_again(home, store, monkeypatch):
+    shard = Shard(location(store.url) / TAR)
+    monkeypatch.setattr(remote, "ANSWER", 0.1)
+    store.fail("late", f"GET /{TAR}$", times=1)  # by 0.2 s
+    assert shard.read(0) == Shard(home / "shards" / TAR).read(0)
+    assert store.happened == {"late": 1} and store.count(f"GET /{TAR}$") == 2
 
 
 def test_a_shard_that_is_replaced_midway_is_never_taken(home, store, words):

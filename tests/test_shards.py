@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -156,7 +157,7 @@ def test_examples_are_taken_one_by_one_and_notes_after_the_last(tmp_path):
 
     def generate():
         for i in range(4):
-            temporary = tmp_path / "data-000000.tar.tmp"
+            [temporary] = tmp_path.glob("data-000000.tar.*.tmp")
             notes[f"seen {i}"] = temporary.stat().st_size
             yield f"k{i}", {"bin": bytes(1_000_000)}
 
@@ -509,7 +510,8 @@ def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path):
         assert process.stdout.readline() == "half way\n"
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert os.listdir(tmp_path) == ["data-000000.tar.tmp"]
+    [left] = os.listdir(tmp_path)
+    assert re.fullmatch(r"data-000000\.tar\.[0-9a-f]{8}\.tmp", left)
     assert not is_committed(path)
     examples = [(f"k{i}", {"bin": bytes(1000)}) for i in range(1000)]
     write_shard(path, examples, {})
