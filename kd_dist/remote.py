@@ -68,7 +68,7 @@ class Remote:
 
     def stat(self) -> Status:
         """Its size. Raises FileNotFoundError when nothing is there, ShardError when the store does not say."""
-        size = _persistently(self.url, lambda: _asked(self.url, "info")["size"])
+        size = _persistently(self.url, lambda: _asked(self.url, "info").get("size"))
         if size is None:
             raise ShardError(f"{self.url}: the store does not say how large it is; use one that serves byte ranges")
         return Status(size)

@@ -66,7 +66,7 @@ def test_a_loader_that_is_killed_is_a_sentence_and_keeps_nobody(lab, tmp_path, n
     loaders[0].send_signal(number)
     ended = child.wait()
     *before, said = ended.stderr.splitlines()
-    assert ended.status == 1 and len(before) == (number == signal.SIGBUS)  # of which torch speaks, too
-    assert said.lstrip().startswith("error: a loader process has died (")
+    assert ended.status == 1 and len(before) == (number == signal.SIGBUS)  # torch speaks of it, with a NUL
+    assert said.lstrip("\0 ").startswith("error: a loader process has died (")
     assert "; lower data.workers (0 needs neither), or run the same command where there is more: " in said
     wait_for_the_end(loaders)
