@@ -127,8 +127,8 @@ def network(recipe: Recipe, which: str, reference: str | None, seed: int) -> Net
     section = getattr(recipe, which)
     if not weights_ready(recipe, reference):
         raise ModelError(
-            f"{reference}: the stage has not been trained to its end; run `kd-dist train --stage "
-            f"{reference.removeprefix(STAGE_REFERENCE)}` first"
+            f"{reference}: the stage has not been trained to its end; run `kd-dist train RECIPE "
+            f"--stage {reference.removeprefix(STAGE_REFERENCE)}` first"
         )
     torch.manual_seed(seed)
     built = build_network(

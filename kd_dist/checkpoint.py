@@ -166,7 +166,7 @@ def load(path: Path, identity: dict) -> tuple[dict[str, Tensor], dict[str, Any],
         version, signature = record["version"], record.pop("digest", None)
         actual = digest(record)
     except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
-        raise TrainingError(f"{path}: {STATE} cannot be read ({error!r}); {_AGAIN}") from error
+        raise TrainingError(f"{path}: {STATE} cannot be read ({type(error).__name__}: {error}); {_AGAIN}") from error
     if version != VERSION:
         raise TrainingError(
             f"{path}: has version {version}, this kd_dist reads {VERSION}; use the kd_dist that wrote it"
@@ -184,7 +184,7 @@ def load(path: Path, identity: dict) -> tuple[dict[str, Tensor], dict[str, Any],
         if not state.keys() <= {number for group in groups for number in group["params"]}:
             raise ValueError("moments of parameters that no group has")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise TrainingError(f"{path}: cannot be read ({error!r}); {_AGAIN}") from error
+        raise TrainingError(f"{path}: cannot be read ({type(error).__name__}: {error}); {_AGAIN}") from error
     return weights, {"state": state, "param_groups": groups}, progress
 
 

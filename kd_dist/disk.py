@@ -17,6 +17,14 @@ LOCK = ".lock"  # in a folder that a command writes to; holds the host and the p
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # of file systems that know none
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, unless it is there. Raises a KdError when that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KdError(f"{folder}: cannot be made a folder ({error.strerror}); choose another one") from error
+
+
 @contextlib.contextmanager
 def published(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under `path` whole and on disk, or not at all. Makes the folder if need be.
@@ -60,8 +68,8 @@ def _still_there(temporary: Path, path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`, which the kernel takes back however this process ends. Raises a KdError when another
-    process has it. Where the file system knows no locks there is a warning instead."""
-    folder.mkdir(parents=True, exist_ok=True)
+    process has it, or when there can be no such folder. Where the file system knows no locks there is a warning."""
+    make_folder(folder)
     with open(folder / LOCK, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

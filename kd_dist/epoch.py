@@ -48,7 +48,8 @@ def end_epoch(run: Run, progress: Progress, means: dict[str, float]) -> None:
                 checkpoint.save_weights(backbone(weights), run.folder / assemble.BEST)
     run.log("epoch", {name: value for name, value in record.items() if value is not None}, progress.step)
     draw(run, progress.step)
-    accelerator.print(console_line(record, run.stage.epochs, run.objective, metric), flush=True)
+    who = f"{run.name}, seed {run.seed}"
+    accelerator.print(f"{who}: {console_line(record, run.stage.epochs, run.objective, metric)}", flush=True)
     for warning in monitor.warnings(progress.history, **asdict(run.limits)):
         run.warn(f"warning: {warning}")
 

@@ -17,17 +17,17 @@ def warnings(
 ) -> list[str]:
     """Sentences about the newest epoch of `history`; empty when all is well.
 
-    A record holds `loss`, `logit_max` and, where a teacher's metric is known, `retention`; None: not finite.
+    A record holds `loss`, `logit_max` and, where a teacher's metric is known, `retention`; None: not finite. That
+    retention stagnates is said once, until it rises again.
     """
     found = []
     retained = [record["retention"] for record in history if record.get("retention") is not None]
-    if len(retained) > stagnation_epochs:
-        recent, before = max(retained[-stagnation_epochs:]), max(retained[:-stagnation_epochs])
-        if recent <= before < retention_target:
-            found.append(
-                f"retention has not passed {before:.1%} for {stagnation_epochs} epochs, the target is "
-                f"{retention_target:.1%}; try a larger student, more views or another temperature"
-            )
+    highest = max(retained, default=math.inf)
+    if highest < retention_target and len(retained) - 1 - retained.index(highest) == stagnation_epochs:
+        found.append(
+            f"retention has not passed {highest:.1%} for {stagnation_epochs} epochs, the target is "
+            f"{retention_target:.1%}; try a larger student, more views or another temperature"
+        )
     losses = [record["loss"] for record in history[-WINDOW:] if record["loss"] is not None]
     if len(losses) == WINDOW:
         spread = statistics.pstdev(losses) / max(abs(statistics.fmean(losses)), 1e-12)

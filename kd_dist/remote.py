@@ -322,7 +322,11 @@ def _asked(url: str, method: str, **options: int) -> Any:
             raise ShardError(
                 f"{url}: the store refuses ({said}); check the URL and the credentials that fsspec uses for it"
             ) from error
-        if isinstance(error, (ImportError, ValueError)) and status is None:
+        if isinstance(error, ImportError):
+            raise ShardError(
+                f"{url}: needs a package that is missing ({said}); for http:// pip install -e '.[remote]'"
+            ) from error
+        if isinstance(error, ValueError) and status is None:
             raise ShardError(f"{url}: cannot be asked for ({said}); correct data.shards") from error
         raise _Stumble(said) from error
 

@@ -21,7 +21,7 @@ from kd_dist.engine import Engine
 from kd_dist.errors import MismatchError, TrainingError, is_out_of_memory
 from kd_dist.evaluation import evaluate, first_examples
 from kd_dist.loader import batches, on_device, to_device
-from kd_dist.losses import Objective
+from kd_dist.losses import Objective, signals_needed
 from kd_dist.plan import shuffle_problem
 from kd_dist.recipe import Monitor, Recipe, Stage
 from kd_dist.student import Student
@@ -146,7 +146,7 @@ def prepare(recipe: Recipe, name: str) -> Run:
         metric=recipe.evaluate.metric,
         teacher_metrics=cached_teacher_metrics(recipe, validation, accelerator) if known else None,
         shown=None if shown is None else first_examples(shown),
-        limits=recipe.monitor,
+        limits=recipe.monitor if signals_needed(stage.losses) else replace(recipe.monitor, retention_target=0.0),
         writer=SummaryWriter(folder / "tensorboard") if accelerator.is_main_process else None,
     )
 

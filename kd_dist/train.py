@@ -27,6 +27,7 @@ from kd_dist import assemble, checkpoint, guard
 from kd_dist.batch import Batch, StudentOutput, valid_rows
 from kd_dist.checkpoint import Progress
 from kd_dist.config import load
+from kd_dist.disk import make_folder
 from kd_dist.epoch import end_epoch
 from kd_dist.errors import Preempted, TrainingError, cause, is_lost_contact, is_out_of_memory, one_sentence
 from kd_dist.guard import Cause, Verdict
@@ -293,7 +294,7 @@ def take_over(run: Run, last: Path) -> Progress:
 
 
 def check_end(run: Run, progress: Progress) -> None:
-    """Raise a TrainingError when what was trained is worth nothing. Every rank calls it."""
+    """Raise a TrainingError when what was trained is worth nothing, warn when it is worth little; on every rank."""
     wrong = checkpoint.unsound(run.engine.weights())
     if wrong is not None or progress.best is None or progress.skipped >= progress.step:
         why = f"'{wrong}' is not finite" if wrong else f"{progress.skipped} of {progress.step} steps were skipped"
@@ -301,13 +302,18 @@ def check_end(run: Run, progress: Progress) -> None:
             f"stages.{run.name}: ended with nothing to keep, since {why}; lower the learning rate, clip harder or "
             f"train in fp32 or bf16, look at {run.folder / guard.SUSPECTS}, then delete {run.folder} and train again"
         )
+    if 2 * progress.skipped > progress.step:
+        run.warn(
+            f"warning: stages.{run.name}: {progress.skipped} of {progress.step} steps were skipped, so what was kept "
+            f"has hardly been trained; look at {run.folder / guard.SUSPECTS}"
+        )
 
 
 def run_stage(recipe: Recipe, name: str) -> None:
     """Train a stage to its end, from its last checkpoint if there is one, and write `result.json`."""
     with noticed() as notice:
         run = prepare(recipe, name)
-        run.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(run.folder)
         accelerator, progress = run.accelerator, resume(run)
         if accelerator.is_main_process and progress.step < run.steps:  # `max_steps` was raised: it is not done any more
             (run.folder / assemble.RESULT).unlink(missing_ok=True)

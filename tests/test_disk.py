@@ -83,6 +83,17 @@ def test_a_second_one_is_refused_and_the_lock_goes_with_the_first(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("below", ["runs", "runs/digits"])
+def test_a_file_in_the_way_of_a_folder_is_one_sentence(tmp_path, below):
+    (tmp_path / "runs").write_text("mine")
+    with (
+        pytest.raises(KdError, match=r": cannot be made a folder \(.*\); choose another one$"),
+        alone(tmp_path / below),
+    ):
+        pytest.fail("there is no such folder")
+    assert (tmp_path / "runs").read_text() == "mine"
+
+
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
     def refuse(file, operation):
         raise OSError(failure, os.strerror(failure))

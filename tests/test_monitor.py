@@ -38,6 +38,7 @@ def test_stagnation_is_said():
         [0.5, 0.7, 0.7, 0.6, 0.71],  # it moves
         [0.5, 0.91, 0.7, 0.6, 0.65],  # the target was reached
         [0.5, 0.9, 0.7, 0.6, 0.65],  # exactly
+        [0.7, 0.6, 0.6, 0.6, 0.6],  # said an epoch ago
         [None, None, 0.7, None, 0.6],  # too few are known
     ],
 )
@@ -45,8 +46,13 @@ def test_stagnation_is_not_said(retention):
     assert said(retention=retention) == []
 
 
+def test_stagnation_is_said_once_until_it_moves():
+    kept = [0.7, 0.6, 0.6, 0.6, 0.6, 0.6, 0.8, 0.7, 0.7, 0.7, 0.7]
+    assert [count for count in range(1, len(kept) + 1) if said(retention=kept[:count])] == [4, 10]
+
+
 def test_epochs_without_retention_do_not_count():
-    assert len(said(retention=[0.7, None, 0.7, None, 0.6, 0.6])) == 1
+    assert len(said(retention=[0.7, None, 0.7, None, 0.6, None, 0.6])) == 1
 
 
 def test_oscillation_is_said_of_the_last_epochs_alone():

@@ -392,7 +392,6 @@ def test_a_store_that_takes_the_connection_and_says_nothing_is_one_sentence(home
             assert str(caught.value).endswith(said)
 
 
-
 def test_an_answer_that_is_late_once_is_asked_for_again(home, store, monkeypatch):
     shard = Shard(location(store.url) / TAR)
     monkeypatch.setattr(remote, "ANSWER", 0.1)
