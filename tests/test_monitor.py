@@ -102,4 +102,4 @@ def test_logits_at_the_limit_and_of_earlier_epochs_are_not_said():
 
 
 def test_all_at_once():
-    assert len(said([3.0, 0.5] * 3, [0.7] * 6, 1e6)) == 3
+    assert len(said([3.0, 0.5] * 3, [0.5, 0.6, 0.7, 0.6, 0.6, 0.6], 1e6)) == 3
