@@ -13,18 +13,20 @@ import torch
 from kd_dist import manifest
 from kd_dist.checkpoint import refuse_other_run
 from kd_dist.compress import FeatureCodec
-from kd_dist.config import shared_features, to_dict
+from kd_dist.config import to_dict
 from kd_dist.data import Corridor, Shards, SignalShards
 from kd_dist.errors import DataError, MismatchError, ModelError, RecipeError
+from kd_dist.inputs import Images, Input, Spectrograms
+from kd_dist.inputs.spectrograms import LogMel
 from kd_dist.losses import features_read, projections, signals_needed
 from kd_dist.models import Network, build_network, load_weights, weights_digest
 from kd_dist.plan import Order, Plan, Sequential
 from kd_dist.recipe import Recipe, Stage, parse_bytes
 from kd_dist.remote import LocalCache, Remote, location
 from kd_dist.student import Student
-from kd_dist.tasks import TASKS, Task
+from kd_dist.tasks import TASKS, Regression, Task, packed_for
 from kd_dist.teacher import Teacher
-from kd_dist.views import ImageViews
+from kd_dist.views import ImageViews, SpectrogramViews, ViewPolicy
 
 BEST = "best.safetensors"
 RESULT = "result.json"
@@ -66,9 +68,13 @@ def stored_views(recipe: Recipe, split: str) -> int:
     return recipe.views.count if split == TRAINING_SPLIT else 0
 
 
-def view_policy(recipe: Recipe) -> ImageViews:
+def view_policy(recipe: Recipe) -> ViewPolicy:
     """The policy by which the recipe draws its views."""
     v = recipe.views
+    if recipe.audio is not None:
+        low, high = recipe.audio.db
+        gain = round(v.gain * 255 / (high - low))
+        return SpectrogramViews(v.shape, gain=gain, time_mask=v.time_mask, band_mask=v.band_mask, seed=v.seed)
     return ImageViews(
         size=v.shape,
         crop_scale=v.crop_scale,
@@ -83,7 +89,22 @@ def view_policy(recipe: Recipe) -> ImageViews:
 
 
 def task(recipe: Recipe) -> Task:
-    return TASKS[recipe.task.name](recipe.task.classes)
+    """The recipe's task, for its kind of input."""
+    t = recipe.task
+    if t.name == "regression":
+        return Regression(t.outputs, t.range, input_kind(recipe))
+    return TASKS[t.name](t.classes, input_kind(recipe))
+
+
+def input_kind(recipe: Recipe) -> Input:
+    """How the recipe's examples are packed and decoded."""
+    a = recipe.audio
+    if a is None:
+        return Images()
+    front_end = LogMel(
+        sample_rate=a.sample_rate, n_fft=a.n_fft, hop=a.hop, mels=a.mels, fmin=a.fmin, fmax=a.fmax, db=a.db
+    )
+    return Spectrograms(front_end, a.shortest)
 
 
 def examples(recipe: Recipe, split: str) -> Shards:
@@ -92,12 +113,12 @@ def examples(recipe: Recipe, split: str) -> Shards:
     if isinstance(folder, Path) and not folder.is_dir():
         raise DataError(f"{folder}: no example shards; run `kd-dist pack` first")
     shards = Shards(folder, recipe.data.on_error)
-    packed, wanted = (shards.manifest["task"], shards.manifest["classes"]), (recipe.task.name, recipe.task.classes)
-    if packed != wanted:
-        raise MismatchError(
-            f"{folder}: was packed for {packed[0]} with {packed[1]} classes, the recipe's task is {wanted[0]} with "
-            f"{wanted[1]}; correct the recipe"
-        )
+    for name, wanted in packed_for(task(recipe)).items():
+        if shards.manifest.get(name) != wanted:
+            raise MismatchError(
+                f"{folder}: was packed for {name} {shards.manifest.get(name)}, the recipe says {wanted}; correct the "
+                f"recipe, or give it another name and pack again"
+            )
     return shards
 
 
@@ -134,8 +155,10 @@ def network(recipe: Recipe, which: str, reference: str | None, seed: int) -> Net
     torch.manual_seed(seed)
     built = build_network(
         section.model,
-        recipe.task.classes,
+        recipe.task.width,
+        channels=view_policy(recipe).channels,
         maps=TASKS[recipe.task.name].maps,
+        bounds=recipe.task.range if recipe.task.name == "regression" else None,
         options=section.options,
         pretrained=reference == "pretrained",
         image_size=section.image_size,
@@ -186,7 +209,7 @@ def teacher(recipe: Recipe, features: Iterable[str] = ()) -> Teacher:
 
 def stage_features(recipe: Recipe, name: str) -> tuple[str, ...]:
     """The teacher's features that a stage's losses read."""
-    return tuple(features_read(recipe.stages[name].losses, shared_features(recipe)))
+    return tuple(features_read(recipe.stages[name].losses, recipe.shared_features))
 
 
 def module(recipe: Recipe, name: str, corridor: Corridor, taught_by: Teacher | None) -> Student:
@@ -257,9 +280,11 @@ def codec_identity(recipe: Recipe, split: str) -> dict[str, Any]:
 def views_identity(recipe: Recipe, split: str) -> dict[str, Any]:
     """The view policy of a split as a manifest states it. Canonical views depend on nothing but their size."""
     views = stored_views(recipe, split)
+    policy = view_policy(recipe)
+    kind = {} if policy.kind == ImageViews.kind else {"kind": policy.kind}
     if not views:
-        return {"canonical": True, "count": 1, "size": list(recipe.views.shape)}
-    return manifest.plain({"canonical": False, "count": views, **vars(view_policy(recipe))})
+        return {**kind, "canonical": True, "count": 1, "size": list(policy.size)}
+    return manifest.plain({**kind, "canonical": False, "count": views, **vars(policy)})
 
 
 def reads_cache(stage: Stage) -> bool:

@@ -163,7 +163,8 @@ def inspect(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fal
         feature_codecs(folders[split], made["codec"])  # refuses a folder that has lost its bases
         teacher, digest = made["teacher"], made["teacher"]["weights_sha256"][:12]
         typer.echo(f"{folders[split]}: {teacher['model']}, weights {teacher['weights']}, sha256 {digest}")
-        typer.echo(summary(split, made) if made["complete"] else "not finished; run `kd-dist cache-teacher` again")
+        said = summary(split, made, assemble.task(loaded)) if made["complete"] else None
+        typer.echo(said or "not finished; run `kd-dist cache-teacher` again")
 
 
 @app.command()

@@ -30,6 +30,7 @@ from kd_dist.preempt import SIGNALS, noticed
 from kd_dist.recipe import Recipe
 from kd_dist.remote import Remote
 
+DRAWN_AT_ONCE = 32  # examples of a picture in a forward pass
 LOCK = ".lock"  # in a folder that a run writes to; holds the host and the process, and is locked while that lives
 
 
@@ -240,17 +241,19 @@ def draw(recipe: Recipe) -> np.ndarray | None:
     """Some examples of the evaluation split, and what each stage's model makes of them; None where the task has no such
     picture."""
     task = assemble.task(recipe)
-    if not task.maps:
+    if not task.shown:
         return None
     batch = first_examples(assemble.evaluation_corridor(recipe, recipe.evaluate.split, 0, 1, cached=False))
-    said = {}
-    teacher = assemble.teacher(recipe)
+    networks = {"teacher": assemble.teacher(recipe).network}
+    for name, stage in recipe.stages.items():
+        if stage.model == "student":
+            weights = assemble.stage_folder(recipe, name) / assemble.BEST
+            networks[name] = assemble.network(recipe, "student", str(weights), recipe.seed).eval()
     with torch.inference_mode():
-        said["teacher"] = teacher(batch.images).logits
-        for name, stage in recipe.stages.items():
-            if stage.model == "student":
-                weights = assemble.stage_folder(recipe, name) / assemble.BEST
-                said[name] = assemble.network(recipe, "student", str(weights), recipe.seed).eval()(batch.images)
+        said = {
+            name: torch.cat([network(images) for images in batch.images.split(DRAWN_AT_ONCE)])
+            for name, network in networks.items()
+        }
     return picture(task, batch, said)
 
 

@@ -47,8 +47,15 @@ Fraction = Annotated[float, Bound(lambda number: 0 <= number <= 1, "between 0 an
 class Task:
     """`task`: what is to be predicted."""
 
-    name: Literal["classification", "segmentation"] = "classification"
-    classes: Annotated[int, Bound(lambda number: number >= 2, "at least 2")]
+    name: Literal["classification", "segmentation", "regression"] = "classification"
+    classes: Annotated[int, Bound(lambda number: number >= 2, "at least 2")] | None = None  # of the first two
+    outputs: tuple[str, ...] = ()  # of regression: the names of its numbers
+    range: tuple[float, float] = (-1.0, 1.0)  # of regression: from where to where they go
+
+    @property
+    def width(self) -> int:
+        """How many numbers a model gives for an example, or for each place of it."""
+        return self.classes or len(self.outputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +76,23 @@ class Data:
     window: Count | None = None  # examples of a lane that are shuffled together; null: chosen
     on_error: Literal["raise", "replace_masked"] = "raise"  # at a damaged example: stop, or mask it and go on
     error_limit: Count = 100  # examples of an epoch that may be masked; one more stops the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audio:
+    """`audio`: examples are recordings, packed as log-mel spectrograms; how these are made of sound.
+
+    Values and steps are described in shards/FORMAT.md, so that an app can do the same.
+    """
+
+    sample_rate: Count = 22050  # Hz; another rate is resampled
+    n_fft: Count = 2048  # samples of a frame
+    hop: Count = 512  # samples from one frame to the next
+    mels: Count = 128  # bands
+    fmin: NonNegative = 20.0  # Hz, the lower edge of the first band
+    fmax: Positive | None = None  # Hz, the upper edge of the last; null: half the sample rate
+    db: tuple[float, float] = (-60.0, 40.0)  # decibels of levels 0 and 255
+    shortest: Positive = 1.0  # seconds; a shorter recording is quarantined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +127,16 @@ class Views:
     """`views`: the policy that draws the views of a training example. Other splits have one canonical view."""
 
     count: Count = 8  # views of each training example
-    size: Count | tuple[Count, Count]  # pixels: the side of a square, or [height, width]
+    size: Count | tuple[Count, Count]  # pixels: the side of a square, or [height, width]; of audio [mels, frames]
     crop_scale: tuple[Positive, Positive] = (1.0, 1.0)  # range of the crop's share of the image area
     crop_ratio: tuple[Positive, Positive] = (0.75, 1.3333)  # range of the crop's width / height
     flip: Fraction = 0.0  # probability of a left-right flip
     brightness: Fraction = 0.0  # x: the factor is drawn from [1 - x, 1 + x]
     contrast: Fraction = 0.0  # likewise
     saturation: Fraction = 0.0  # likewise
+    gain: NonNegative = 0.0  # of audio, in decibels: what is added is drawn from [-x, x]
+    time_mask: Natural = 0  # of audio: frames of the widest of two masks in time
+    band_mask: Natural = 0  # of audio: bands of the widest of two masks in frequency
     seed: Natural = 0
 
     @property
@@ -133,7 +160,8 @@ class Feature:
 class Cache:
     """`cache`: what is kept of the teacher's output, and how the teacher is run."""
 
-    logits: Literal["fp32", "fp16", "uint8"] = "fp16"  # how a row of logits is stored; two classes store one margin
+    # How a row of logits is stored; two classes store one margin. null: fp16, of regression fp32
+    logits: Literal["fp32", "fp16", "uint8"] | None = None
     features: dict[str, Feature] = field(default_factory=dict)  # of training views; the others keep logits alone
     batch_size: Count = 64  # views in a forward pass of the teacher; the last bits of its output depend on it
     threads: Count = 1  # CPU threads of the teacher; fixed for the same reason
@@ -173,7 +201,7 @@ class Evaluate:
     """`evaluate`: what a trained model is judged by."""
 
     split: str = "test"  # a split of `data.splits`
-    metric: str | None = None  # accuracy or nll; miou or pixel_accuracy; null: the first of the task's
+    metric: str | None = None  # accuracy, nll; miou, pixel_accuracy; ccc, mae; null: the first of the task's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +223,7 @@ class Recipe:
     runs: str = "runs"  # folder under which <recipe name>/<stage>/ is written
     task: Task
     data: Data
+    audio: Audio | None = None  # null: examples are images
     teacher: Teacher
     views: Views
     cache: Cache = Cache()
@@ -202,3 +231,8 @@ class Recipe:
     stages: dict[str, Stage]  # in the order they are run
     evaluate: Evaluate = Evaluate()
     monitor: Monitor = Monitor()
+
+    @property
+    def shared_features(self) -> list[str]:
+        """The features that the cache keeps and the student taps: what losses can compare."""
+        return [name for name in self.cache.features if name in self.student.taps]

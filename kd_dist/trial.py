@@ -32,13 +32,14 @@ def check_models(recipe: Recipe) -> None:
 
 def _try_losses(recipe: Recipe, name: str, said: TeacherSignal) -> None:
     """A stage's losses on two black images: what does not fit says so."""
-    stage, size = recipe.stages[name], recipe.views.shape
+    stage = recipe.stages[name]
     read = {feature: said.features[feature] for feature in assemble.stage_features(recipe, name)}
     channels = {feature: value.shape[1] for feature, value in read.items()}
     built = assemble.network(recipe, stage.model, None, recipe.seed)
     student = assemble.with_projections(recipe, stage, built, channels).eval()
-    images = torch.zeros(2, 3, *size, dtype=torch.uint8)
-    targets = torch.zeros(2, *(size if assemble.task(recipe).maps else ()), dtype=torch.int64)
+    task, policy = assemble.task(recipe), assemble.view_policy(recipe)
+    images = torch.zeros(2, policy.channels, *policy.size, dtype=torch.uint8)
+    targets = torch.from_numpy(task.collate([task.no_target(policy.size)] * 2)[0])
     batch = Batch(("", ""), images, targets, None, torch.ones(2, dtype=torch.bool), 2, said._replace(features=read))
     try:
         with torch.no_grad():

@@ -30,7 +30,7 @@ from kd_dist.errors import MismatchError, ShardError, one_sentence
 from kd_dist.recipe import Recipe
 from kd_dist.shards import Shard
 from kd_dist.signals import CODECS, LogitsCodec
-from kd_dist.views import VIEW_DTYPE, canonical, draw, replay
+from kd_dist.views.images import VIEW_DTYPE, replay
 
 TRAIN, VAL = 21, 9  # examples
 RANDOM = "teacher.weights=null"  # a teacher that needs no training
@@ -93,7 +93,7 @@ def test_every_codec_stores_what_the_live_teacher_says(home, codec, batch_size):
     for key, own in stored.items():
         image = np.asarray(Image.open(f"pictures/train/{key}.png").convert("RGB"))
         assert [view.tolist() for view in own["view"]] == [
-            draw(policy, key, number, image.shape[:2]).tolist() for number in range(2)
+            policy.draw(key, number, image.shape[:2]).tolist() for number in range(2)
         ]
         error = np.abs(shifted(decode(own)) - shifted(live(recipe, key, own["view"]))).max()
         worst = max(worst, float(error))
@@ -108,7 +108,7 @@ def test_the_validation_split_has_the_canonical_view_alone(home):
     assert cached(recipe, "val")["views"] == {"canonical": True, "count": 1, "size": [8, 8]}
     stored = rows(recipe, "val")
     assert len(stored) == VAL
-    expected = canonical(assemble.view_policy(recipe), (12, 10))
+    expected = assemble.view_policy(recipe).canonical((12, 10))
     assert all(len(own) == 1 and own["view"][0] == expected for own in stored.values())
 
 

@@ -22,7 +22,7 @@ from kd_dist.errors import DataError, MismatchError, ShardError
 from kd_dist.loader import batches
 from kd_dist.recipe import Recipe
 from kd_dist.signals import LogitsCodec, dtype_from_json, row_dtype
-from kd_dist.views import VIEW_DTYPE, canonical, draw, replay
+from kd_dist.views.images import VIEW_DTYPE, replay
 
 TRAIN, VIEWS = SPLITS["train"], 2
 WHITE = "003"  # the training picture that the odd teachers cannot bear
@@ -124,7 +124,7 @@ def test_every_feature_of_every_row_is_what_the_live_teacher_says(scenery, batch
     codecs = assemble.signals(recipe, "train", assemble.examples(recipe, "train")).features
     for key, own in rows(recipe).items():
         size = Image.open(f"scenes/JPEGImages/{key}.jpg").size[::-1]
-        assert [view.tolist() for view in own["view"]] == [draw(policy, key, view, size).tolist() for view in (0, 1)]
+        assert [view.tolist() for view in own["view"]] == [policy.draw(key, view, size).tolist() for view in (0, 1)]
         _, said = live(recipe, key, own["view"])
         # int8, pooled, dithered: within one scale, which is no larger than it must be.
         low = said["low"].reshape(VIEWS, 8, 4, 2, 6, 2).mean(axis=(3, 5))
@@ -176,7 +176,7 @@ def test_the_validation_split_has_no_features(scenery):
     for key, own in stored.items():
         assert own.dtype.names == ("row_crc", "view", "input_crc", "logits") and len(own) == 1
         size = Image.open(f"scenes/JPEGImages/{key}.jpg").size[::-1]
-        assert own["view"][0] == canonical(assemble.view_policy(recipe), size)
+        assert own["view"][0] == assemble.view_policy(recipe).canonical(size)
 
 
 # ---------------------------------------------------------------------------------------------- bad rows

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from kd_dist import assemble, cache_teacher, manifest, views
+from kd_dist import assemble, cache_teacher, manifest
 from kd_dist.cli import app
 from kd_dist.config import load
 from kd_dist.errors import ShardError
@@ -17,6 +17,7 @@ from kd_dist.recipe import Recipe
 from kd_dist.shards import Shard, write_shard
 from kd_dist.signals import pack_rows, to_npy
 from kd_dist.verify import FEATURE_TOLERANCE, sentence, verify
+from kd_dist.views.images import ImageViews, replay
 
 
 @pytest.fixture
@@ -56,10 +57,10 @@ def test_other_weights_behind_the_same_identity_are_found(cached):
 
 
 def test_pixels_that_a_shifted_crop_changes_are_named(cached, monkeypatch):
-    def shifted(image, view, size):
-        return views.replay(image, view, size)[:, ::-1].copy()
+    def shifted(policy, image, view):
+        return replay(image, view, policy.size)[:, ::-1].copy()
 
-    monkeypatch.setattr("kd_dist.verify.replay", shifted)
+    monkeypatch.setattr(ImageViews, "replay", shifted)
     found = verify(cached, "val", 4)
     assert not found["ok"] and len(found["other_pixels"]) == 4
     assert f"4 with other pixels than the teacher saw, first '{found['other_pixels'][0]}'" in sentence(found)

@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_dist.errors import DataError, RecipeError
-from kd_dist.views import VIEW_DTYPE, ImageViews, canonical, draw, input_crc, replay, replay_mask, sample
+from kd_dist.views import input_crc
+from kd_dist.views.images import VIEW_DTYPE, ImageViews, replay, replay_mask, sample
+
+draw, canonical = ImageViews.draw, ImageViews.canonical
 
 POLICY = ImageViews((32, 24), (0.2, 1), (0.75, 1.333), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, seed=7)
 
@@ -92,8 +95,7 @@ def test_each_parameter_alone_is_golden(name):
 def test_a_fresh_process_draws_and_replays_the_same():
     script = (
         "import json\n"
-        "from kd_dist.views import draw, input_crc, replay\n"
-        "from tests.test_views import POLICY, noise\n"
+        "from tests.test_views import POLICY, draw, input_crc, noise, replay\n"
         "views = [draw(POLICY, 'cats/1', n, (91, 70)) for n in range(20)]\n"
         "print(json.dumps([[v.tobytes().hex(), input_crc(replay(noise(91, 70), v, POLICY.size))] for v in views]))\n"
     )

@@ -74,6 +74,8 @@ def build_network(
     model: str,
     classes: int,
     *,
+    channels: int = 3,
+    bounds=None,
     maps: bool = False,
     options: dict[str, Any],
     pretrained: bool = False,
