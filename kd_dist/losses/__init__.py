@@ -18,7 +18,7 @@ from kd_dist.losses.relations import related
 from kd_dist.losses.schedules import check_weight, weight_at
 from kd_dist.losses.table import Loss
 
-LOSSES: dict[str, Loss] = {**logits.LOSSES, **segmentation.LOSSES, **outputs.LOSSES, **feature_losses.LOSSES}
+LOSSES: dict[str, Loss] = {**logits.LOSSES, **outputs.LOSSES, **segmentation.LOSSES, **feature_losses.LOSSES}
 
 
 def check_losses(

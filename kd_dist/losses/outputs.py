@@ -84,8 +84,9 @@ def teacher_bounded(student: Tensor, targets: Tensor, teacher: Tensor, *, margin
     label; m = 0. Deviations: errors are means over the outputs, where they have sums; and the margin is what the
     student may be worse by, where theirs, e_s + m > e_t, is what it must be better by: that is `margin` = -m here.
     """
+    student, teacher = _pair(student, teacher, "teacher's")
     own, bound = mse(student, targets), mse(teacher, targets)
-    return torch.where(own > bound + margin, own, 0.0)
+    return torch.where(own <= bound + margin, 0.0, own)  # this way round a NaN stays one
 
 
 def ail(student: Tensor, targets: Tensor, teacher: Tensor, *, eta: float | None = None) -> Tensor:
@@ -101,8 +102,9 @@ def ail(student: Tensor, targets: Tensor, teacher: Tensor, *, eta: float | None 
             "loss 'ail': eta, the teacher's largest squared error on the training set, is not known; "
             "write it in the recipe, or train from a cache"
         )
+    imitation = kd_mse(student, teacher)
     trust = (1 - mse(teacher, targets) / max(eta, _PERFECT)).clamp_min(0.0)
-    return torch.where(labelled(targets), trust, 0.0) * kd_mse(student, teacher)
+    return torch.where(labelled(targets), trust, 0.0) * imitation
 
 
 def _pair(student: Tensor, other: Tensor, whose: str) -> tuple[Tensor, Tensor]:
