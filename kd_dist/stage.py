@@ -21,7 +21,7 @@ from kd_dist.engine import Engine
 from kd_dist.errors import MismatchError, TrainingError, is_out_of_memory
 from kd_dist.evaluation import evaluate, first_examples
 from kd_dist.loader import batches, on_device, to_device
-from kd_dist.losses import Objective
+from kd_dist.losses import LOSSES, Objective
 from kd_dist.plan import shuffle_problem
 from kd_dist.recipe import Monitor, Recipe, Stage
 from kd_dist.student import Student
@@ -113,7 +113,8 @@ def prepare(recipe: Recipe, name: str) -> Run:
     module = synchronised(assemble.module(recipe, name, corridor, teacher), stage, name, accelerator)
     module.to(accelerator.device)
     alone = {
-        loss: {**written, "gather": False} if "gather" in written else written for loss, written in stage.losses.items()
+        loss: {**written, "gather": False} if LOSSES[loss].relational else written
+        for loss, written in stage.losses.items()
     }
     attempt = partial(one_step, module, teacher, Objective(alone, stage.epochs), engine.DTYPES[precision])
     if stage.find_batch_size:

@@ -52,7 +52,7 @@ def check_relations(recipe: Recipe, name: str, world: int) -> None:
     """Raise a RecipeError when a relational loss has a single row to relate: it would be 0 for good."""
     stage = recipe.stages[name]
     for loss, written in stage.losses.items():
-        parts = stage.accumulate * (1 if written.get("gather") else world)
+        parts = stage.accumulate * (1 if written.get("gather", LOSSES[loss].gather) else world)
         if LOSSES[loss].relational and stage.batch_size < 2 * parts:
             raise RecipeError(
                 f"stages.{name}.losses.{loss}: relates the rows of a micro-batch, of which batch_size "
