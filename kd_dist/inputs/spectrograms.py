@@ -1,7 +1,0 @@
-"""stub"""
-from dataclasses import dataclass
-class LogMel: pass
-@dataclass(frozen=True)
-class Spectrograms:
-    kind = "spectrogram"
-    channels = 1
