@@ -20,6 +20,7 @@ from kd_dist.inputs import Images, Input, Spectrograms
 from kd_dist.inputs.spectrograms import LogMel
 from kd_dist.losses import features_read, projections, signals_needed
 from kd_dist.models import Network, build_network, load_weights, weights_digest
+from kd_dist.models.blocks import freeze
 from kd_dist.plan import Order, Plan, Sequential
 from kd_dist.recipe import Recipe, Stage, parse_bytes
 from kd_dist.remote import LocalCache, Remote, location
@@ -164,6 +165,7 @@ def network(recipe: Recipe, which: str, reference: str | None, seed: int) -> Net
         image_size=section.image_size,
         mean=section.mean,
         std=section.std,
+        head=section.head,
     )
     file = weights_file(recipe, reference)
     if file is not None:
@@ -196,6 +198,16 @@ def with_projections(recipe: Recipe, stage: Stage, built: Network, channels: Map
     return Student(built, {feature: recipe.student.taps[feature] for feature in channels}, wanted, recipe.views.shape)
 
 
+def freeze_blocks(recipe: Recipe, name: str, built: Network) -> None:
+    """Leave what a stage's `train_last` says of a network to be trained."""
+    last = recipe.stages[name].train_last
+    try:
+        if last is not None:
+            freeze(built, last)
+    except ModelError as error:
+        raise ModelError(f"stages.{name}.train_last: {error}") from error
+
+
 def feature_taps(recipe: Recipe, names: Iterable[str]) -> dict[str, str]:
     """Where the teacher has these features."""
     return {name: recipe.cache.features[name].tap for name in names}
@@ -217,6 +229,7 @@ def module(recipe: Recipe, name: str, corridor: Corridor, taught_by: Teacher | N
     online teacher."""
     stage, features = recipe.stages[name], stage_features(recipe, name)
     built = network(recipe, stage.model, first_weights(recipe, name), stage_seed(recipe, name))
+    freeze_blocks(recipe, name, built)
     if taught_by is not None:
         _, shapes = taught_by.shapes(recipe.views.shape)
     else:
@@ -236,6 +249,8 @@ def teacher_identity(recipe: Recipe, built: Network | None = None) -> dict[str, 
         digest = weights_digest(built)
     kind = "file" if file is not None else t.weights or f"random, seed {t.seed}"
     described = {name: getattr(t, name) for name in ("name", "model", "options", "image_size", "mean", "std")}
+    if t.head is not None:  # one without a head is described as it always was
+        described["head"] = to_dict(t.head)
     return {**described, "weights": kind, "weights_sha256": digest}
 
 

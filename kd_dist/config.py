@@ -185,13 +185,12 @@ def _where(root: _Node, keys: Keys) -> str:
 
 
 def _build(node: _Node, wanted: Any, keys: Keys) -> Any:
-    """The value of `node` as the type `wanted`: a dataclass, a dict, Any, or what kd_dist.choose.fits knows."""
-    if dataclasses.is_dataclass(wanted):
-        return _section(node, wanted, keys)
-    choices = typing.get_args(wanted) if typing.get_origin(wanted) in (typing.Union, types.UnionType) else ()
-    section = next((one for one in choices if dataclasses.is_dataclass(one)), None)
-    if section is not None:  # one that may be null
-        return None if node.value is None and node.text else _section(node, section, keys)
+    """The value of `node` as the type `wanted`: a dataclass (or null), a dict, Any, or what choose.fits knows."""
+    union = typing.get_origin(wanted) in (typing.Union, types.UnionType)
+    section = next(filter(dataclasses.is_dataclass, typing.get_args(wanted) if union else (wanted,)), None)
+    if section is not None:
+        null = union and node.value is None and node.text != ""  # an empty section has its defaults
+        return None if null else _section(node, section, keys)
     if typing.get_origin(wanted) is dict:
         inner = typing.get_args(wanted)[1]
         return {key: _build(child, inner, (*keys, key)) for key, child in _children(node, keys).items()}
@@ -247,7 +246,7 @@ def _bare(wanted: Any) -> Any:
     """A type without its bounds."""
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if origin is typing.Annotated:
-        return arguments[0]
+        return _bare(arguments[0])
     if origin in (typing.Union, types.UnionType):
         return functools.reduce(operator.or_, map(_bare, arguments))
     if origin is tuple and arguments[-1] is Ellipsis:
@@ -261,7 +260,7 @@ def _settled(value: Any, wanted: Any) -> Any:
     if origin is typing.Annotated:
         inner, bound = arguments
         if not bound.holds(value):
-            raise ValueError(f"must be {describe(inner)}, {bound.words}, not {value!r}")
+            raise ValueError(f"must be {describe(_bare(inner))}, {bound.words}, not {value!r}")
         return _settled(value, inner)
     if origin in (typing.Union, types.UnionType):
         return _settled(value, next(one for one in arguments if fits(value, _bare(one))))

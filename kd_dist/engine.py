@@ -125,8 +125,9 @@ class Engine:
         return [value.grad for value in self.module.parameters() if value.grad is not None]
 
     def set_lr(self, lr: float) -> None:
+        """The learning rate of the next step; a group with an `lr_scale` takes so many times of it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
     def step(self) -> None:
         """Move the weights and forget the gradient."""

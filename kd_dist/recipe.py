@@ -96,6 +96,14 @@ class Audio:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Head:
+    """`head` of a model: hidden layers in the place of its last layer, GELU and dropout after each."""
+
+    hidden: Annotated[tuple[Count, ...], Bound(len, "at least one")] = (512, 128)  # their sizes
+    dropout: Fraction = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Network:
     """A model, its first weights and the input it expects."""
 
@@ -105,6 +113,7 @@ class Network:
     image_size: Count | None = None  # pixels, height and width of its input; null: the size of the view
     mean: tuple[float, float, float] | None = None  # of the RGB channels in [0, 1]; null: the model's own
     std: tuple[Positive, Positive, Positive] | None = None  # likewise
+    head: Head | None = None  # hidden layers in the place of the model's last layer; null: none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +190,8 @@ class Stage:
     accumulate: Count = 1  # micro-batches of each rank in a step; divides batch_size
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Positive  # the highest learning rate
+    backbone_lr: Positive = 1.0  # factor of `lr` for all but the model's head and the projections
+    train_last: Natural | None = None  # blocks before the head that learn beside it; 0: the head alone; null: all
     weight_decay: NonNegative = 0.05
     momentum: Fraction = 0.9  # of sgd
     warmup_epochs: NonNegative = 0.0  # epochs until the learning rate reaches `lr`

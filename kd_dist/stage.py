@@ -22,6 +22,7 @@ from kd_dist.errors import MismatchError, TrainingError, is_out_of_memory
 from kd_dist.evaluation import evaluate, first_examples
 from kd_dist.loader import batches, on_device, to_device
 from kd_dist.losses import LOSSES, Objective
+from kd_dist.models.blocks import head_parameters
 from kd_dist.plan import shuffle_problem
 from kd_dist.recipe import Monitor, Recipe, Stage
 from kd_dist.student import Student
@@ -216,7 +217,7 @@ def one_step(
     Returns whether a parameter that is trained had no part in it."""
     kept = guard.Keep(module)
     kept.store()
-    ballast = [torch.empty_like(value) for value in module.parameters() for _ in range(3)]
+    ballast = [torch.empty_like(value) for value in module.parameters() if value.requires_grad for _ in range(3)]
     try:
         if teacher is not None:
             batch = batch._replace(signals=teacher(batch.images))
@@ -228,12 +229,19 @@ def one_step(
         kept.restore()
 
 
-def build_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
-    """AdamW or SGD; biases and norm parameters (one dimension) are not decayed."""
+def build_optimizer(module: Student, stage: Stage) -> torch.optim.Optimizer:
+    """AdamW or SGD; biases and norm parameters (one dimension) are not decayed. With `backbone_lr` all but the head and
+    the projections are groups of their own, whose `lr_scale` the engine heeds."""
     trained = [value for value in module.parameters() if value.requires_grad]
+    parts: list[tuple[list[nn.Parameter], dict[str, float]]] = [(trained, {})]
+    if stage.backbone_lr != 1:
+        fast = {id(value) for value in (*head_parameters(module.network), *module.projections.parameters())}
+        slow = [value for value in trained if id(value) not in fast]
+        parts = [(slow, {"lr_scale": stage.backbone_lr}), ([value for value in trained if id(value) in fast], {})]
     groups = [
-        {"params": [value for value in trained if value.ndim > 1], "weight_decay": stage.weight_decay},
-        {"params": [value for value in trained if value.ndim <= 1], "weight_decay": 0.0},
+        {"params": [value for value in part if (value.ndim > 1) == decayed], "weight_decay": decay, **scale}
+        for part, scale in parts
+        for decayed, decay in ((True, stage.weight_decay), (False, 0.0))
     ]
     groups = [group for group in groups if group["params"]]  # DeepSpeed drops an empty one by itself
     if stage.optimizer == "sgd":

@@ -25,8 +25,8 @@ def check_models(recipe: Recipe) -> None:
     codecs = assemble.feature_codecs(recipe, features)
     stored = {name: (shape[0], *codecs[name].stored_shape[1:]) for name, shape in features.items()}
     said = TeacherSignal(torch.randn(2, *logits), {name: torch.randn(2, *shape) for name, shape in stored.items()})
-    for name in recipe.stages:
-        if assemble.stage_features(recipe, name):
+    for name, stage in recipe.stages.items():
+        if assemble.stage_features(recipe, name) or stage.train_last is not None:
             _try_losses(recipe, name, said)
 
 
@@ -36,16 +36,21 @@ def _try_losses(recipe: Recipe, name: str, said: TeacherSignal) -> None:
     read = {feature: said.features[feature] for feature in assemble.stage_features(recipe, name)}
     channels = {feature: value.shape[1] for feature, value in read.items()}
     built = assemble.network(recipe, stage.model, None, recipe.seed)
+    assemble.freeze_blocks(recipe, name, built)
     student = assemble.with_projections(recipe, stage, built, channels).eval()
     task, policy = assemble.task(recipe), assemble.view_policy(recipe)
     images = torch.zeros(2, policy.channels, *policy.size, dtype=torch.uint8)
     targets = torch.from_numpy(task.collate([task.no_target(policy.size)] * 2)[0])
     batch = Batch(("", ""), images, targets, None, torch.ones(2, dtype=torch.bool), 2, said._replace(features=read))
     try:
-        with torch.no_grad():
-            Objective(stage.losses, stage.epochs)(student(images), batch, 0.0)
+        loss, _ = Objective(stage.losses, stage.epochs)(student(images), batch, 0.0)
     except ModelError as error:
         raise ModelError(f"stages.{name}.losses: {error}") from error
+    if not loss.requires_grad:
+        raise ModelError(
+            f"stages.{name}.losses: none depends on what the stage trains; raise train_last, now "
+            f"{stage.train_last}, or add a loss on labels or logits"
+        )
 
 
 def check_relations(recipe: Recipe, name: str, world: int) -> None:

@@ -465,6 +465,8 @@ def every_key(cls: type = sections.Recipe, keys: tuple[str, ...] = ()):
             yield from every_key(sections.Stage, (*keys, name, "distill"))
         elif dataclasses.is_dataclass(wanted):
             yield from every_key(wanted, (*keys, name))
+        elif wanted == sections.Head | None:
+            yield from every_key(sections.Head, (*keys, name))
         else:
             yield (*keys, name), wanted
 
@@ -476,7 +478,7 @@ def test_every_key_refuses_a_value_of_another_type(written):
         name, wrong = ".".join(keys), "3" if free else "{no: 1}"
         assert refusal(path, [f"{name}={wrong}"]).startswith(f"command line: {name}: must be "), name
         seen += 1
-    assert seen == 76
+    assert seen == 82
 
 
 def test_every_bounded_value_refuses_what_is_below_it(written):
@@ -485,14 +487,33 @@ def test_every_bounded_value_refuses_what_is_below_it(written):
         name = ".".join(keys)
         if "Bound(" not in str(wanted) or typing.get_origin(wanted) is dict:
             continue
-        wrong = {"crop_scale": "[-1, 1]", "crop_ratio": "[-1, 1]", "std": "[1, 1, -1]"}.get(keys[-1], "-1")
+        lists = {"crop_scale": "[-1, 1]", "crop_ratio": "[-1, 1]", "std": "[1, 1, -1]", "hidden": "[8, -1]"}
+        wrong = lists.get(keys[-1], "-1")
         assert re.fullmatch(
             rf"command line: {name}: must be (a (whole )?number, (at least [012]|above [01]|between 0 and 1), not -1|"
             "a text, a size such as 20GB, not '-1')",
             refusal(path, [f"{name}={wrong}"]),
         ), name
         seen += 1
-    assert seen == 44
+    assert seen == 50
+
+
+def test_a_section_that_may_be_null(written):
+    def head(*words):
+        return load(written(TEXT), words).teacher.head
+
+    assert head() is None and head("teacher.head=null") is None
+    assert head("teacher.head={}") == head("teacher.head=") == sections.Head(hidden=(512, 128), dropout=0.0)
+    assert head("teacher.head={hidden: [8], dropout: 1}") == sections.Head(hidden=(8,), dropout=1.0)
+    assert head("teacher.head.hidden=[4, 3, 2]").hidden == (4, 3, 2)
+    for words, sentence in {
+        "teacher.head=3": "teacher.head: must be a mapping of keys to values, not '3'",
+        "teacher.head={hiden: [3]}": "teacher.head: unknown key 'hiden'; did you mean 'hidden'?",
+        "teacher.head.hidden=[]": "teacher.head.hidden: must be a list, each a whole number, at least one, not []",
+        "teacher.head.hidden=[8, 2.5]": "teacher.head.hidden: must be a list, each a whole number, not [8, 2.5]",
+        "teacher.head.hidden=[8, 0]": "teacher.head.hidden: must be a whole number, at least 1, not 0",
+    }.items():
+        assert refusal(written(TEXT), [words]) == f"command line: {sentence}"
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -29,7 +29,7 @@ def test_maps_tokens_and_vectors_agree_with_themselves_and_not_with_their_opposi
 
 def test_it_is_the_gradient_that_autograd_finds_by_hand():
     exact, decoded = gaussian(4, 6, 4, 4), gaussian(4, 6, 4, 4, seed=1)
-    network, found = _student(6, torch.device("cpu")), []
+    network, found = _student(3, 6, torch.device("cpu")), []
     for target in (exact, decoded):
         for row in range(4):
             network.zero_grad()
@@ -93,7 +93,7 @@ def test_it_works_where_gradients_are_off_and_in_half_precision():
 
 
 def test_the_weights_of_the_student_are_of_the_size_that_keeps_the_variance():
-    layers = [layer for layer in _student(50, torch.device("cpu")) if hasattr(layer, "weight")]
+    layers = [layer for layer in _student(3, 50, torch.device("cpu")) if hasattr(layer, "weight")]
     assert [tuple(layer.weight.shape) for layer in layers] == [
         (16, 3, 3, 3),
         (32, 16, 3, 3),
