@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from kd_dist import assemble, guard, manifest
+from kd_dist import assemble, guard, manifest, places
 from kd_dist.calibrate import calibrate
 from kd_dist.compress import save_bases
 from kd_dist.config import load
@@ -109,11 +109,11 @@ def extraction(recipe: Recipe, split: str, teacher: Teacher) -> Extraction:
     wanted, task = assemble.codec_identity(recipe, split)["features"], assemble.task(recipe)
     return Extraction(
         examples=assemble.examples(recipe, split),
-        folder=assemble.signals_folder(recipe, split),
+        folder=places.signals_folder(recipe, split),
         task=task,
         teacher=recipe.teacher.name,
         policy=assemble.view_policy(recipe),
-        views=assemble.stored_views(recipe, split),
+        views=places.stored_views(recipe, split),
         codec=codec_of(task.name, recipe.cache.logits, task.classes, grid[1:] or None),
         features=assemble.feature_codecs(recipe, shapes) if wanted else {},
         batch_size=recipe.cache.batch_size,
@@ -226,7 +226,7 @@ def interruptible(teacher: Teacher, notice: Notice) -> Iterator[None]:
 
 def stopped(recipe: Recipe, split: str, signal: str) -> str:
     """What is said when a signal has stopped the work at a split."""
-    folder, count = assemble.signals_folder(recipe, split), len(assemble.examples(recipe, split).paths)
+    folder, count = places.signals_folder(recipe, split), len(assemble.examples(recipe, split).paths)
     done = sum(is_committed(shard_path(folder, STEM, number)) for number in range(count))
     return f"cache {split}: stopped by {signal} after {done} of {count} shards; the same command goes on"
 
@@ -236,7 +236,7 @@ def too_large(recipe: Recipe, split: str, error: Exception) -> str:
     return (
         f"cache {split}: out of memory ({cause(error)}); run the same command where there is more, or lower "
         f"cache.batch_size (now {recipe.cache.batch_size}) or views.size or take a smaller teacher, and delete "
-        f"{assemble.signals_folder(recipe, split)}, which was begun with the old ones"
+        f"{places.signals_folder(recipe, split)}, which was begun with the old ones"
     )
 
 
@@ -250,13 +250,13 @@ def cache_teacher(recipe: Recipe) -> None:
     for feature in sorted(recipe.cache.features.keys() - read):
         accelerator.print(f"warning: no stage reads the feature '{feature}', which is cached all the same")
     with noticed() as notice, interruptible(teacher, notice):
-        for split in assemble.splits(recipe):
+        for split in places.splits(recipe):
             try:
                 made = cache_split(recipe, split, teacher, accelerator, notice)
             except Preempted:
                 raise Preempted(stopped(recipe, split, notice.name)) from None
             except OSError as error:  # of a full disk, write() does not say which
-                error.filename = error.filename or str(assemble.signals_folder(recipe, split))
+                error.filename = error.filename or str(places.signals_folder(recipe, split))
                 raise
             except Exception as error:
                 if is_out_of_memory(error):

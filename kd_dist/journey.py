@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from kd_dist import assemble, manifest, report, trial
+from kd_dist import assemble, manifest, places, report, trial
 from kd_dist.checkpoint import write_atomic
 from kd_dist.config import load, to_dict
 from kd_dist.errors import INTERRUPTED, DataError, KdError, Preempted
@@ -44,7 +44,7 @@ def run(path: Path, overrides: Sequence[str], seeds: int, options: Sequence[str]
     cached = False
     for name, stage in first.stages.items():
         student = stage.model == "student"
-        ready = assemble.weights_ready(first, first.teacher.weights)
+        ready = places.weights_ready(first, first.teacher.weights)
         if student and not cached and (ready or assemble.reads_cache(stage)):
             cache(first, path, overrides, options)
             cached = True
@@ -56,7 +56,7 @@ def run(path: Path, overrides: Sequence[str], seeds: int, options: Sequence[str]
 
 def train(recipe: Recipe, path: Path, name: str, overrides: Sequence[str], options: Sequence[str]) -> None:
     """Train one stage in processes of its own, started with the launcher's `options`, unless it is done."""
-    folder = assemble.stage_folder(recipe, name)
+    folder = places.stage_folder(recipe, name)
     if assemble.stage_result(recipe, name) is not None:
         print(f"{name} ({folder.name}): done before", file=sys.stderr)
         return
@@ -69,12 +69,12 @@ def train(recipe: Recipe, path: Path, name: str, overrides: Sequence[str], optio
 def pack_recipe(recipe: Recipe) -> dict[str, Any]:
     """Pack what the recipe needs and say what came of it."""
     manifests = pack(
-        assemble.shards_folder(recipe),
+        places.shards_folder(recipe),
         source=recipe.data.source,
         root=recipe.data.root,
         options=recipe.data.options,
         fractions=recipe.data.splits,
-        required=assemble.splits(recipe),
+        required=places.splits(recipe),
         task=assemble.task(recipe),
         shard_size=recipe.data.shard_size,
     )
@@ -87,15 +87,15 @@ def pack_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def cache(recipe: Recipe, path: Path, overrides: Sequence[str], options: Sequence[str]) -> None:
     """Cache the teacher's signals for every split unless they are there and are this recipe's."""
-    folders = [assemble.signals_folder(recipe, split) for split in assemble.splits(recipe)]
+    folders = [places.signals_folder(recipe, split) for split in places.splits(recipe)]
     # Weights that are no file are known by the network alone, which the launched command builds.
-    from_file = assemble.weights_file(recipe, recipe.teacher.weights) is not None
+    from_file = places.weights_file(recipe, recipe.teacher.weights) is not None
     if from_file and all(manifest.finished(folder) is not None for folder in folders):
-        for split in assemble.splits(recipe):
+        for split in places.splits(recipe):
             assemble.signals(recipe, split, assemble.examples(recipe, split))  # refuses another teacher's
         print(f"cache {recipe.teacher.name}: done before", file=sys.stderr)
         return
-    with alone(assemble.shards_folder(recipe)):
+    with alone(places.shards_folder(recipe)):
         came = launch(["-m", "kd_dist.cache_teacher", str(path), *overrides], options)
     if came or any(manifest.finished(folder) is None for folder in folders):
         raise stopped(f"cache {recipe.teacher.name}", came)
@@ -172,9 +172,9 @@ def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
 
     What was measured before on the same weights is kept.
     """
-    trained = [name for name in recipe.stages if (assemble.stage_folder(recipe, name) / assemble.RESULT).is_file()]
+    trained = [name for name in recipe.stages if (places.stage_folder(recipe, name) / places.RESULT).is_file()]
     if not trained:
-        folder = assemble.stage_folder(recipe, next(iter(recipe.stages))).parent.parent
+        folder = places.stage_folder(recipe, next(iter(recipe.stages))).parent.parent
         raise DataError(f"{folder}: no stage has been trained yet; run `kd-dist run` or `kd-dist train` first")
     rows = []
     if all(stage.model == "student" for stage in recipe.stages.values()):
@@ -184,11 +184,11 @@ def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         where = {"role": "teacher", "stage": "given", "seed": recipe.teacher.seed}
         rows.append({**where, **measured(recipe, folder, "teacher", weights, lambda: built)})
     for name in trained:
-        folder, which = assemble.stage_folder(recipe, name), recipe.stages[name].model
-        best = folder / assemble.BEST
-        where = {"role": assemble.role(recipe, name), "stage": name, "seed": assemble.stage_seed(recipe, name)}
+        folder, which = places.stage_folder(recipe, name), recipe.stages[name].model
+        best = folder / places.BEST
+        where = {"role": places.role(recipe, name), "stage": name, "seed": places.stage_seed(recipe, name)}
         build = functools.partial(assemble.network, recipe, which, str(best), recipe.seed)
-        rows.append({**where, **measured(recipe, folder, which, assemble.file_digest(best), build)})
+        rows.append({**where, **measured(recipe, folder, which, places.file_digest(best), build)})
     return rows
 
 
@@ -227,8 +227,8 @@ def write_report(recipes: Sequence[Recipe], models: list[dict[str, Any]]) -> Non
     first, histories = recipes[0], {}
     for recipe in recipes:
         for name in recipe.stages:
-            folder = assemble.stage_folder(recipe, name)
-            histories[f"{name} {folder.name}"] = json.loads((folder / assemble.RESULT).read_text())["history"]
+            folder = places.stage_folder(recipe, name)
+            histories[f"{name} {folder.name}"] = json.loads((folder / places.RESULT).read_text())["history"]
     folder = Path(first.runs) / first.name
     rows = report.write(folder, first.name, first.evaluate.split, models, histories, draw(first))
     show(rows, first)
@@ -247,7 +247,7 @@ def draw(recipe: Recipe) -> np.ndarray | None:
     networks = {"teacher": assemble.teacher(recipe).network}
     for name, stage in recipe.stages.items():
         if stage.model == "student":
-            weights = assemble.stage_folder(recipe, name) / assemble.BEST
+            weights = places.stage_folder(recipe, name) / places.BEST
             networks[name] = assemble.network(recipe, "student", str(weights), recipe.seed).eval()
     with torch.inference_mode():
         said = {

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from kd_dist import assemble, checkpoint, engine, guard, manifest, trial
+from kd_dist import assemble, checkpoint, engine, guard, manifest, places, trial
 from kd_dist.batch import Batch
 from kd_dist.config import to_dict
 from kd_dist.data import Corridor
@@ -92,16 +92,16 @@ def agree(about: dict[str, Any], cursor: str) -> None:
 
 def prepare(recipe: Recipe, name: str) -> Run:
     """Build every part of a stage. Everything that can be wrong with the recipe and the data is found here."""
-    stage, seed = recipe.stages[name], assemble.stage_seed(recipe, name)
+    stage, seed = recipe.stages[name], places.stage_seed(recipe, name)
     accelerator = engine.accelerator()
     guard.check_world(accelerator.num_processes)
     trial.check_relations(recipe, name, accelerator.num_processes)
     rank, world = accelerator.process_index, accelerator.num_processes
     precision = stage.precision or engine.launched_precision()
     corridor = assemble.training_corridor(recipe, name, rank, world)
-    identity, folder = assemble.stage_identity(recipe, name, corridor), assemble.stage_folder(recipe, name)
-    validation = assemble.VALIDATION_SPLIT
-    known = stage.model == "student" and manifest.finished(assemble.signals_folder(recipe, validation)) is not None
+    identity, folder = assemble.stage_identity(recipe, name, corridor), places.stage_folder(recipe, name)
+    validation = places.VALIDATION_SPLIT
+    known = stage.model == "student" and manifest.finished(places.signals_folder(recipe, validation)) is not None
     last = checkpoint.latest(folder)
     about = {**identity, "stage": to_dict(stage), "known": known, "precision": precision}
     agree(about, "the beginning" if last is None else last.name)

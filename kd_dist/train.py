@@ -22,7 +22,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from kd_dist import assemble, checkpoint, guard
+from kd_dist import checkpoint, guard, places
 from kd_dist.batch import Batch, StudentOutput, valid_rows
 from kd_dist.checkpoint import Progress
 from kd_dist.config import load
@@ -308,7 +308,7 @@ def run_stage(recipe: Recipe, name: str) -> None:
             raise TrainingError(out_of_memory(run, error)) from error
         if accelerator.is_main_process:
             result = {"identity": run.identity, "steps": run.steps, "metric": run.metric, **asdict(progress)}
-            checkpoint.write_atomic(run.folder / assemble.RESULT, json.dumps(result, indent=1, sort_keys=True))
+            checkpoint.write_atomic(run.folder / places.RESULT, json.dumps(result, indent=1, sort_keys=True))
             run.writer.close()
         lost = f", {progress.skipped} of them skipped" if progress.skipped else ""
         lost += f", {progress.failed} times without an example that could not be read" if progress.failed else ""

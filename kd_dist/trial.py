@@ -5,7 +5,7 @@ import torch
 from kd_dist import assemble
 from kd_dist.batch import Batch, TeacherSignal
 from kd_dist.errors import ModelError, RecipeError
-from kd_dist.losses import LOSSES, Objective
+from kd_dist.losses import LOSSES, Objective, filled
 from kd_dist.recipe import Recipe
 from kd_dist.teacher import Teacher
 
@@ -43,7 +43,7 @@ def _try_losses(recipe: Recipe, name: str, said: TeacherSignal) -> None:
     targets = torch.from_numpy(task.collate([task.no_target(policy.size)] * 2)[0])
     batch = Batch(("", ""), images, targets, None, torch.ones(2, dtype=torch.bool), 2, said._replace(features=read))
     try:
-        loss, _ = Objective(stage.losses, stage.epochs)(student(images), batch, 0.0)
+        loss, _ = Objective(filled(stage.losses, 1.0), stage.epochs)(student(images), batch, 0.0)
     except ModelError as error:
         raise ModelError(f"stages.{name}.losses: {error}") from error
     if not loss.requires_grad:

@@ -22,7 +22,7 @@ from processes import Started, contents, done, laboratory, run, sentence, start,
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from kd_dist import assemble, cache_teacher, journey, manifest, train
+from kd_dist import assemble, cache_teacher, journey, manifest, places, train
 from kd_dist.cli import app
 from kd_dist.config import load
 from kd_dist.data import BASES
@@ -56,7 +56,7 @@ def cached(recipe: Recipe, split: str = "train") -> dict:
 def rows(recipe: Recipe, split: str = "train") -> dict[str, np.ndarray]:
     """Every example's rows (V,), read with NumPy alone."""
     found = {}
-    for path in sorted(assemble.signals_folder(recipe, split).glob("*.tar")):
+    for path in sorted(places.signals_folder(recipe, split).glob("*.tar")):
         shard = Shard(path)
         for place in range(len(shard)):
             [payload] = shard.read(place).values()
@@ -210,7 +210,7 @@ def test_a_teacher_that_says_nothing_finite_is_an_error(home):
 def test_a_finished_cache_is_left_alone(home):
     recipe = load("tiny.yaml", [RANDOM])
     cached(recipe)
-    folder = assemble.signals_folder(recipe, "train")
+    folder = places.signals_folder(recipe, "train")
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert cached(recipe)["examples"] == TRAIN
     assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()} and len(times) == 7
@@ -239,7 +239,7 @@ def test_a_cache_of_other_weights_is_refused_and_names_both_digests(home):
     for seed in (1, 2):
         recipe = load("tiny.yaml", [RANDOM, f"teacher.seed={seed}"])
         save_file(assemble.teacher(recipe).network.backbone.state_dict(), f"{seed}.safetensors")
-        digests[seed] = assemble.file_digest(Path(f"{seed}.safetensors"))
+        digests[seed] = places.file_digest(Path(f"{seed}.safetensors"))
     cached(load("tiny.yaml", ["teacher.weights=1.safetensors"]))
     other = load("tiny.yaml", ["teacher.weights=2.safetensors"])
     sentence = f"was made with teacher.weights_sha256 = '{digests[1]}', the recipe says '{digests[2]}'"
@@ -309,7 +309,7 @@ def test_the_inspect_command_says_what_a_cache_holds(scenery):
     before = CliRunner().invoke(app, words)
     assert isinstance(before.exception, ShardError) and "there is no manifest" in str(before.exception)
     cache_teacher.cache_teacher(recipe)
-    folders = {split: assemble.signals_folder(recipe, split) for split in ("train", "val")}
+    folders = {split: places.signals_folder(recipe, split) for split in ("train", "val")}
     made = {split: manifest.read_manifest(folder) for split, folder in folders.items()}
     found = CliRunner().invoke(app, [*words, "--json"])
     assert found.exit_code == 0 and json.loads(found.stdout) == made
@@ -621,7 +621,7 @@ def test_half_a_cache_is_not_continued_with_other_weights(ward, struck):
     for seed in (2, 1):
         recipe = load("tiny.yaml", [*STRUCK, f"teacher.seed={seed}"])
         save_file(assemble.teacher(recipe).network.backbone.state_dict(), f"{seed}.safetensors")
-        digests.append(assemble.file_digest(Path(f"{seed}.safetensors")))
+        digests.append(places.file_digest(Path(f"{seed}.safetensors")))
     shutil.copy("1.safetensors", "own.safetensors")
     whole = undisturbed(ward, *words)
     struck(20, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -10,7 +10,7 @@ from processes import contents, done, kd_dist, laboratory, run, sentence
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from kd_dist import assemble, cache_teacher, train
+from kd_dist import cache_teacher, places, train
 from kd_dist.cli import app
 from kd_dist.config import load
 
@@ -205,10 +205,10 @@ def test_the_advice_on_a_damaged_shard_mends_it(home):
 @pytest.mark.slow
 def test_a_cache_of_another_teacher(home):
     recipe = load("tiny.yaml")
-    weights = assemble.weights_file(recipe, recipe.teacher.weights)
+    weights = places.weights_file(recipe, recipe.teacher.weights)
     there = json.loads(Path("shards/tiny/train/teacher/manifest.json").read_text())["teacher"]["weights_sha256"]
     save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
-    here = assemble.file_digest(weights)
+    here = places.file_digest(weights)
     shutil.rmtree("runs/tiny/distill")
     for function, words in (
         (kd_dist, ["cache-teacher", "tiny.yaml"]),

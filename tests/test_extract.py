@@ -15,7 +15,7 @@ from processes import contents, done, run, start, wait_until
 from safetensors.numpy import load_file
 from scenes import MODEL, SPLITS
 
-from kd_dist import assemble, cache_teacher, journey, manifest
+from kd_dist import assemble, cache_teacher, journey, manifest, places
 from kd_dist.config import load
 from kd_dist.data import BASES
 from kd_dist.errors import DataError, MismatchError, ShardError
@@ -68,7 +68,7 @@ def cached(recipe: Recipe, split: str = "train") -> dict:
 def rows(recipe: Recipe, split: str = "train") -> dict[str, np.ndarray]:
     """Every example's rows (V,), read with a stock tar reader and NumPy alone."""
     found = {}
-    for path in sorted(assemble.signals_folder(recipe, split).glob("*.tar")):
+    for path in sorted(places.signals_folder(recipe, split).glob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
                 payload = io.BytesIO(tar.extractfile(member).read())
@@ -85,7 +85,7 @@ def live(recipe: Recipe, key: str, views: np.ndarray) -> tuple[np.ndarray, dict[
 
 
 def folder(recipe: Recipe) -> Path:
-    return assemble.signals_folder(recipe, "train")
+    return places.signals_folder(recipe, "train")
 
 
 # ---------------------------------------------------------------------------------------------- what is stored
@@ -171,7 +171,7 @@ def test_the_validation_split_has_no_features(scenery):
     about, stored = cached(recipe, "val"), rows(recipe, "val")
     assert about["codec"]["features"] == about["feature_report"] == about["overflow"] == {}
     assert about["codec"]["bases_sha256"] is None
-    assert not (assemble.signals_folder(recipe, "val") / BASES).exists()
+    assert not (places.signals_folder(recipe, "val") / BASES).exists()
     assert len(stored) == SPLITS["val"]
     for key, own in stored.items():
         assert own.dtype.names == ("row_crc", "view", "input_crc", "logits") and len(own) == 1
