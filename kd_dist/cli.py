@@ -131,6 +131,7 @@ def verify(
 
     Example: kd-dist verify configs/digits.yaml --examples 64
     """
+    from kd_dist import places
     from kd_dist import verify as proof
     from kd_dist.config import load
 

@@ -182,6 +182,8 @@ def test_names_that_recipes_may_use(written):
 SAFE = "is not a safe name; use 1 to 32 of A-Z a-z 0-9 _ -, a letter or digit first"
 MODELS = "is not a model; write timm/<name>, torchvision/<name>, kd_dist/<name> or package.module:factory"
 NEEDED = "is missing; training needs 'train' and 'val'"
+FORMATS = "must be one of 'fp32', 'fp16', 'uint8' or null"
+NO_CLASSES = "needs `classes`, their number, and has no outputs"
 MAPPING = "must be a mapping of keys to values"
 PLAIN = "is not allowed; a recipe holds plain values only"
 FILE = "give a file, 'pretrained' or 'stage:<name>'"
@@ -212,7 +214,7 @@ TYPES = [
     ("  workers: 0", "  block: x", 0, "data.block: must be a whole number or null, not 'x'"),
     ("  source: digits", "  source:", 0, "data.source: must be a text, not empty"),
     ("  source: digits", "  source: {a: 1}", 0, "data.source: must be a text, not {'a': 1}"),
-    ("  # logits: fp32", "  logits: int8", 0, "cache.logits: must be one of 'fp32', 'fp16', 'uint8', not 'int8'"),
+    ("  # logits: fp32", "  logits: int8", 0, f"cache.logits: {FORMATS}, not 'int8'"),
     ("[0.5, 1]", "1", 0, "views.crop_scale: must be a list of 2 (a number, a number), not '1'"),
     ("[0.5, 1]", "[1]", 0, "views.crop_scale: must be a list of 2 (a number, a number), not [1]"),
     ("  # logits: fp32", "  - fp32", -1, f"cache: {MAPPING}, not ['fp32']"),
@@ -465,8 +467,8 @@ def every_key(cls: type = sections.Recipe, keys: tuple[str, ...] = ()):
             yield from every_key(sections.Stage, (*keys, name, "distill"))
         elif dataclasses.is_dataclass(wanted):
             yield from every_key(wanted, (*keys, name))
-        elif wanted == sections.Head | None:
-            yield from every_key(sections.Head, (*keys, name))
+        elif wanted in (sections.Head | None, sections.Audio | None):
+            yield from every_key(typing.get_args(wanted)[0], (*keys, name))
         else:
             yield (*keys, name), wanted
 
@@ -478,7 +480,7 @@ def test_every_key_refuses_a_value_of_another_type(written):
         name, wrong = ".".join(keys), "3" if free else "{no: 1}"
         assert refusal(path, [f"{name}={wrong}"]).startswith(f"command line: {name}: must be "), name
         seen += 1
-    assert seen == 82
+    assert seen == 95
 
 
 def test_every_bounded_value_refuses_what_is_below_it(written):
@@ -495,7 +497,7 @@ def test_every_bounded_value_refuses_what_is_below_it(written):
             refusal(path, [f"{name}={wrong}"]),
         ), name
         seen += 1
-    assert seen == 50
+    assert seen == 60
 
 
 def test_a_section_that_may_be_null(written):

@@ -134,7 +134,8 @@ def test_the_head_alone_learns_under_ddp_where_every_layer_above_has_a_gradient(
     found = weights(two)
     assert found["network.backbone.0.num_batches_tracked"] == 0  # its statistics rest
     untouched = assemble.network(load("tiny.yaml", ["student.model=tiny_model:normed"]), "student", None, 0).backbone
-    learned = {name for name, value in untouched.state_dict().items() if not value.equal(found[f"network.backbone.{name}"])}
+    before = untouched.state_dict()
+    learned = {name for name, value in before.items() if not value.equal(found[f"network.backbone.{name}"])}
     assert learned == {"5.weight", "5.bias"}
 
 
