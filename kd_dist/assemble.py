@@ -16,7 +16,7 @@ from kd_dist.data import Corridor, Shards, SignalShards
 from kd_dist.errors import DataError, MismatchError, ModelError, RecipeError
 from kd_dist.inputs import Images, Input, Spectrograms
 from kd_dist.inputs.spectrograms import LogMel
-from kd_dist.losses import features_read, projections, signals_needed
+from kd_dist.losses import features_read, filled, projections, signals_needed
 from kd_dist.models import Network, build_network, load_weights, weights_digest
 from kd_dist.models.blocks import freeze
 from kd_dist.plan import Order, Plan, Sequential
@@ -160,6 +160,13 @@ def teacher(recipe: Recipe, features: Iterable[str] = ()) -> Teacher:
 def stage_features(recipe: Recipe, name: str) -> tuple[str, ...]:
     """The teacher's features that a stage's losses read."""
     return tuple(features_read(recipe.stages[name].losses, recipe.shared_features))
+
+
+def stage_losses(recipe: Recipe, name: str, corridor: Corridor) -> Mapping[str, Mapping[str, Any]]:
+    """A stage's losses, with what only the cache knows filled in: how far its teacher is off at most."""
+    said = {} if corridor.signals is None else corridor.signals.manifest.get("teacher_report") or {}
+    losses = recipe.stages[name].losses
+    return filled(losses, said["largest_error"]) if "largest_error" in said else losses
 
 
 def module(recipe: Recipe, name: str, corridor: Corridor, taught_by: Teacher | None) -> Student:

@@ -113,9 +113,10 @@ def prepare(recipe: Recipe, name: str) -> Run:
         teacher = assemble.teacher(recipe, assemble.stage_features(recipe, name)).to(accelerator.device)
     module = synchronised(assemble.module(recipe, name, corridor, teacher), stage, name, accelerator)
     module.to(accelerator.device)
+    losses = assemble.stage_losses(recipe, name, corridor)
     alone = {
         loss: {**written, "gather": False} if LOSSES[loss].relational else written
-        for loss, written in stage.losses.items()
+        for loss, written in losses.items()
     }
     attempt = partial(one_step, module, teacher, Objective(alone, stage.epochs), engine.DTYPES[precision])
     if stage.find_batch_size:
@@ -138,7 +139,7 @@ def prepare(recipe: Recipe, name: str) -> Run:
         precision=precision,
         kept=guard.Keep(module),
         teacher=teacher,
-        objective=Objective(stage.losses, stage.epochs),
+        objective=Objective(losses, stage.epochs),
         train=corridor,
         validation=evaluation,
         workers=recipe.data.workers,

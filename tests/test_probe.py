@@ -107,3 +107,10 @@ def test_the_weights_of_the_student_are_of_the_size_that_keeps_the_variance():
         assert not layer.bias.any()
     drawn = [layer.weight.detach().flatten()[:400] for layer in layers]
     assert torch.corrcoef(torch.stack(drawn)).fill_diagonal_(0).abs().max() < 0.25  # no layer repeats another
+
+
+def test_a_feature_of_one_channel_has_a_gradient_too():
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3, 16, 24), np.uint8))
+    exact = torch.rand(4, 1, 2, 3, generator=torch.Generator().manual_seed(0))
+    assert gradient_cosine(images, exact, exact) == pytest.approx(1.0, abs=1e-5)
+    assert gradient_cosine(images, exact, exact.flip(0)) < 0.9

@@ -29,6 +29,8 @@ class Listing(NamedTuple):
 
 # Where each source lives: its library loads only when it is chosen.
 SOURCES = {
+    "audio_folder": "kd_dist.sources.audio_folder:audio_folder",
+    "deam": "kd_dist.sources.deam:deam",
     "digits": "kd_dist.sources.digits:digits",
     "image_folder": "kd_dist.sources.image_folder:image_folder",
     "voc": "kd_dist.sources.voc:voc",
