@@ -14,7 +14,7 @@ from torch import Tensor
 from kd_dist.errors import ModelError
 from kd_dist.losses.table import Loss
 
-_LEAST = 1e-6  # added to the spread in CCC: (0.001)^2, a tenth of the finest rating that a person gives, squared
+_LEAST = 1e-6  # added to the spread in CCC: 0.001 squared, which is the step of a half-precision output near 1
 _PERFECT = 1e-12  # the largest error of a teacher that makes none
 
 
