@@ -93,6 +93,14 @@ def test_shapes_that_would_broadcast_are_refused(name, shape):
         row.function(torch.zeros(shape), *against, **options)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(8,), (8, 2, 1)])
+def test_outputs_that_are_no_rows_of_numbers_are_refused(name, shape):
+    against = [torch.zeros(shape)] * (2 if LOSSES[name].with_teacher else 1)
+    with pytest.raises(ModelError, match=r"both must be \(B, D\), one number for each output of the task$"):
+        LOSSES[name].function(torch.zeros(shape), *against, **NEEDED.get(name, {}))
+
+
 @pytest.mark.parametrize("name", ["teacher_bounded", "ail"])
 def test_a_teacher_of_other_outputs_is_refused(name):
     with pytest.raises(

@@ -14,7 +14,7 @@ from torch import Tensor
 from kd_dist.errors import ModelError
 from kd_dist.losses.table import Loss
 
-_LEAST = 1e-6  # added to the spread in CCC: (0.001)^2, a tenth of the finest rating that a person gives, squared
+_LEAST = 1e-6  # added to the spread in CCC: 0.001 squared, which is the step of a half-precision output near 1
 _PERFECT = 1e-12  # the largest error of a teacher that makes none
 
 
@@ -120,9 +120,9 @@ def _pair(student: Tensor, other: Tensor, whose: str) -> tuple[Tensor, Tensor]:
 def _errors(student: Tensor, targets: Tensor) -> Tensor:
     """student - targets, (B, D) float32; 0 with a gradient of 0 in unlabelled rows."""
     student, targets = _pair(student, targets, "targets")
-    known = labelled(targets)[:, None]
-    # A NaN that `where` leaves out comes back in the gradient as 0 * NaN: it is replaced before it is computed with.
-    return torch.where(known, student - torch.where(known, targets, 0.0), 0.0)
+    # Replaced before anything but a difference sees the NaN: a square that `where` left out would have 0 * NaN as its
+    # gradient.
+    return torch.where(labelled(targets)[:, None], student - targets, 0.0)
 
 
 def _huber(difference: Tensor, delta: float) -> Tensor:
