@@ -158,7 +158,7 @@ class Views:
 class Feature:
     """`cache.features.<name>`: an intermediate output of the teacher, and how it is stored."""
 
-    tap: str  # module path in the model; `path[1]` or `path[out]` selects from a tuple or a mapping
+    tap: str  # module path, `path[1]` or `path[out]` of several outputs, or a reading of it: `saliency(path, 4x8)`
     pool: Count = 1  # the grid is divided by so much, each cell the mean of its area
     pca: Count | None = None  # principal components that are kept of the channels; null: all channels as they are
     store: Literal["int8", "fp16", "bf16", "fp32"] = "int8"  # int8 has a scale for each channel of each row

@@ -222,7 +222,7 @@ def one_step(
     try:
         if teacher is not None:
             batch = batch._replace(signals=teacher(batch.images))
-        objective(engine.computed(module, batch.images, dtype), batch, 0.0)[0].backward()
+        engine.with_gradient(objective(engine.computed(module, batch.images, dtype), batch, 0.0)[0]).backward()
         return any(value.requires_grad and value.grad is None for value in module.parameters())
     finally:
         ballast.clear()

@@ -43,10 +43,11 @@ def _try_losses(recipe: Recipe, name: str, said: TeacherSignal) -> None:
     targets = torch.from_numpy(task.collate([task.no_target(policy.size)] * 2)[0])
     batch = Batch(("", ""), images, targets, None, torch.ones(2, dtype=torch.bool), 2, said._replace(features=read))
     try:
-        loss, _ = Objective(filled(stage.losses, 1.0), stage.epochs)(student(images), batch, 0.0)
+        with torch.set_grad_enabled(stage.train_last is not None):
+            loss, _ = Objective(filled(stage.losses, 1.0), stage.epochs)(student(images), batch, 0.0)
     except ModelError as error:
         raise ModelError(f"stages.{name}.losses: {error}") from error
-    if not loss.requires_grad:
+    if stage.train_last is not None and not loss.requires_grad:
         raise ModelError(
             f"stages.{name}.losses: none depends on what the stage trains; raise train_last, now "
             f"{stage.train_last}, or add a loss on labels or logits"

@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
-from processes import done, run
+from processes import done, ranks, run, sentence
 from torch import nn
-from trainings import PLAIN, SGD, assert_same_weights, result, trained
+from trainings import PLAIN, SGD, arguments, assert_same_weights, result, trained
 
-from kd_dist import cache_teacher
+from kd_dist import cache_teacher, train
 from kd_dist.errors import ModelError
 from kd_dist.losses.features import at
 from kd_dist.losses.features import saliency as saliency_loss
@@ -401,9 +401,20 @@ def test_a_student_learns_where_to_look_under_every_engine(looking, tmp_path):
     ddp = trained(looking, tmp_path / "ddp", *words, world=2)
     zero = trained(looking, tmp_path / "zero", *words, world=2, zero=2)
     for other in (ddp, zero):
-        assert_same_weights(one, other, 2e-5, tensors=32)
+        assert_same_weights(one, other, 2e-5, tensors=34)
     history = result(one)["history"]
     assert history[-1]["saliency"] < history[0]["saliency"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_loss_that_no_part_in_training_can_change(looking, tmp_path, world):
+    words = [*PLAIN, *LOOKS, *VIT_STUDENT, "cache.batch_size=8", "train.train_last=0"]
+    words += ["stages.distill.losses={saliency: {features: [s]}}"]
+    ended = ranks(train.main, arguments(tmp_path, *words) * world, looking)
+    said = sentence(ended[0])
+    assert said.startswith("no loss of the stage depends on what it trains; raise `train_last`, or add a loss")
+    assert all(one.status == 1 and "Traceback" not in one.output for one in ended)
 
 
 @pytest.mark.slow

@@ -126,8 +126,8 @@ def test_the_backbone_moves_by_its_factor_of_the_learning_rate(lab, tmp_path):
         torch.testing.assert_close(half[name] - value, factor * (whole[name] - value), rtol=1e-4, atol=1e-7)
 
 
-def test_the_head_alone_learns_under_ddp_where_every_layer_above_has_a_gradient(lab, tmp_path):
-    """A layer without a part in the output is unused as before; one that is frozen is not looked for."""
+def test_the_head_alone_learns_under_ddp(lab, tmp_path):
+    """What is frozen gets no gradient, and DDP does not look for it."""
     words = [*PLAIN, "student.model=tiny_model:normed", "train.train_last=0"]
     one, two = (trained(lab, tmp_path / f"{world}", *words, world=world) for world in (1, 2))
     assert_same_weights(one, two, 2e-5, tensors=9)
