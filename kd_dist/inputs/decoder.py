@@ -24,12 +24,18 @@ MEMORY = 2**32  # bytes of address space, beside four times the recording's own
 
 
 def decode(payload: bytes, first: float, last: float, out: BinaryIO) -> None:
-    """Answer with the samples from one second to another. What comes before is decoded too: seeking in an mp3 is not
-    exact."""
+    """Answer with the samples from one second to another. What comes before is decoded too: seeking in an mp3 loses
+    what the next frames need."""
     import soundfile
 
+    class Forward(soundfile.SoundFile):
+        """One that, unlike its base, does not seek behind every block that it has read."""
+
+        def seekable(self) -> bool:
+            return False
+
     stream = io.BytesIO(payload)
-    with soundfile.SoundFile(stream) as sound:
+    with Forward(stream) as sound:
         rate, channels = sound.samplerate, sound.channels
         if not RATES[0] <= rate <= RATES[1] or channels > CHANNELS:
             return answer(out, error=f"it claims {channels} channels at {rate} Hz")
