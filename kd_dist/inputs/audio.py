@@ -29,7 +29,7 @@ def decode_audio(
 
     `span` (start, end) in seconds takes that part; what of it lies behind the recording's end is not there. Raises
     DataError with the reason for what is broken, empty, no sound, or more than an hour from its start to the end of the
-    part. An mp3 or ogg that was cut off is a shorter recording: nothing in it says otherwise. Raises KdError when
+    part. A wav, ogg or mp3 without its length in a header that was cut off is a shorter recording. Raises KdError when
     decoding fails for a reason outside the recording.
     """
     if extension not in AUDIO_EXTENSIONS:

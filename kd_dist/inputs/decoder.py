@@ -19,17 +19,24 @@ BLOCK = 2**18  # samples of all channels that are read at a time
 CHANNELS = 64
 RATES = (1_000, 384_000)  # Hz
 UNREAD = 0.25  # share of a file that may lie behind its sound: tags, pictures
+MISSING = 0.05  # share of its length that an mp3 may be short of: without a header, it is a guess from the bit rate
 CPU_SECONDS = 600  # an hour of mp3 takes one or two
 MEMORY = 2**32  # bytes of address space, beside four times the recording's own
 
 
 def decode(payload: bytes, first: float, last: float, out: BinaryIO) -> None:
-    """Answer with the samples from one second to another. What comes before is decoded too: seeking in an mp3 is not
-    exact."""
+    """Answer with the samples from one second to another. What comes before is decoded too: seeking in an mp3 loses
+    what the next frames need."""
     import soundfile
 
+    class Forward(soundfile.SoundFile):
+        """One that, unlike its base, does not seek behind every block that it has read."""
+
+        def seekable(self) -> bool:
+            return False
+
     stream = io.BytesIO(payload)
-    with soundfile.SoundFile(stream) as sound:
+    with Forward(stream) as sound:
         rate, channels = sound.samplerate, sound.channels
         if not RATES[0] <= rate <= RATES[1] or channels > CHANNELS:
             return answer(out, error=f"it claims {channels} channels at {rate} Hz")
@@ -49,6 +56,9 @@ def decode(payload: bytes, first: float, last: float, out: BinaryIO) -> None:
         # Of an mp3 whose bit rate varies and which does not say so, libsndfile guesses the length and stops there.
         if position < stop and stream.tell() < (1 - UNREAD) * len(payload):
             return answer(out, error=f"only {stream.tell():,} of its {len(payload):,} bytes are read; encode it again")
+        if position < min(stop, (1 - MISSING) * sound.frames):
+            said = sound.frames / rate
+            return answer(out, error=f"it ends at {position / rate:.2f} s and says that it has {said:.2f} s")
         answer(out, end=position / rate)
 
 

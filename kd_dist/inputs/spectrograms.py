@@ -231,7 +231,7 @@ class Spectrograms:
         if frames < 1 or npy_header(mels, frames) != payload[:size] or len(payload) != size + mels * frames:
             raise DataError(
                 f"its {MEMBER} member, {len(payload)} bytes that begin {bytes(payload[:80])!r}, is no spectrogram of "
-                f"the {mels} mels that audio.mels says"
+                f"{mels} mels, as audio.mels says"
             )
         return np.frombuffer(payload, np.uint8, offset=size).reshape(mels, frames, 1)
 

@@ -39,11 +39,10 @@ def deam(root: str, windows: float | None = None, missing: Literal["error", "ski
         raise RecipeError(f"data.options.windows: {windows} s hold no annotation; take 0.5 s or more, or leave it out")
     top = Path(root)
     audio, averages = _folder(top, AUDIO), _folder(top, *AVERAGES)
-    parts = (
-        _songs(_folder(averages, STATIC))
-        if windows is None
-        else _windows(_folder(averages, DYNAMIC), round(windows * 1000))
-    )
+    if windows is None:
+        parts = _songs(_folder(averages, STATIC))
+    else:
+        parts = _windows(_folder(averages, DYNAMIC), round(windows * 1000))
     songs = {song: audio / f"{song}.mp3" for song in parts}
     absent = [song for song, path in songs.items() if not path.is_file()]
     if absent and (missing == "error" or len(absent) == len(songs)):
