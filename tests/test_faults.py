@@ -59,7 +59,10 @@ def checkpoints(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("checkpoint-*") if not path.name.endswith(".tmp")}
 
 
-@pytest.mark.parametrize(("world", "rounds"), [(1, 25), (2, 5), pytest.param(1, 1000, marks=pytest.mark.nightly)])
+THOUSAND = pytest.param(1, 1000, marks=[pytest.mark.nightly, pytest.mark.timeout(7200)])
+
+
+@pytest.mark.parametrize(("world", "rounds"), [(1, 25), (2, 5), THOUSAND])
 def test_kills_at_random_moments_leave_no_trace(lab, tmp_path, undisturbed, world, rounds):
     """Each run is disturbed again and again until it is done, and ends bit for bit like one that never was."""
     chance, disturbances, runs = random.Random(4), 0, 0
