@@ -114,10 +114,7 @@ def prepare(recipe: Recipe, name: str) -> Run:
     module = synchronised(assemble.module(recipe, name, corridor, teacher), stage, name, accelerator)
     module.to(accelerator.device)
     losses = assemble.stage_losses(recipe, name, corridor)
-    alone = {
-        loss: {**written, "gather": False} if LOSSES[loss].relational else written
-        for loss, written in losses.items()
-    }
+    alone = {loss: {**one, "gather": False} if LOSSES[loss].relational else one for loss, one in losses.items()}
     attempt = partial(one_step, module, teacher, Objective(alone, stage.epochs), engine.DTYPES[precision])
     if stage.find_batch_size:
         corridor = fitting(corridor, attempt, accelerator, f"stages.{name}")

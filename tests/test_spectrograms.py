@@ -189,7 +189,7 @@ INPUT = Spectrograms(SMALL)
 
 
 def test_a_spectrogram_is_a_value():
-    assert (INPUT.name, INPUT.channels, INPUT.shortest) == ("spectrogram", 1, 1.0)
+    assert (INPUT.kind, INPUT.channels, INPUT.shortest) == ("spectrogram", 1, 1.0)
     assert pickle.loads(pickle.dumps(INPUT)) == Spectrograms(SMALL) != Spectrograms(LogMel())
     for shortest in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(RecipeError, match="^audio.shortest: .* is not possible; it must be above 0 s$"):
