@@ -88,6 +88,7 @@ WAV, FLAC, OGG, MP3 = (encoded(tones(2, RATE), RATE, kind) for kind in ("wav", "
         (OGG[:100], ".+"),
         (MP3[:3], ".+"),
     ],
+    ids=["nothing", "text", "riff", "flac", "ogg", "mp3"],  # an ogg file's serial number is another each time
 )
 def test_what_is_broken_gets_the_same_words_every_time(payload, reason):
     """The words are part of a manifest, whose bytes are promised."""

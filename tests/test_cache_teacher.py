@@ -181,7 +181,7 @@ def test_rows_that_are_not_finite_are_quarantined_and_listed(home):
     assert about["teacher_report"]["rows"] == 2 * (TRAIN - 1) and about["codec_error"]["logits"]["count"] == 40
     assert not rows(recipe)["red/00"]["logits"].any() and len(rows(recipe)) == TRAIN
     warning = f"warning: 1 examples are quarantined; the first: 'red/00', {reason}"
-    assert warning in cache_teacher.summary("train", about)
+    assert warning in cache_teacher.summary("train", about, assemble.task(recipe))
 
 
 def test_a_logit_too_large_for_fp16_is_quarantined_and_fp32_keeps_it(home):
@@ -317,7 +317,7 @@ def test_the_inspect_command_says_what_a_cache_holds(scenery):
     text = CliRunner().invoke(app, words).stdout
     for split, folder in folders.items():
         assert f"{folder}: scene_model:network, weights random, seed 0, sha256 {digest}\n" in text
-        assert cache_teacher.summary(split, made[split]) in text
+        assert cache_teacher.summary(split, made[split], assemble.task(recipe)) in text
     report = made["train"]["feature_report"]["low"]
     assert text.count("  low: 208 bytes a row, 1/7.4 of fp16; relative error ") == 1
     assert f"relative error {report['relative_error']:.3f}, cosine {report['cosine']:.4f}, gradient cosine " in text
