@@ -1,73 +1,40 @@
 """From a recipe to the values that parts are made of. Below the commands, the only file that sees a whole recipe."""
 
-import hashlib
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kd_dist import manifest
+from kd_dist import manifest, places
 from kd_dist.checkpoint import read_record, refuse_other_run
 from kd_dist.compress import FeatureCodec
-from kd_dist.config import shared_features, to_dict
+from kd_dist.config import to_dict
 from kd_dist.data import Corridor, Shards, SignalShards
 from kd_dist.errors import DataError, MismatchError, ModelError, RecipeError
-from kd_dist.losses import features_read, projections, signals_needed
+from kd_dist.inputs import Images, Input, Spectrograms
+from kd_dist.inputs.spectrograms import LogMel
+from kd_dist.losses import features_read, filled, projections, signals_needed
 from kd_dist.models import Network, build_network, load_weights, weights_digest
+from kd_dist.models.blocks import freeze
 from kd_dist.plan import Order, Plan, Sequential
-from kd_dist.recipe import Recipe, Stage, parse_bytes
-from kd_dist.remote import LocalCache, Remote, location
+from kd_dist.recipe import Recipe, Stage
 from kd_dist.student import Student
-from kd_dist.tasks import TASKS, Task
+from kd_dist.tasks import TASKS, Regression, Task, packed_for
 from kd_dist.teacher import Teacher
-from kd_dist.views import ImageViews
+from kd_dist.views import ImageViews, SpectrogramViews, ViewPolicy
 
-BEST = "best.safetensors"
-RESULT = "result.json"
 EVALUATION_BATCH, EVALUATION_PIXELS = 256, 2**21  # the most images, and the most pixels of them, in one batch
-TRAINING_SPLIT, VALIDATION_SPLIT = "train", "val"
-STAGE_REFERENCE = "stage:"
 
 
-def shards_folder(recipe: Recipe) -> Path | Remote:
-    """Where the recipe's splits lie, with the local cache for what is under a URL."""
-    d, cache = recipe.data, None
-    if d.local_cache is not None:
-        user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache = LocalCache(Path(d.cache_dir or Path(user) / "kd_dist"), parse_bytes(d.local_cache))
-    return location(d.shards, cache) / recipe.name
-
-
-def signals_folder(recipe: Recipe, split: str) -> Path | Remote:
-    return shards_folder(recipe) / split / recipe.teacher.name
-
-
-def stage_folder(recipe: Recipe, name: str) -> Path:
-    """Where a stage of this recipe and seed leaves its checkpoints, its best weights and its result."""
-    return Path(recipe.runs) / recipe.name / name / f"seed-{stage_seed(recipe, name)}"
-
-
-def stage_seed(recipe: Recipe, name: str) -> int:
-    """A teacher has one seed for all the students that learn from it."""
-    return recipe.teacher.seed if recipe.stages[name].model == "teacher" else recipe.seed
-
-
-def splits(recipe: Recipe) -> list[str]:
-    """The splits that a recipe needs, each once."""
-    return list(dict.fromkeys([TRAINING_SPLIT, VALIDATION_SPLIT, recipe.evaluate.split]))
-
-
-def stored_views(recipe: Recipe, split: str) -> int:
-    """Views of an example that the cache holds: V for training, 0 (the canonical one) elsewhere."""
-    return recipe.views.count if split == TRAINING_SPLIT else 0
-
-
-def view_policy(recipe: Recipe) -> ImageViews:
+def view_policy(recipe: Recipe) -> ViewPolicy:
     """The policy by which the recipe draws its views."""
     v = recipe.views
+    if recipe.audio is not None:
+        low, high = recipe.audio.db
+        gain = round(v.gain * 255 / (high - low))
+        return SpectrogramViews(v.shape, gain=gain, time_mask=v.time_mask, band_mask=v.band_mask, seed=v.seed)
     return ImageViews(
         size=v.shape,
         crop_scale=v.crop_scale,
@@ -82,66 +49,62 @@ def view_policy(recipe: Recipe) -> ImageViews:
 
 
 def task(recipe: Recipe) -> Task:
-    return TASKS[recipe.task.name](recipe.task.classes)
+    """The recipe's task, for its kind of input."""
+    t = recipe.task
+    if t.name == "regression":
+        return Regression(t.outputs, t.range, input_kind(recipe))
+    return TASKS[t.name](t.classes, input_kind(recipe))
+
+
+def input_kind(recipe: Recipe) -> Input:
+    """How the recipe's examples are packed and decoded."""
+    a = recipe.audio
+    if a is None:
+        return Images()
+    front_end = LogMel(
+        sample_rate=a.sample_rate, n_fft=a.n_fft, hop=a.hop, mels=a.mels, fmin=a.fmin, fmax=a.fmax, db=a.db
+    )
+    return Spectrograms(front_end, a.shortest)
 
 
 def examples(recipe: Recipe, split: str) -> Shards:
     """The packed examples of a split. Raises DataError when they are not there or of another task."""
-    folder = shards_folder(recipe) / split
+    folder = places.shards_folder(recipe) / split
     if isinstance(folder, Path) and not folder.is_dir():
         raise DataError(f"{folder}: no example shards; run `kd-dist pack` first")
     shards = Shards(folder, recipe.data.on_error)
-    packed, wanted = (shards.manifest["task"], shards.manifest["classes"]), (recipe.task.name, recipe.task.classes)
-    if packed != wanted:
-        raise MismatchError(
-            f"{folder}: was packed for {packed[0]} with {packed[1]} classes, the recipe's task is {wanted[0]} with "
-            f"{wanted[1]}; correct the recipe"
-        )
+    for name, wanted in packed_for(task(recipe)).items():
+        if shards.manifest.get(name) != wanted:
+            raise MismatchError(
+                f"{folder}: was packed for {name} {shards.manifest.get(name)}, the recipe says {wanted}; correct the "
+                f"recipe, or give it another name and pack again"
+            )
     return shards
-
-
-def weights_file(recipe: Recipe, reference: str | None) -> Path | None:
-    """The file that `stage:NAME` or a path means; None for `pretrained` and for random weights."""
-    if reference is None or reference == "pretrained":
-        return None
-    if reference.startswith(STAGE_REFERENCE):
-        return stage_folder(recipe, reference.removeprefix(STAGE_REFERENCE)) / BEST
-    return Path(reference)
-
-
-def weights_ready(recipe: Recipe, reference: str | None) -> bool:
-    """Whether what `reference` names can be loaded now: the weights of a stage only once it has ended."""
-    if reference is None or not reference.startswith(STAGE_REFERENCE):
-        return True
-    return (stage_folder(recipe, reference.removeprefix(STAGE_REFERENCE)) / RESULT).is_file()
-
-
-def first_weights(recipe: Recipe, name: str) -> str | None:
-    """What a stage starts from. `teacher.weights` are what teacher stages lead to, so these start from `init` alone."""
-    stage = recipe.stages[name]
-    return stage.init or (recipe.student.weights if stage.model == "student" else None)
 
 
 def network(recipe: Recipe, which: str, reference: str | None, seed: int) -> Network:
     """The `teacher` or `student` of the recipe with the weights that `reference` means; random ones follow `seed`."""
     section = getattr(recipe, which)
-    if not weights_ready(recipe, reference):
+    if not places.weights_ready(recipe, reference):
         raise ModelError(
             f"{reference}: the stage has not been trained to its end; run `kd-dist train RECIPE "
-            f"--stage {reference.removeprefix(STAGE_REFERENCE)}` first"
+            f"--stage {reference.removeprefix(places.STAGE_REFERENCE)}` first"
         )
     torch.manual_seed(seed)
     built = build_network(
         section.model,
-        recipe.task.classes,
+        recipe.task.width,
+        channels=view_policy(recipe).channels,
         maps=TASKS[recipe.task.name].maps,
+        bounds=recipe.task.range if recipe.task.name == "regression" else None,
         options=section.options,
         pretrained=reference == "pretrained",
         image_size=section.image_size,
         mean=section.mean,
         std=section.std,
+        head=section.head,
     )
-    file = weights_file(recipe, reference)
+    file = places.weights_file(recipe, reference)
     if file is not None:
         load_weights(built, file)
     return built
@@ -172,6 +135,16 @@ def with_projections(recipe: Recipe, stage: Stage, built: Network, channels: Map
     return Student(built, {feature: recipe.student.taps[feature] for feature in channels}, wanted, recipe.views.shape)
 
 
+def freeze_blocks(recipe: Recipe, name: str, built: Network) -> None:
+    """Leave what a stage's `train_last` says of a network to be trained."""
+    last = recipe.stages[name].train_last
+    try:
+        if last is not None:
+            freeze(built, last)
+    except ModelError as error:
+        raise ModelError(f"stages.{name}.train_last: {error}") from error
+
+
 def feature_taps(recipe: Recipe, names: Iterable[str]) -> dict[str, str]:
     """Where the teacher has these features."""
     return {name: recipe.cache.features[name].tap for name in names}
@@ -185,14 +158,22 @@ def teacher(recipe: Recipe, features: Iterable[str] = ()) -> Teacher:
 
 def stage_features(recipe: Recipe, name: str) -> tuple[str, ...]:
     """The teacher's features that a stage's losses read."""
-    return tuple(features_read(recipe.stages[name].losses, shared_features(recipe)))
+    return tuple(features_read(recipe.stages[name].losses, recipe.shared_features))
+
+
+def stage_losses(recipe: Recipe, name: str, corridor: Corridor) -> Mapping[str, Mapping[str, Any]]:
+    """A stage's losses, with what only the cache knows filled in: how far its teacher is off at most."""
+    said = {} if corridor.signals is None else corridor.signals.manifest.get("teacher_report") or {}
+    losses = recipe.stages[name].losses
+    return filled(losses, said["largest_error"]) if "largest_error" in said else losses
 
 
 def module(recipe: Recipe, name: str, corridor: Corridor, taught_by: Teacher | None) -> Student:
     """What a stage trains, with the projections that its losses need; their sizes come from the cache, or from an
     online teacher."""
     stage, features = recipe.stages[name], stage_features(recipe, name)
-    built = network(recipe, stage.model, first_weights(recipe, name), stage_seed(recipe, name))
+    built = network(recipe, stage.model, places.first_weights(recipe, name), places.stage_seed(recipe, name))
+    freeze_blocks(recipe, name, built)
     if taught_by is not None:
         _, shapes = taught_by.shapes(recipe.views.shape)
     else:
@@ -204,25 +185,22 @@ def teacher_identity(recipe: Recipe, built: Network | None = None) -> dict[str, 
     """Who the teacher is, for a manifest. The digest is of the weights file, or of `built` where there is no file;
     None when neither is at hand (a machine that only trains)."""
     t = recipe.teacher
-    file = weights_file(recipe, t.weights)
+    file = places.weights_file(recipe, t.weights)
     digest = None
     if file is not None and file.is_file():
-        digest = file_digest(file)
+        digest = places.file_digest(file)
     elif file is None and built is not None:
         digest = weights_digest(built)
     kind = "file" if file is not None else t.weights or f"random, seed {t.seed}"
     described = {name: getattr(t, name) for name in ("name", "model", "options", "image_size", "mean", "std")}
+    if t.head is not None:  # one without a head is described as it always was
+        described["head"] = to_dict(t.head)
     return {**described, "weights": kind, "weights_sha256": digest}
-
-
-def file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def signals(recipe: Recipe, split: str, of: Shards) -> SignalShards:
     """The cached signals of a split. Raises MismatchError, naming both values, when they are not this recipe's."""
-    folder = signals_folder(recipe, split)
+    folder = places.signals_folder(recipe, split)
     if isinstance(folder, Path) and not folder.is_dir():
         raise DataError(f"{folder}: no cached signals; run `kd-dist cache-teacher` first")
     cache = SignalShards(folder, of, recipe.data.on_error)
@@ -249,16 +227,18 @@ def signals(recipe: Recipe, split: str, of: Shards) -> SignalShards:
 
 def codec_identity(recipe: Recipe, split: str) -> dict[str, Any]:
     """How the signals of a split are stored, as the recipe says it. Features are for training."""
-    features = recipe.cache.features if split == TRAINING_SPLIT else {}
+    features = recipe.cache.features if split == places.TRAINING_SPLIT else {}
     return {"logits": recipe.cache.logits, "features": {name: to_dict(one) for name, one in features.items()}}
 
 
 def views_identity(recipe: Recipe, split: str) -> dict[str, Any]:
     """The view policy of a split as a manifest states it. Canonical views depend on nothing but their size."""
-    views = stored_views(recipe, split)
+    views = places.stored_views(recipe, split)
+    policy = view_policy(recipe)
+    kind = {} if policy.kind == ImageViews.kind else {"kind": policy.kind}
     if not views:
-        return {"canonical": True, "count": 1, "size": list(recipe.views.shape)}
-    return manifest.plain({"canonical": False, "count": views, **vars(view_policy(recipe))})
+        return {**kind, "canonical": True, "count": 1, "size": list(policy.size)}
+    return manifest.plain({**kind, "canonical": False, "count": views, **vars(policy)})
 
 
 def reads_cache(stage: Stage) -> bool:
@@ -278,14 +258,14 @@ def training_corridor(recipe: Recipe, name: str, rank: int, world: int) -> Corri
     cached or online, it gets the V views of the recipe.
     """
     stage = recipe.stages[name]
-    packed = examples(recipe, TRAINING_SPLIT)
+    packed = examples(recipe, places.TRAINING_SPLIT)
     taught, cached = bool(signals_needed(stage.losses)), reads_cache(stage)
     d = recipe.data
-    seed = stage_seed(recipe, name)
+    seed = places.stage_seed(recipe, name)
     order = Order.default(len(packed), packed.example_bytes(), seed, d.block, d.lanes, d.window)
     return Corridor(
         examples=packed,
-        signals=signals(recipe, TRAINING_SPLIT, packed) if cached else None,
+        signals=signals(recipe, places.TRAINING_SPLIT, packed) if cached else None,
         task=task(recipe),
         policy=view_policy(recipe),
         plan=Plan(order, stage.batch_size, world, stage.accumulate),
@@ -322,18 +302,18 @@ def stage_identity(recipe: Recipe, name: str, corridor: Corridor) -> dict[str, A
     section.pop("weights")
     taps = section.pop("taps", {})  # those that the losses read stand under `features`
     used = feature_taps(recipe, stage_features(recipe, name))
-    start = first_weights(recipe, name)
-    file = weights_file(recipe, start)
+    start = places.first_weights(recipe, name)
+    file = places.weights_file(recipe, start)
     return manifest.plain(
         {
             "stage": {key: value for key, value in to_dict(stage).items() if key not in free},
-            "start": start if file is None else file_digest(file) if file.is_file() else str(file),
+            "start": start if file is None else places.file_digest(file) if file.is_file() else str(file),
             stage.model: section,
             "task": to_dict(recipe.task),
             "metric": recipe.evaluate.metric,
-            "seed": stage_seed(recipe, name),
+            "seed": places.stage_seed(recipe, name),
             # Fresh views, as a stage without a teacher takes them, do not depend on how many are stored.
-            "views": {**views_identity(recipe, TRAINING_SPLIT), "count": corridor.views},
+            "views": {**views_identity(recipe, places.TRAINING_SPLIT), "count": corridor.views},
             "order": manifest.plain(vars(corridor.plan.order)),
             "examples": corridor.examples.fingerprint,
             "signals": None if corridor.signals is None else corridor.signals.fingerprint,
@@ -341,14 +321,6 @@ def stage_identity(recipe: Recipe, name: str, corridor: Corridor) -> dict[str, A
             "online_teacher": teacher_identity(recipe) if is_online(stage) else None,
         }
     )
-
-
-def role(recipe: Recipe, name: str) -> str:
-    """What a stage's model is in a report: teacher, student_alone or student_kd."""
-    stage = recipe.stages[name]
-    if stage.model == "teacher":
-        return "teacher"
-    return "student_kd" if signals_needed(stage.losses) else "student_alone"
 
 
 def planned_steps(stage: Stage, corridor: Corridor) -> int:
@@ -362,7 +334,7 @@ def stage_result(recipe: Recipe, name: str) -> dict[str, Any] | None:
 
     Raises TrainingError when the folder holds the result of another recipe, or a damaged one.
     """
-    path = stage_folder(recipe, name) / RESULT
+    path = places.stage_folder(recipe, name) / places.RESULT
     if not path.is_file():
         return None
     result = read_record(path, "identity", "steps")

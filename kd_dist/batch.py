@@ -12,8 +12,9 @@ class Example(NamedTuple):
     """One decoded example of a shard, before any view is replayed on it."""
 
     key: str  # unique within a split
-    image: np.ndarray  # (H, W, 3) uint8, RGB, as decoded
-    target: int | np.ndarray  # class index, 0 <= target < classes; or a mask of them (H, W) uint8, 255: ignored
+    image: np.ndarray  # (H, W, 3) uint8, RGB, as decoded; or a spectrogram (mels, frames, 1) uint8
+    # Class index, 0 <= target < classes; a mask of them (H, W) uint8, 255: ignored; or numbers (D,) float32, NaN: none
+    target: int | np.ndarray
 
 
 class TeacherSignal(NamedTuple):
@@ -23,7 +24,9 @@ class TeacherSignal(NamedTuple):
     still the row's fields as stored, by field name: decoding is work for the device.
     """
 
-    logits: Tensor  # (B, C) or (B, C, h, w) float32; exact at each place up to an additive constant, at any temperature
+    # (B, C) or (B, C, h, w) float32; exact at each place up to an additive constant, at any temperature. Or the numbers
+    # of a regression (B, D), exact.
+    logits: Tensor
     features: dict[str, Tensor] = {}  # by feature name, each (B, C, *grid) float32
 
 
@@ -32,8 +35,9 @@ class Batch(NamedTuple):
     masked; a share without a valid example is one such row, the filler."""
 
     keys: tuple[str, ...]  # B keys, in row order
-    images: Tensor  # (B, 3, H, W) uint8 at view resolution
-    targets: Tensor  # (B,) int64, or masks (B, H, W) uint8, 255: ignored; 255 also pads masks to the largest
+    images: Tensor  # (B, 3, H, W) uint8 at view resolution; spectrograms are images (B, 1, mels, frames)
+    # (B,) int64; or masks (B, H, W) uint8, 255: ignored, which also pads them to the largest; or (B, D) float32
+    targets: Tensor
     sizes: Tensor | None  # (B, 2) int64, (height, width) of each mask without its padding; None: targets are no masks
     valid: Tensor  # (B,) bool; False for the rows of failed examples and for the single filler row
     total: int  # examples planned for the whole step: all ranks, all its micro-batches; failed ones count
@@ -62,6 +66,6 @@ def valid_rows(batch: Batch) -> Batch:
 class StudentOutput(NamedTuple):
     """What a student returns. A named tuple, so that DDP and autocast wrappers look inside it."""
 
-    logits: Tensor  # (B, C) or (B, C, h, w) float, any precision
+    logits: Tensor  # (B, C) or (B, C, h, w) float, any precision; of a regression its D numbers (B, D)
     features: dict[str, Tensor] = {}  # by feature name, each (B, C, *grid) float, channels first
     projected: dict[str, dict[str, Tensor]] = {}  # by loss, by feature: (B, channels of the teacher, *grid)

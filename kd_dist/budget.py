@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kd_dist import assemble
+from kd_dist import assemble, places
 from kd_dist.cache_teacher import extraction
 from kd_dist.calibrate import heard, measure, measure_moments, probed, size
 from kd_dist.compress import FeatureCodec
@@ -47,12 +47,12 @@ def plan(recipe: Recipe, budget: int | None) -> dict[str, Any]:
     `proposal`, by feature a recipe's own words with the measured report, and the bytes they come to. Raises RecipeError
     when no proposal fits.
     """
-    refuse_writing(assemble.shards_folder(recipe))
+    refuse_writing(places.shards_folder(recipe))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = assemble.teacher(recipe, recipe.cache.features).to(device)
-    works = {split: extraction(recipe, split, teacher) for split in assemble.splits(recipe)}
-    train = works[assemble.TRAINING_SPLIT]
-    stored = works[assemble.TRAINING_SPLIT] = stored_as(train, recipe.cache.features)
+    works = {split: extraction(recipe, split, teacher) for split in places.splits(recipe)}
+    train = works[places.TRAINING_SPLIT]
+    stored = works[places.TRAINING_SPLIT] = stored_as(train, recipe.cache.features)
     splits = {
         split: training_bytes(train, recipe.cache.features) if work is stored else split_bytes(work)
         for split, work in works.items()
@@ -67,7 +67,7 @@ def plan(recipe: Recipe, budget: int | None) -> dict[str, Any]:
         "free_bytes": shutil.disk_usage(train.examples.folder).free,
     }
     if budget is not None:
-        others = found["total_bytes"] - splits[assemble.TRAINING_SPLIT]
+        others = found["total_bytes"] - splits[places.TRAINING_SPLIT]
         found["proposal"] = propose(train, recipe.cache.features, teacher, device, budget - others)
         found["proposal_bytes"] = others + training_bytes(train, features_of(found["proposal"]))
         found["cache"] = {option: getattr(recipe.cache, option) for option in ("logits", "batch_size", "threads")}

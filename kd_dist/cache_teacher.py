@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from kd_dist import assemble, guard, manifest
+from kd_dist import assemble, guard, manifest, places
 from kd_dist.calibrate import calibrate
 from kd_dist.compress import save_bases
 from kd_dist.config import load
 from kd_dist.data import BASES, feature_codecs
 from kd_dist.disk import published
 from kd_dist.errors import ContactError, ModelError, Preempted, ShardError, cause, is_out_of_memory, one_sentence
-from kd_dist.extract import STEM, Extraction, add_sums, extract
+from kd_dist.extract import STEM, Extraction, extract
 from kd_dist.loader import on_device
 from kd_dist.losses import LOSSES
 from kd_dist.pack import refuse_other, refuse_writing
@@ -33,8 +33,8 @@ from kd_dist.preempt import Notice, noticed
 from kd_dist.progress import progress
 from kd_dist.recipe import Recipe
 from kd_dist.shards import Shard, is_committed, shard_path
-from kd_dist.signals import LogitsCodec, dtype_to_json, error_report, merge_errors
-from kd_dist.tasks import TASKS
+from kd_dist.signals import add_sums, codec_of, dtype_to_json
+from kd_dist.tasks import Task
 from kd_dist.teacher import Teacher, repeatable
 
 POOR = 0.5  # relative error of a feature that is worth a warning
@@ -78,7 +78,7 @@ def finish(work: Extraction, content: dict[str, Any]) -> dict[str, Any]:
     """Write the manifest that completes the folder, with the codec's measured error and the teacher's report."""
     paths = [shard_path(work.folder, STEM, number) for number in range(len(work.examples.paths))]
     shards = [Shard(path) for path in paths]
-    error = error_report(merge_errors([shard.note("error") for shard in shards]))
+    error = work.codec.report(functools.reduce(add_sums, [shard.note("error") for shard in shards], None))
     sums = functools.reduce(add_sums, [shard.note("teacher") for shard in shards], None)
     final = {
         **content,
@@ -106,15 +106,15 @@ def finish(work: Extraction, content: dict[str, Any]) -> dict[str, Any]:
 def extraction(recipe: Recipe, split: str, teacher: Teacher) -> Extraction:
     """What a split's cache is made of; the features that are reduced have no basis yet."""
     grid, shapes = teacher.shapes(recipe.views.shape)
-    wanted = assemble.codec_identity(recipe, split)["features"]
+    wanted, task = assemble.codec_identity(recipe, split)["features"], assemble.task(recipe)
     return Extraction(
         examples=assemble.examples(recipe, split),
-        folder=assemble.signals_folder(recipe, split),
-        task=assemble.task(recipe),
+        folder=places.signals_folder(recipe, split),
+        task=task,
         teacher=recipe.teacher.name,
         policy=assemble.view_policy(recipe),
-        views=assemble.stored_views(recipe, split),
-        codec=LogitsCodec(recipe.cache.logits, recipe.task.classes, grid[1:] or None),
+        views=places.stored_views(recipe, split),
+        codec=codec_of(task.name, recipe.cache.logits, task.classes, grid[1:] or None),
         features=assemble.feature_codecs(recipe, shapes) if wanted else {},
         batch_size=recipe.cache.batch_size,
         threads=recipe.cache.threads,
@@ -226,7 +226,7 @@ def interruptible(teacher: Teacher, notice: Notice) -> Iterator[None]:
 
 def stopped(recipe: Recipe, split: str, signal: str) -> str:
     """What is said when a signal has stopped the work at a split."""
-    folder, count = assemble.signals_folder(recipe, split), len(assemble.examples(recipe, split).paths)
+    folder, count = places.signals_folder(recipe, split), len(assemble.examples(recipe, split).paths)
     done = sum(is_committed(shard_path(folder, STEM, number)) for number in range(count))
     return f"cache {split}: stopped by {signal} after {done} of {count} shards; the same command goes on"
 
@@ -236,7 +236,7 @@ def too_large(recipe: Recipe, split: str, error: Exception) -> str:
     return (
         f"cache {split}: out of memory ({cause(error)}); run the same command where there is more, or lower "
         f"cache.batch_size (now {recipe.cache.batch_size}) or views.size or take a smaller teacher, and delete "
-        f"{assemble.signals_folder(recipe, split)}, which was begun with the old ones"
+        f"{places.signals_folder(recipe, split)}, which was begun with the old ones"
     )
 
 
@@ -250,7 +250,7 @@ def cache_teacher(recipe: Recipe) -> None:
     for feature in sorted(recipe.cache.features.keys() - read):
         accelerator.print(f"warning: no stage reads the feature '{feature}', which is cached all the same")
     with noticed() as notice, interruptible(teacher, notice):
-        for split in assemble.splits(recipe):
+        for split in places.splits(recipe):
             try:
                 made = cache_split(recipe, split, teacher, accelerator, notice)
             except Preempted:
@@ -260,7 +260,7 @@ def cache_teacher(recipe: Recipe) -> None:
                     raise ModelError(too_large(recipe, split, error)) from error
                 raise
             if accelerator.is_main_process:
-                print(summary(split, made), flush=True)
+                print(summary(split, made, assemble.task(recipe)), flush=True)
     accelerator.end_training()
 
 
@@ -272,16 +272,15 @@ def feature_sentence(name: str, one: dict[str, Any]) -> str:
     )
 
 
-def summary(split: str, made: dict[str, Any]) -> str:
+def summary(split: str, made: dict[str, Any], task: Task) -> str:
     """The teacher's report and the cost of its signals, with warnings."""
     said, error = made["teacher_report"], made["codec_error"]["logits"]
-    task = TASKS[made["task"]](made["classes"])
+    grid = made["codec"]["grid"]
+    stored = codec_of(task.name, made["codec"]["logits"], task.classes, grid and tuple(grid))
     first, *more = ["no rows"] if said is None else task.teacher_sentences(said)
     lines = [f"teacher on {split}: {first}", *more]
     lines.append(
-        f"  {made['row_bytes']:,} bytes a row, {made['bytes_per_view']:,.0f} a view on disk; "
-        f"{made['codec']['logits']} logits: largest error {error['max_abs']:.1e}, "
-        f"mean KL {error['mean_kl_t1']:.1e} nat, top class equal in {error['top_class_agreement']:.2%}"
+        f"  {made['row_bytes']:,} bytes a row, {made['bytes_per_view']:,.0f} a view on disk; {stored.words(error)}"
     )
     lines += [feature_sentence(name, one) for name, one in made["feature_report"].items()]
     lines += [

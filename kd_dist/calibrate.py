@@ -13,11 +13,12 @@ from torch import Tensor
 from kd_dist.compress import Basis, FeatureCodec, Moments, feature_error, feature_report, pooled
 from kd_dist.data import read_examples
 from kd_dist.errors import DataError, RecipeError
-from kd_dist.extract import Extraction, Rows, add_sums, make_rows
+from kd_dist.extract import Extraction, Rows, make_rows
 from kd_dist.loader import on_device
 from kd_dist.plan import mix, permute
 from kd_dist.probe import gradient_cosine
 from kd_dist.recipe import Feature
+from kd_dist.signals import add_sums
 from kd_dist.teacher import Teacher
 
 BASIS_ROWS = 512  # views that the principal components are fitted on

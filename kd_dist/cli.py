@@ -134,12 +134,12 @@ def verify(
 
     Example: kd-dist verify configs/digits.yaml --examples 64
     """
-    from kd_dist import assemble
+    from kd_dist import places
     from kd_dist import verify as proof
     from kd_dist.config import load
 
     loaded = load(recipe, overrides or [])
-    found = [proof.verify(loaded, split, examples) for split in assemble.splits(loaded)]
+    found = [proof.verify(loaded, split, examples) for split in places.splits(loaded)]
     typer.echo(json.dumps(found) if as_json else "\n".join(map(proof.sentence, found)))
     if not all(one["ok"] for one in found):
         raise typer.Exit(1)
@@ -151,13 +151,13 @@ def inspect(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fal
 
     Example: kd-dist inspect configs/digits.yaml --json
     """
-    from kd_dist import assemble, manifest
+    from kd_dist import assemble, manifest, places
     from kd_dist.cache_teacher import summary
     from kd_dist.config import load
     from kd_dist.data import feature_codecs
 
     loaded = load(recipe, overrides or [])
-    folders = {split: assemble.signals_folder(loaded, split) for split in assemble.splits(loaded)}
+    folders = {split: places.signals_folder(loaded, split) for split in places.splits(loaded)}
     found = {split: manifest.read_manifest(folder) for split, folder in folders.items()}
     if as_json:
         typer.echo(json.dumps(found))
@@ -166,7 +166,8 @@ def inspect(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fal
         feature_codecs(folders[split], made["codec"])  # refuses a folder that has lost its bases
         teacher, digest = made["teacher"], made["teacher"]["weights_sha256"][:12]
         typer.echo(f"{folders[split]}: {teacher['model']}, weights {teacher['weights']}, sha256 {digest}")
-        typer.echo(summary(split, made) if made["complete"] else "not finished; run `kd-dist cache-teacher` again")
+        said = summary(split, made, assemble.task(loaded)) if made["complete"] else None
+        typer.echo(said or "not finished; run `kd-dist cache-teacher` again")
 
 
 @app.command()

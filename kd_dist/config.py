@@ -11,32 +11,21 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from kd_dist.batch import IGNORED
 from kd_dist.choose import describe, fits, hint
 from kd_dist.errors import RecipeError
-from kd_dist.losses import check_losses, signals_needed
-from kd_dist.models import FAMILIES
-from kd_dist.recipe import Recipe, Views
-from kd_dist.remote import url_problem
-from kd_dist.sources import SOURCES
+from kd_dist.recipe import Recipe
+from kd_dist.rules import Keys, problems
 from kd_dist.tasks import TASKS
 
-Keys = tuple[str, ...]  # the way from the top of a recipe to a value: ("stages", "distill", "lr")
 Place = Callable[[int], str]  # a line number, from 1, to what an error begins with
-Problems = Iterator[tuple[Keys, str]]  # where a value is, and the sentence that says what is wrong with it
 
 COMMAND_LINE = "command line"
-MOST_MASK_CLASSES = IGNORED  # of a mask's 256 values the last says "ignored"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # 32: `<key>.<teacher>.npy` has to fit a tar header
-FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-FEATURE = re.compile(r"(?!(?:logits|margin|view|row_crc|input_crc)$)(?!.*_scale$)[a-z][a-z0-9_]{0,31}")  # names a field
-MODEL = re.compile(rf"({'|'.join(FAMILIES)})/\S+|" + FACTORY.pattern)
 INTEGER = re.compile(r"[-+]?[0-9]{1,18}")  # 18 digits fit 64 bits; a longer one is read as a float
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "Null": None, "~": None, "": None}
@@ -65,14 +54,12 @@ def load(path: str | Path, overrides: Sequence[str] = (), stage: str | None = No
     if recipe.evaluate.metric is None:
         first, *_ = TASKS[recipe.task.name].metrics_known
         recipe = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, metric=first))
-    for keys, sentence in _problems(recipe):
+    if recipe.cache.logits is None:
+        exact = "fp32" if recipe.task.name == "regression" else "fp16"
+        recipe = dataclasses.replace(recipe, cache=dataclasses.replace(recipe.cache, logits=exact))
+    for keys, sentence in problems(recipe):
         raise _error(_where(root, keys), keys, sentence)
     return recipe
-
-
-def shared_features(recipe: Recipe) -> list[str]:
-    """The features that the cache keeps and the student taps: what losses can compare."""
-    return [name for name in recipe.cache.features if name in recipe.student.taps]
 
 
 def to_dict(recipe: Any) -> Any:
@@ -198,9 +185,12 @@ def _where(root: _Node, keys: Keys) -> str:
 
 
 def _build(node: _Node, wanted: Any, keys: Keys) -> Any:
-    """The value of `node` as the type `wanted`: a dataclass, a dict, Any, or what kd_dist.choose.fits knows."""
-    if dataclasses.is_dataclass(wanted):
-        return _section(node, wanted, keys)
+    """The value of `node` as the type `wanted`: a dataclass (or null), a dict, Any, or what choose.fits knows."""
+    union = typing.get_origin(wanted) in (typing.Union, types.UnionType)
+    section = next(filter(dataclasses.is_dataclass, typing.get_args(wanted) if union else (wanted,)), None)
+    if section is not None:
+        null = union and node.value is None and node.text != ""  # an empty section has its defaults
+        return None if null else _section(node, section, keys)
     if typing.get_origin(wanted) is dict:
         inner = typing.get_args(wanted)[1]
         return {key: _build(child, inner, (*keys, key)) for key, child in _children(node, keys).items()}
@@ -256,9 +246,11 @@ def _bare(wanted: Any) -> Any:
     """A type without its bounds."""
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if origin is typing.Annotated:
-        return arguments[0]
+        return _bare(arguments[0])
     if origin in (typing.Union, types.UnionType):
         return functools.reduce(operator.or_, map(_bare, arguments))
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return tuple[_bare(arguments[0]), ...]
     return tuple[tuple(map(_bare, arguments))] if origin is tuple else wanted
 
 
@@ -268,130 +260,11 @@ def _settled(value: Any, wanted: Any) -> Any:
     if origin is typing.Annotated:
         inner, bound = arguments
         if not bound.holds(value):
-            raise ValueError(f"must be {describe(inner)}, {bound.words}, not {value!r}")
+            raise ValueError(f"must be {describe(_bare(inner))}, {bound.words}, not {value!r}")
         return _settled(value, inner)
     if origin in (typing.Union, types.UnionType):
         return _settled(value, next(one for one in arguments if fits(value, _bare(one))))
     if origin is tuple:
-        return tuple(map(_settled, value, arguments))
+        each = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(map(_settled, value, each))
     return float(value) if wanted is float else value
-
-
-# ---------------------------------------------------------------------------------------------- what must go together
-
-
-def _problems(recipe: Recipe) -> Problems:
-    """What is wrong between values that are each well formed: the keys that lead there, and a sentence."""
-    yield from _name_problems(recipe)
-    yield from _task_problems(recipe)
-    yield from _data_problems(recipe)
-    yield from _view_problems(recipe.views)
-    yield from _feature_problems(recipe)
-    for section, network in (("teacher", recipe.teacher), ("student", recipe.student)):
-        if not MODEL.fullmatch(network.model):
-            forms = ", ".join(f"{family}/<name>" for family in FAMILIES)
-            yield (section, "model"), f"'{network.model}' is not a model; write {forms} or package.module:factory"
-        yield from _weights_problems(recipe, (section, "weights"), network.weights, section, list(recipe.stages))
-    if not recipe.stages:
-        yield ("stages",), "at least one stage is needed"
-    for name in recipe.stages:
-        yield from _stage_problems(recipe, name)
-
-
-def _name_problems(recipe: Recipe) -> Problems:
-    """Names that become folders and parts of tar members."""
-    named = [(("name",), recipe.name), (("teacher", "name"), recipe.teacher.name)]
-    named += [(("stages", name), name) for name in recipe.stages]
-    named += [(("data", "splits", name), name) for name in recipe.data.splits]
-    for keys, name in named:
-        if not NAME.fullmatch(name):
-            yield keys, f"'{name}' is not a safe name; use 1 to 32 of A-Z a-z 0-9 _ -, a letter or digit first"
-
-
-def _task_problems(recipe: Recipe) -> Problems:
-    task, known = recipe.task, TASKS[recipe.task.name].metrics_known
-    if task.name == "segmentation" and task.classes > MOST_MASK_CLASSES:
-        yield ("task", "classes"), f"a mask has room for {MOST_MASK_CLASSES} classes, not for {task.classes}"
-    if recipe.evaluate.metric not in known:
-        metric = recipe.evaluate.metric
-        yield ("evaluate", "metric"), f"unknown metric '{metric}' of {task.name}{hint(metric, known)}"
-    if recipe.cache.logits == "uint8" and task.classes == 2:
-        yield ("cache", "logits"), "two classes store one margin, for which 'uint8' is too coarse; use 'fp16' or 'fp32'"
-
-
-def _feature_problems(recipe: Recipe) -> Problems:
-    """Names of features become fields of a row."""
-    for keys, names in ((("cache", "features"), recipe.cache.features), (("student", "taps"), recipe.student.taps)):
-        for name in names:
-            if not FEATURE.fullmatch(name):
-                yield (*keys, name), (
-                    f"'{name}' cannot name a feature; use 1 to 32 of a-z 0-9 _, a letter first, no '_scale' at the end"
-                )
-    for name in recipe.student.taps:
-        if name not in recipe.cache.features:
-            known = hint(name, recipe.cache.features)
-            yield ("student", "taps", name), f"cache.features keeps no feature '{name}' to compare it with{known}"
-    for name, feature in recipe.cache.features.items():
-        if feature.dither and feature.store != "int8":
-            yield ("cache", "features", name, "dither"), f"is for int8, not for {feature.store}"
-
-
-def _data_problems(recipe: Recipe) -> Problems:
-    source, splits = recipe.data.source, recipe.data.splits
-    if source not in SOURCES and not FACTORY.fullmatch(source):
-        yield ("data", "source"), f"'{source}' is neither a source nor package.module:factory{hint(source, SOURCES)}"
-    for name in ("train", "val"):
-        if name not in splits:
-            yield ("data", "splits"), f"split '{name}' is missing; training needs 'train' and 'val'"
-    if not math.isclose(sum(splits.values()), 1.0, abs_tol=1e-6):
-        yield ("data", "splits"), f"the fractions must sum to 1, not {sum(splits.values()):g}"
-    if (problem := url_problem(recipe.data.shards)) is not None:
-        yield ("data", "shards"), problem
-    if recipe.evaluate.split not in splits:
-        yield ("evaluate", "split"), f"unknown split '{recipe.evaluate.split}'{hint(recipe.evaluate.split, splits)}"
-
-
-def _view_problems(views: Views) -> Problems:
-    for name, (low, high) in (("crop_scale", views.crop_scale), ("crop_ratio", views.crop_ratio)):
-        if low > high:
-            yield ("views", name), f"the range must begin with its lower end, not {low:g} before {high:g}"
-    if views.crop_scale[1] > 1:
-        yield ("views", "crop_scale"), f"a crop cannot cover more than the image: {views.crop_scale[1]:g} is above 1"
-
-
-def _weights_problems(recipe: Recipe, keys: Keys, weights: str | None, model: str, above: Sequence[str]) -> Problems:
-    """First weights for `model`, "teacher" or "student"; they may come from the stages `above`."""
-    if weights is None or weights == "pretrained":
-        return
-    if not weights.startswith("stage:"):
-        if not Path(weights).exists():
-            yield keys, f"no file '{weights}'; give a file, 'pretrained' or 'stage:<name>'"
-        return
-    name = weights.removeprefix("stage:")
-    if name not in recipe.stages:
-        yield keys, f"unknown stage '{name}'{hint(name, recipe.stages)}"
-    elif recipe.stages[name].model != model:
-        yield keys, f"stage '{name}' trains the {recipe.stages[name].model}, not the {model}"
-    elif name not in above:
-        yield keys, f"stage '{name}' must stand above the stage that starts from it"
-
-
-def _stage_problems(recipe: Recipe, name: str) -> Problems:
-    stage, keys, order = recipe.stages[name], ("stages", name), list(recipe.stages)
-    yield from _weights_problems(recipe, (*keys, "init"), stage.init, stage.model, order[: order.index(name)])
-    if stage.batch_size % stage.accumulate:
-        yield (*keys, "batch_size"), f"{stage.batch_size} cannot be divided by accumulate, {stage.accumulate}"
-    if stage.warmup_epochs > stage.epochs:
-        yield (*keys, "warmup_epochs"), f"{stage.warmup_epochs:g} is more than the stage's {stage.epochs} epochs"
-    if stage.min_lr > stage.lr:
-        yield (*keys, "min_lr"), f"{stage.min_lr:g} is above lr, {stage.lr:g}"
-    if not stage.losses:
-        yield (*keys, "losses"), "at least one loss is needed"
-    for loss, options in stage.losses.items():
-        try:
-            check_losses({loss: options}, recipe.task.name, recipe.task.classes, shared_features(recipe))
-        except RecipeError as error:
-            yield (*keys, "losses", loss), str(error).removeprefix(f"loss '{loss}': ")  # the keys have said it
-            continue
-        if stage.model == "teacher" and signals_needed({loss: options}):
-            yield (*keys, "losses", loss), "needs a teacher's signals, and this stage trains the teacher"

@@ -23,9 +23,9 @@ from kd_dist.errors import DataError, MismatchError, ShardError
 from kd_dist.plan import Plan, mix, view_number
 from kd_dist.remote import Remote, at_once, each, read_whole
 from kd_dist.shards import Shard
-from kd_dist.signals import LogitsCodec, dtype_from_json, from_row_bytes, is_sound, npy_header_size, row_dtype
+from kd_dist.signals import codec_of, dtype_from_json, from_row_bytes, is_sound, npy_header_size, row_dtype
 from kd_dist.tasks import Task
-from kd_dist.views import VIEW_DTYPE, ImageViews, canonical, draw, input_crc, replay
+from kd_dist.views import VIEW_DTYPES, ViewPolicy, input_crc
 
 OnError = Literal["raise", "replace_masked"]  # at an example that cannot be read: stop, or go on without it
 Decode = Callable[[str, Mapping[str, bytes]], Example]
@@ -114,11 +114,11 @@ class SignalShards(Shards):
         self.views: int = about["views"]["count"]
         self.dtype = dtype_from_json(about["row_dtype"])
         try:
-            grid = about["codec"]["grid"]
-            self.codec = LogitsCodec(about["codec"]["logits"], about["classes"], grid and tuple(grid))
+            grid, stored = about["codec"]["grid"], about["codec"]["logits"]
+            self.codec = codec_of(about["task"], stored, about["classes"], grid and tuple(grid))
             self.features = feature_codecs(folder, about["codec"])
             fields = [field for codec in (self.codec, *self.features.values()) for field in codec.fields()]
-            fits = self.dtype == row_dtype(VIEW_DTYPE, fields)
+            fits = self.dtype == row_dtype(VIEW_DTYPES[about["views"].get("kind", "image")], fields)
         except (KeyError, TypeError, ValueError) as error:
             raise ShardError(f"{folder}: the manifest describes no codecs ({error!r}); {AGAIN}") from error
         if not fits:
@@ -187,7 +187,7 @@ class Rows(NamedTuple):
     """What a share of a batch is made of, one entry an example."""
 
     keys: tuple[str, ...]
-    pixels: np.ndarray  # (B, H, W, 3) uint8
+    pixels: np.ndarray  # (B, H, W, C) uint8
     targets: list[Any]  # as the task collates them
     stored: np.ndarray | None  # (B,) structured rows of signals
     valid: tuple[bool, ...]
@@ -201,7 +201,7 @@ class Corridor(Dataset[Batch]):
     examples: Shards
     signals: SignalShards | None
     task: Task
-    policy: ImageViews
+    policy: ViewPolicy
     plan: Plan
     rank: int
     views: int | None  # views an example has; None: a fresh one each epoch; 0: the canonical one
@@ -255,7 +255,7 @@ class Corridor(Dataset[Batch]):
 
     def _blank(self, key: str) -> Rows:
         """One row of zeros that is not valid."""
-        pixels = np.zeros((1, *self.policy.size, 3), np.uint8)
+        pixels = np.zeros((1, *self.policy.size, self.policy.channels), np.uint8)
         stored = None if self.signals is None else np.zeros(1, self.signals.dtype)
         return Rows((key,), pixels, [self.task.no_target(self.policy.size)], stored, (False,), ())
 
@@ -273,10 +273,10 @@ class Corridor(Dataset[Batch]):
         examples = read_examples(self.examples, ids, self.task.decode)
         numbers = self._view_numbers(ids, epoch)
         stored = None if self.signals is None else self.signals.rows(ids, numbers)
-        pixels, targets = np.empty((len(ids), *self.policy.size, 3), np.uint8), []
+        pixels, targets = np.empty((len(ids), *self.policy.size, self.policy.channels), np.uint8), []
         for row, example in enumerate(examples):
             view = self._view(example, int(numbers[row])) if stored is None else stored["view"][row]
-            pixels[row] = replay(example.image, view, self.policy.size)
+            pixels[row] = self.policy.replay(example.image, view)
             # A model is judged against the mask as it is, at its own resolution.
             whole = self.views == 0
             targets.append(example.target if whole else self.task.replay_target(example.target, view, self.policy.size))
@@ -299,7 +299,7 @@ class Corridor(Dataset[Batch]):
 
     def _view(self, example: Example, number: int) -> np.void:
         size = example.image.shape[:2]
-        return canonical(self.policy, size) if self.views == 0 else draw(self.policy, example.key, number, size)
+        return self.policy.canonical(size) if self.views == 0 else self.policy.draw(example.key, number, size)
 
     def _check_pixels(
         self, ids: np.ndarray, epoch: int, examples: list[Example], pixels: np.ndarray, stored: np.ndarray

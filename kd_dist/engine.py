@@ -84,6 +84,15 @@ def computed(model: nn.Module, images: Tensor, dtype: torch.dtype | None) -> Stu
         return convert_to_fp32(model(images))
 
 
+def with_gradient(loss: Tensor) -> Tensor:
+    """The loss. TrainingError: nothing that is trained takes part in it."""
+    if not loss.requires_grad:
+        raise TrainingError(
+            "no loss of the stage depends on what it trains; raise `train_last`, or add a loss on labels or logits"
+        )
+    return loss
+
+
 class Engine:
     """One process, or several under DDP, where each holds all weights, gradients and moments."""
 
@@ -108,7 +117,7 @@ class Engine:
 
     def backward(self, loss: Tensor, scale: float) -> None:
         """Add this rank's share of the step, () float32, to the gradient. Shares of ranks add up to the step's mean."""
-        self._backward(loss * (self.accelerator.num_processes * scale))  # ranks are averaged, not added
+        self._backward(with_gradient(loss) * (self.accelerator.num_processes * scale))  # ranks are averaged, not added
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -125,8 +134,9 @@ class Engine:
         return [value.grad for value in self.module.parameters() if value.grad is not None]
 
     def set_lr(self, lr: float) -> None:
+        """The learning rate of the next step; a group with an `lr_scale` takes so many times of it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
     def step(self) -> None:
         """Move the weights and forget the gradient."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd_dist import assemble, checkpoint, monitor
+from kd_dist import checkpoint, monitor, places
 from kd_dist.checkpoint import Progress
 from kd_dist.errors import TrainingError, cause, is_out_of_memory
 from kd_dist.evaluation import agree_on_buffers, evaluate, picture
@@ -45,7 +45,7 @@ def end_epoch(run: Run, progress: Progress, means: dict[str, float]) -> None:
         if checkpoint.unsound(weights) is None:  # a model that says nothing may still be right by chance
             progress.best, progress.best_epoch = values[metric], len(progress.history) - 1
             if accelerator.is_main_process:
-                checkpoint.save_weights(backbone(weights), run.folder / assemble.BEST)
+                checkpoint.save_weights(backbone(weights), run.folder / places.BEST)
     run.log("epoch", {name: value for name, value in record.items() if value is not None}, progress.step)
     draw(run, progress.step)
     who = f"{run.name}, seed {run.seed}"

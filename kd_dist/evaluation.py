@@ -17,8 +17,6 @@ from kd_dist.errors import DataError
 from kd_dist.loader import to_device
 from kd_dist.tasks import Task
 
-SHOWN = 4  # examples in a picture
-
 
 @torch.no_grad()  # not inference mode: under ZeRO 3 weights that are gathered in it could not be trained again
 def evaluate(
@@ -65,12 +63,12 @@ def _of_all_ranks(failed: int, first: str) -> tuple[int, str, bool]:
 
 
 def first_examples(corridor: Corridor) -> Batch:
-    """A few examples of a split, to look at."""
-    return replace(corridor, plan=replace(corridor.plan, batch_size=SHOWN, world=1), rank=0)[0]
+    """As many examples of a split as its task shows in a picture."""
+    return replace(corridor, plan=replace(corridor.plan, batch_size=corridor.task.shown, world=1), rank=0)[0]
 
 
 def picture(task: Task, batch: Batch, predictions: dict[str, Tensor]) -> np.ndarray | None:
-    """The examples of a batch beside what each of `predictions`, logits (B, C, h, w) by name, makes of them:
+    """The examples of a batch beside what each of `predictions`, logits (B, C, ...) by name, makes of them:
     (height, width, 3) uint8, or None where the task has nothing to draw."""
     targets = list(batch.targets.cpu().numpy())
     if batch.sizes is not None:

@@ -23,10 +23,10 @@ from kd_dist.compress import FeatureCodec
 from kd_dist.data import Shards, read_examples
 from kd_dist.progress import Advance
 from kd_dist.shards import is_committed, shard_path, write_shard
-from kd_dist.signals import LogitsCodec, measured_error, merge_errors, pack_rows, row_dtype, to_npy
+from kd_dist.signals import Codec, add_sums, pack_rows, row_dtype, to_npy
 from kd_dist.tasks import Task
 from kd_dist.teacher import Teacher
-from kd_dist.views import VIEW_DTYPE, ImageViews, canonical, draw, input_crc, replay
+from kd_dist.views import ViewPolicy, input_crc
 
 STEM = "signals"
 QUEUE_DEPTH = 4
@@ -40,9 +40,9 @@ class Extraction:
     folder: Path
     task: Task
     teacher: str  # its name, in member names
-    policy: ImageViews
+    policy: ViewPolicy
     views: int  # of an example; 0: one canonical view
-    codec: LogitsCodec
+    codec: Codec
     features: dict[str, FeatureCodec]
     batch_size: int  # rows
     threads: int
@@ -56,18 +56,18 @@ class Extraction:
     def dtype(self) -> np.dtype:
         """Of a row."""
         fields = [field for codec in self.features.values() for field in codec.fields()]
-        return row_dtype(VIEW_DTYPE, [*self.codec.fields(), *fields])
+        return row_dtype(self.policy.dtype, [*self.codec.fields(), *fields])
 
 
 class Rows(NamedTuple):
     """Consecutive rows of one shard on their way through the teacher. Rows of an example are neighbours."""
 
     keys: list[str]
-    views: np.ndarray  # (b,) VIEW_DTYPE
+    views: np.ndarray  # (b,) records of the policy
     crcs: np.ndarray  # (b,) uint32, of each row's pixels
-    targets: np.ndarray  # (b,) class indices, or masks (b, h, w)
+    targets: np.ndarray  # (b,) class indices, masks (b, h, w), or numbers (b, D)
     sizes: np.ndarray | None  # (b, 2), of the masks
-    pixels: np.ndarray  # (b, H, W, 3) uint8
+    pixels: np.ndarray  # (b, H, W, C) uint8
 
     def only(self, places: np.ndarray) -> "Rows":
         """The rows at these places."""
@@ -103,7 +103,7 @@ def extract(work: Extraction, teacher: Teacher, device: torch.device, mine: rang
         contextlib.closing(prefetch(run_teacher(work, read, teacher, device))) as ran,
     ):
         for number in wanted:
-            notes: dict[str, Any] = {"quarantined": [], "error": merge_errors([]), "teacher": None, "overflow": None}
+            notes: dict[str, Any] = {"quarantined": [], "error": None, "teacher": None, "overflow": None}
             rows, start = len(work.examples.shard(number)) * work.rows, time.monotonic()
             write_shard(shard_path(work.folder, STEM, number), encode(work, take(ran, rows), notes, advance), notes)
             slowest = max(slowest, time.monotonic() - start)
@@ -125,21 +125,20 @@ def read_rows(work: Extraction, numbers: list[int]) -> Iterator[Rows]:
 
 def make_rows(work: Extraction, chosen: list[tuple[Any, int]], pool: ThreadPoolExecutor) -> Rows:
     """Draw and replay each (example, view number)."""
-    views = np.zeros(len(chosen), VIEW_DTYPE)
-    pixels = np.empty((len(chosen), *work.policy.size, 3), np.uint8)
+    policy = work.policy
+    views = np.zeros(len(chosen), policy.dtype)
+    pixels = np.empty((len(chosen), *policy.size, policy.channels), np.uint8)
 
     def fill(row: int) -> int:
         example, number = chosen[row]
         size = example.image.shape[:2]
-        views[row] = draw(work.policy, example.key, number, size) if work.views else canonical(work.policy, size)
-        pixels[row] = replay(example.image, views[row], work.policy.size)
+        views[row] = policy.draw(example.key, number, size) if work.views else policy.canonical(size)
+        pixels[row] = policy.replay(example.image, views[row])
         return input_crc(pixels[row])
 
     crcs = np.fromiter(pool.map(fill, range(len(chosen))), np.uint32, len(chosen))
-    size = work.policy.size
-    targets = [
-        work.task.replay_target(example.target, view, size) for (example, _), view in zip(chosen, views, strict=True)
-    ]
+    pairs = zip(chosen, views, strict=True)
+    targets = [work.task.replay_target(example.target, view, policy.size) for (example, _), view in pairs]
     return Rows([example.key for example, _ in chosen], views, crcs, *work.task.collate(targets), pixels)
 
 
@@ -201,21 +200,10 @@ def encode(
 def note(work: Extraction, notes: dict[str, Any], batch: Said, packed: np.ndarray, good: np.ndarray) -> None:
     """Add a batch to what the shard's index says about the codec, the teacher and overflows."""
     rows, logits = batch.rows, batch.logits[good]
-    notes["error"] = merge_errors([notes["error"], measured_error(logits, work.codec.decode(packed[good]))])
+    notes["error"] = add_sums(notes["error"], work.codec.error(logits, work.codec.decode(packed[good])))
     sizes = None if rows.sizes is None else rows.sizes[good]
     notes["teacher"] = add_sums(notes["teacher"], work.task.teacher_sums(logits, rows.targets[good], sizes))
     notes["overflow"] = add_sums(notes["overflow"], batch.overflow)
-
-
-def add_sums(one: Any, other: Any) -> Any:
-    """Two nested structures of numbers added entry by entry; None counts as zero."""
-    if one is None or other is None:
-        return other if one is None else one
-    if isinstance(one, dict):
-        return {name: add_sums(one[name], other[name]) for name in one}
-    if isinstance(one, list):
-        return [add_sums(left, right) for left, right in zip(one, other, strict=True)]
-    return one + other
 
 
 def take(batches: Iterator[Said], rows: int) -> Iterator[Said]:

@@ -176,7 +176,10 @@ def wrong_data(batch: Batch, rank: int) -> list[Cause]:
         parts |= {f"teacher's feature '{name}'": value for name, value in batch.signals.features.items()}
     found = []
     for name, value in parts.items():
-        rows = (~torch.isfinite(value.flatten(1) if value.ndim > 1 else value[:, None])).any(1).tolist()
+        wrong = ~torch.isfinite(value.flatten(1) if value.ndim > 1 else value[:, None])
+        if name == "targets" and value.ndim == 2:  # numbers: a row that has none at all has no label
+            wrong &= ~wrong.all(dim=1, keepdim=True)
+        rows = wrong.any(1).tolist()
         keys = tuple(key for key, wrong in zip(batch.keys, rows, strict=True) if wrong)
         if keys:
             found.append(Cause(rank, name, keys))

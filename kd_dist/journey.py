@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from kd_dist import assemble, manifest, report, trial
+from kd_dist import assemble, manifest, places, report, trial
 from kd_dist.checkpoint import read_record, write_atomic
 from kd_dist.config import load, to_dict
 from kd_dist.disk import alone
@@ -29,6 +29,7 @@ from kd_dist.recipe import Recipe
 from kd_dist.remote import Remote
 
 COST = ("name", "parameters", "macs", "latency_ms")  # what a model is and takes, in the record of its evaluation
+DRAWN_AT_ONCE = 32  # examples of a picture in a forward pass
 
 
 def run(path: Path, overrides: Sequence[str], seeds: int, options: Sequence[str]) -> None:
@@ -41,7 +42,7 @@ def run(path: Path, overrides: Sequence[str], seeds: int, options: Sequence[str]
     cached = False
     for name, stage in first.stages.items():
         student = stage.model == "student"
-        ready = assemble.weights_ready(first, first.teacher.weights)
+        ready = places.weights_ready(first, first.teacher.weights)
         if student and not cached and (ready or assemble.reads_cache(stage)):
             cache(first, path, overrides, options)
             cached = True
@@ -53,7 +54,7 @@ def run(path: Path, overrides: Sequence[str], seeds: int, options: Sequence[str]
 
 def train(recipe: Recipe, path: Path, name: str, overrides: Sequence[str], options: Sequence[str]) -> None:
     """Train one stage in processes of its own, started with the launcher's `options`, unless it is done."""
-    folder = assemble.stage_folder(recipe, name)
+    folder = places.stage_folder(recipe, name)
     if assemble.stage_result(recipe, name) is not None:
         print(f"{name} ({folder.name}): done before", file=sys.stderr)
         return
@@ -66,12 +67,12 @@ def train(recipe: Recipe, path: Path, name: str, overrides: Sequence[str], optio
 def pack_recipe(recipe: Recipe) -> dict[str, Any]:
     """Pack what the recipe needs and say what came of it."""
     manifests = pack(
-        assemble.shards_folder(recipe),
+        places.shards_folder(recipe),
         source=recipe.data.source,
         root=recipe.data.root,
         options=recipe.data.options,
         fractions=recipe.data.splits,
-        required=assemble.splits(recipe),
+        required=places.splits(recipe),
         task=assemble.task(recipe),
         shard_size=recipe.data.shard_size,
     )
@@ -84,15 +85,15 @@ def pack_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def cache(recipe: Recipe, path: Path, overrides: Sequence[str], options: Sequence[str]) -> None:
     """Cache the teacher's signals for every split unless they are there and are this recipe's."""
-    folders = [assemble.signals_folder(recipe, split) for split in assemble.splits(recipe)]
+    folders = [places.signals_folder(recipe, split) for split in places.splits(recipe)]
     # Weights that are no file are known by the network alone, which the launched command builds.
-    from_file = assemble.weights_file(recipe, recipe.teacher.weights) is not None
+    from_file = places.weights_file(recipe, recipe.teacher.weights) is not None
     if from_file and all(manifest.finished(folder) is not None for folder in folders):
-        for split in assemble.splits(recipe):
+        for split in places.splits(recipe):
             assemble.signals(recipe, split, assemble.examples(recipe, split))  # refuses another teacher's
         print(f"cache {recipe.teacher.name}: done before", file=sys.stderr)
         return
-    folder = assemble.shards_folder(recipe)
+    folder = places.shards_folder(recipe)
     with contextlib.nullcontext() if isinstance(folder, Remote) else alone(folder):  # nobody writes under a URL
         came = launch(["-m", "kd_dist.cache_teacher", str(path), *overrides], options)
     if came or any(manifest.finished(folder) is None for folder in folders):
@@ -148,9 +149,9 @@ def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
 
     What was measured before on the same weights is kept.
     """
-    trained = [name for name in recipe.stages if (assemble.stage_folder(recipe, name) / assemble.RESULT).is_file()]
+    trained = [name for name in recipe.stages if (places.stage_folder(recipe, name) / places.RESULT).is_file()]
     if not trained:
-        folder = assemble.stage_folder(recipe, next(iter(recipe.stages))).parent.parent
+        folder = places.stage_folder(recipe, next(iter(recipe.stages))).parent.parent
         raise DataError(f"{folder}: no stage has been trained yet; run `kd-dist run` or `kd-dist train` first")
     rows = []
     if all(stage.model == "student" for stage in recipe.stages.values()):
@@ -160,17 +161,15 @@ def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         where = {"role": "teacher", "stage": "given", "seed": recipe.teacher.seed}
         rows.append({**where, **measured(recipe, folder, "teacher", weights, lambda: built)})
     for name in trained:
-        folder, which = assemble.stage_folder(recipe, name), recipe.stages[name].model
-        best = folder / assemble.BEST
-        where = {"role": assemble.role(recipe, name), "stage": name, "seed": assemble.stage_seed(recipe, name)}
+        folder, which = places.stage_folder(recipe, name), recipe.stages[name].model
+        best = folder / places.BEST
+        where = {"role": places.role(recipe, name), "stage": name, "seed": places.stage_seed(recipe, name)}
         build = functools.partial(assemble.network, recipe, which, str(best), recipe.seed)
-        rows.append({**where, **measured(recipe, folder, which, assemble.file_digest(best), build)})
+        rows.append({**where, **measured(recipe, folder, which, places.file_digest(best), build)})
     return rows
 
 
-def measured(
-    recipe: Recipe, folder: Path, which: str, weights: str, build: Callable[[], Network]
-) -> dict[str, Any]:
+def measured(recipe: Recipe, folder: Path, which: str, weights: str, build: Callable[[], Network]) -> dict[str, Any]:
     """The metric and the cost of the `teacher` or `student` whose weights have the digest `weights`, from the record in
     `folder` or measured now and recorded there."""
     split, metric, task = recipe.evaluate.split, recipe.evaluate.metric, assemble.task(recipe)
@@ -203,8 +202,8 @@ def write_report(recipes: Sequence[Recipe], models: list[dict[str, Any]]) -> Non
     first, histories = recipes[0], {}
     for recipe in recipes:
         for name in recipe.stages:
-            folder = assemble.stage_folder(recipe, name)
-            histories[f"{name} {folder.name}"] = read_record(folder / assemble.RESULT, "history")["history"]
+            folder = places.stage_folder(recipe, name)
+            histories[f"{name} {folder.name}"] = read_record(folder / places.RESULT, "history")["history"]
     folder = Path(first.runs) / first.name
     rows = report.write(folder, first.name, first.evaluate.split, models, histories, draw(first))
     show(rows, first)
@@ -217,17 +216,19 @@ def draw(recipe: Recipe) -> np.ndarray | None:
     """Some examples of the evaluation split, and what each stage's model makes of them; None where the task has no such
     picture."""
     task = assemble.task(recipe)
-    if not task.maps:
+    if not task.shown:
         return None
     batch = first_examples(assemble.evaluation_corridor(recipe, recipe.evaluate.split, 0, 1, cached=False))
-    said = {}
-    teacher = assemble.teacher(recipe)
+    networks = {"teacher": assemble.teacher(recipe).network}
+    for name, stage in recipe.stages.items():
+        if stage.model == "student":
+            weights = places.stage_folder(recipe, name) / places.BEST
+            networks[name] = assemble.network(recipe, "student", str(weights), recipe.seed).eval()
     with torch.inference_mode():
-        said["teacher"] = teacher(batch.images).logits
-        for name, stage in recipe.stages.items():
-            if stage.model == "student":
-                weights = assemble.stage_folder(recipe, name) / assemble.BEST
-                said[name] = assemble.network(recipe, "student", str(weights), recipe.seed).eval()(batch.images)
+        said = {
+            name: torch.cat([network(images) for images in batch.images.split(DRAWN_AT_ONCE)])
+            for name, network in networks.items()
+        }
     return picture(task, batch, said)
 
 

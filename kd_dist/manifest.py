@@ -29,6 +29,7 @@ _CONTENT = {
         **_BOTH,
         "examples_fingerprint": str,
         "teacher": {"name": str, "weights_sha256": str},
+        "task": str,
         "classes": int,
         "views": {"count": int},
         "row_dtype": [],
@@ -36,7 +37,7 @@ _CONTENT = {
     },
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.tar")  # of a shard: nothing that leaves its folder
-_LIBRARIES = ("numpy", "pillow", "torch", "webdataset")
+_LIBRARIES = ("numpy", "pillow", "torch", "webdataset")  # of every folder
 
 
 def write_manifest(folder: str | os.PathLike, content: Mapping[str, Any]) -> None:
@@ -146,9 +147,10 @@ def first_difference(ours: Any, theirs: Any) -> tuple[str, Any, Any] | None:
     return None
 
 
-def versions() -> dict[str, str]:
-    """The versions that can change what is written: Python, the libraries that decode and compute, and our own."""
-    libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+def versions(*more: str) -> dict[str, str]:
+    """The versions that can change what is written: Python, the libraries that decode and compute, `more` of them, and
+    our own."""
+    libraries = {name: importlib.metadata.version(name) for name in (*_LIBRARIES, *more)}
     return {"python": platform.python_version(), "kd_dist": kd_dist.__version__, **libraries}
 
 

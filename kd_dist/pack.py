@@ -17,7 +17,7 @@ from kd_dist.progress import progress
 from kd_dist.remote import Remote
 from kd_dist.shards import Shard, is_committed, member_key, shard_path, write_shard
 from kd_dist.sources import Item, list_items
-from kd_dist.tasks import Task
+from kd_dist.tasks import Regression, Task, packed_for
 
 STEM = "data"
 
@@ -44,8 +44,7 @@ def pack(
         "kind": "examples",
         "source": {"name": source, "root": root, "options": options},
         "fractions": fractions,
-        "task": task.name,
-        "classes": task.classes,
+        **packed_for(task),
         "shard_size": shard_size,
     }
     done = finished(folder, identity, required)
@@ -53,6 +52,11 @@ def pack(
         return done
     refuse_writing(folder)
     listing = list_items(source, root, options)
+    if isinstance(task, Regression) and listing.classes != task.outputs:
+        raise DataError(
+            f"data.source {source}: gives {', '.join(listing.classes) or 'nothing'}, the recipe's task.outputs are "
+            f"{', '.join(task.outputs)}; name the same ones in the same order"
+        )
     if len(listing.classes) != task.classes:
         raise DataError(
             f"data.source {source}: has {len(listing.classes)} classes, the recipe's task.classes says {task.classes}; "
@@ -119,7 +123,7 @@ def assign(items: Iterable[Item], fractions: dict[str, float]) -> dict[str, list
     for item in items:
         name = item.name.encode("utf-8", "surrogateescape")  # not every file name is UTF-8
         rank = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
-        splits[item.split or choose_split(item.name, fractions)].append((rank, item))
+        splits[item.split or choose_split(item.group or item.name, fractions)].append((rank, item))
     return {split: [item for _, item in sorted(ranked, key=_by_rank)] for split, ranked in splits.items()}
 
 
@@ -128,7 +132,7 @@ def _by_rank(ranked: tuple[int, Item]) -> tuple[int, str]:
 
 
 def choose_split(name: str, fractions: dict[str, float]) -> str:
-    """The split of an item whose source names none: by a hash of its name, so it never moves."""
+    """The split of an item whose source names none: by a hash of its name, or its group's, so it never moves."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8, person=b"kd_dist split").digest()
     point, reached = int.from_bytes(digest, "little") / 2**64, 0.0
     for split, fraction in fractions.items():
@@ -205,7 +209,7 @@ def pack_split(
         "tar_bytes": sum(shard.tar_bytes for shard in shards),
         "shards": [manifest.shard_entry(shard) for shard in shards],
         "quarantined": quarantined,
-        "versions": manifest.versions(),
+        "versions": manifest.versions(*task.input.libraries),
     }
     manifest.write_manifest(folder, final)
     return manifest.read_manifest(folder)
@@ -216,7 +220,7 @@ def _checked(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     def read(item: Item) -> dict[str, bytes] | str:
         try:
-            return task.encode(item.read(), item.extension, item.label, {"name": item.name})
+            return task.encode(item.read(), item.extension, item.label, {"name": item.name}, item.span)
         except (DataError, OSError) as error:
             return str(error)
 

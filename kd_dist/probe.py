@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_dist.compress import noise
-from kd_dist.losses.features import cosine
+from kd_dist.losses.features import cosine, hint
 
 WIDTHS = (16, 32, 64)  # of the probe's convolutions, each of stride 2
 
@@ -17,14 +17,14 @@ def gradient_cosine(images: Tensor, exact: Tensor, decoded: Tensor) -> float:
     example, averaged over the examples. By itself, because a batch's gradient mostly says what all its examples share:
     features of another image would pass for the right ones.
 
-    images (B, 3, H, W) uint8; exact (B, C, *grid) and decoded (B, C, *pooled grid) float, all on one device. The
+    images (B, channels, H, W) uint8; exact (B, C, *grid) and decoded (B, C, *pooled grid) float, all on one device. The
     student is three convolutions and a projection to C channels, its weights always the same; the gradient, with
-    respect to all of them, is of the mean of the loss `cosine`, each against its teacher's own grid. 1: training
-    cannot tell the difference.
+    respect to all of them, is of the mean of the loss `cosine` (of one channel `hint`), each against its teacher's own
+    grid. 1: training cannot tell the difference.
     """
     # Out of inference mode is also out of no_grad.
     with torch.inference_mode(False), torch.autocast(images.device.type, enabled=False):
-        student = _student(exact.shape[1], images.device)
+        student = _student(images.shape[1], exact.shape[1], images.device)
         inputs = images.clone().float() / 255 - 0.5  # a clone, as tensors of inference mode take part in no gradient
         pairs = [
             [_gradient(student, inputs[row], features[row].clone().float()) for features in (exact, decoded)]
@@ -34,10 +34,10 @@ def gradient_cosine(images: Tensor, exact: Tensor, decoded: Tensor) -> float:
     return float(torch.stack(cosines).mean())
 
 
-def _student(channels: int, device: torch.device) -> nn.Sequential:
+def _student(inputs: int, channels: int, device: torch.device) -> nn.Sequential:
     """A network of stride 8 whose weights are the same for every call, machine and version."""
     layers: list[nn.Module] = []
-    before = 3
+    before = inputs
     for width in WIDTHS:
         layers += [nn.utils.skip_init(nn.Conv2d, before, width, 3, stride=2, padding=1, device=device), nn.ReLU()]
         before = width
@@ -58,5 +58,6 @@ def _gradient(student: nn.Module, inputs: Tensor, teacher: Tensor) -> Tensor:
         found = F.adaptive_avg_pool1d(found.flatten(2), teacher.shape[2])
     if teacher.ndim == 2:
         found = found.mean(dim=(2, 3))
-    gradients = torch.autograd.grad(cosine(found, teacher).mean(), list(student.parameters()))
+    loss = cosine if teacher.shape[1] > 1 else hint  # one channel has no direction
+    gradients = torch.autograd.grad(loss(found, teacher).mean(), list(student.parameters()))
     return torch.cat([gradient.flatten() for gradient in gradients])

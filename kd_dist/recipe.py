@@ -47,8 +47,15 @@ Fraction = Annotated[float, Bound(lambda number: 0 <= number <= 1, "between 0 an
 class Task:
     """`task`: what is to be predicted."""
 
-    name: Literal["classification", "segmentation"] = "classification"
-    classes: Annotated[int, Bound(lambda number: number >= 2, "at least 2")]
+    name: Literal["classification", "segmentation", "regression"] = "classification"
+    classes: Annotated[int, Bound(lambda number: number >= 2, "at least 2")] | None = None  # of the first two
+    outputs: tuple[str, ...] = ()  # of regression: the names of its numbers
+    range: tuple[float, float] = (-1.0, 1.0)  # of regression: from where to where they go
+
+    @property
+    def width(self) -> int:
+        """How many numbers a model gives for an example, or for each place of it."""
+        return self.classes or len(self.outputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +79,31 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Audio:
+    """`audio`: examples are recordings, packed as log-mel spectrograms; how these are made of sound.
+
+    Values and steps are described in shards/FORMAT.md, so that an app can do the same.
+    """
+
+    sample_rate: Count = 22050  # Hz; another rate is resampled
+    n_fft: Count = 2048  # samples of a frame
+    hop: Count = 512  # samples from one frame to the next
+    mels: Count = 128  # bands
+    fmin: NonNegative = 20.0  # Hz, the lower edge of the first band
+    fmax: Positive | None = None  # Hz, the upper edge of the last; null: half the sample rate
+    db: tuple[float, float] = (-60.0, 40.0)  # decibels of levels 0 and 255
+    shortest: Positive = 1.0  # seconds; a shorter recording is quarantined
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """`head` of a model: hidden layers in the place of its last layer, GELU and dropout after each."""
+
+    hidden: Annotated[tuple[Count, ...], Bound(len, "at least one")] = (512, 128)  # their sizes
+    dropout: Fraction = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Network:
     """A model, its first weights and the input it expects."""
 
@@ -81,6 +113,7 @@ class Network:
     image_size: Count | None = None  # pixels, height and width of its input; null: the size of the view
     mean: tuple[float, float, float] | None = None  # of the RGB channels in [0, 1]; null: the model's own
     std: tuple[Positive, Positive, Positive] | None = None  # likewise
+    head: Head | None = None  # hidden layers in the place of the model's last layer; null: none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +136,16 @@ class Views:
     """`views`: the policy that draws the views of a training example. Other splits have one canonical view."""
 
     count: Count = 8  # views of each training example
-    size: Count | tuple[Count, Count]  # pixels: the side of a square, or [height, width]
+    size: Count | tuple[Count, Count]  # pixels: the side of a square, or [height, width]; of audio [mels, frames]
     crop_scale: tuple[Positive, Positive] = (1.0, 1.0)  # range of the crop's share of the image area
     crop_ratio: tuple[Positive, Positive] = (0.75, 1.3333)  # range of the crop's width / height
     flip: Fraction = 0.0  # probability of a left-right flip
     brightness: Fraction = 0.0  # x: the factor is drawn from [1 - x, 1 + x]
     contrast: Fraction = 0.0  # likewise
     saturation: Fraction = 0.0  # likewise
+    gain: NonNegative = 0.0  # of audio, in decibels: what is added is drawn from [-x, x]
+    time_mask: Natural = 0  # of audio: frames of the widest of two masks in time
+    band_mask: Natural = 0  # of audio: bands of the widest of two masks in frequency
     seed: Natural = 0
 
     @property
@@ -122,7 +158,7 @@ class Views:
 class Feature:
     """`cache.features.<name>`: an intermediate output of the teacher, and how it is stored."""
 
-    tap: str  # module path in the model; `path[1]` or `path[out]` selects from a tuple or a mapping
+    tap: str  # module path, `path[1]` or `path[out]` of several outputs, or a reading of it: `saliency(path, 4x8)`
     pool: Count = 1  # the grid is divided by so much, each cell the mean of its area
     pca: Count | None = None  # principal components that are kept of the channels; null: all channels as they are
     store: Literal["int8", "fp16", "bf16", "fp32"] = "int8"  # int8 has a scale for each channel of each row
@@ -133,7 +169,8 @@ class Feature:
 class Cache:
     """`cache`: what is kept of the teacher's output, and how the teacher is run."""
 
-    logits: Literal["fp32", "fp16", "uint8"] = "fp16"  # how a row of logits is stored; two classes store one margin
+    # How a row of logits is stored; two classes store one margin. null: fp16, of regression fp32
+    logits: Literal["fp32", "fp16", "uint8"] | None = None
     features: dict[str, Feature] = field(default_factory=dict)  # of training views; the others keep logits alone
     batch_size: Count = 64  # views in a forward pass of the teacher; the last bits of its output depend on it
     threads: Count = 1  # CPU threads of the teacher; fixed for the same reason
@@ -153,6 +190,8 @@ class Stage:
     accumulate: Count = 1  # micro-batches of each rank in a step; divides batch_size
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Positive  # the highest learning rate
+    backbone_lr: Positive = 1.0  # factor of `lr` for all but the model's head and the projections
+    train_last: Natural | None = None  # blocks before the head that learn beside it; 0: the head alone; null: all
     weight_decay: NonNegative = 0.05
     momentum: Fraction = 0.9  # of sgd
     warmup_epochs: NonNegative = 0.0  # epochs until the learning rate reaches `lr`
@@ -173,7 +212,7 @@ class Evaluate:
     """`evaluate`: what a trained model is judged by."""
 
     split: str = "test"  # a split of `data.splits`
-    metric: str | None = None  # accuracy or nll; miou or pixel_accuracy; null: the first of the task's
+    metric: str | None = None  # accuracy, nll; miou, pixel_accuracy; ccc, mae; null: the first of the task's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +234,7 @@ class Recipe:
     runs: str = "runs"  # folder under which <recipe name>/<stage>/ is written
     task: Task
     data: Data
+    audio: Audio | None = None  # null: examples are images
     teacher: Teacher
     views: Views
     cache: Cache = Cache()
@@ -202,3 +242,8 @@ class Recipe:
     stages: dict[str, Stage]  # in the order they are run
     evaluate: Evaluate = Evaluate()
     monitor: Monitor = Monitor()
+
+    @property
+    def shared_features(self) -> list[str]:
+        """The features that the cache keeps and the student taps: what losses can compare."""
+        return [name for name in self.cache.features if name in self.student.taps]

@@ -25,7 +25,7 @@ LATENCY_RUNS = 30
 def measure(network: Network, size: tuple[int, int]) -> dict[str, Any]:
     """Parameters, multiply-accumulates of one image, and the median latency in ms of one image on one CPU thread."""
     network = network.cpu().eval()
-    image = torch.zeros(1, 3, *size, dtype=torch.uint8)
+    image = torch.zeros(1, network.channels, *size, dtype=torch.uint8)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -10,7 +10,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ CODECS = {"fp32": "<f4", "fp16": "<f2", "uint8": "u1"}  # codec of the logits ->
 FRAME = ("row_crc", "view", "input_crc")  # the fields that every row begins with
 NUMBER = r"[<|][biufV]\d+"  # an npy type string: bool, int, uint, float, or V for bytes of padding
 TINY = np.finfo(np.float32).tiny
+LARGEST = ("max_abs", "largest_error")  # entries of sums that are no sums
 PIECE = 2**18  # logits whose error is measured at a time
 
 
@@ -44,6 +45,8 @@ class LogitsCodec:
     name: str  # one of CODECS
     classes: int
     grid: tuple[int, int] | None = None  # (h, w) of a segmentation teacher's logits; None: one row of logits an image
+
+    drift: ClassVar[str] = "mean_kl_t1"  # the entry of a report that says how far two teachers are apart
 
     def __post_init__(self) -> None:
         entry(CODECS, "logits codec", self.name)
@@ -97,6 +100,95 @@ class LogitsCodec:
                 np.square(logits, out=logits)
             logits *= -_per_row(rows["logits_scale"], logits)
         return logits
+
+
+    def error(self, exact: np.ndarray, decoded: np.ndarray) -> dict[str, float]:
+        """What storing finite logits did to them; see `measured_error`."""
+        return measured_error(exact, decoded)
+
+    def report(self, sums: Mapping[str, float] | None) -> dict[str, float]:
+        """Errors that were added up, None for none, as a manifest states them; see `error_report`."""
+        return error_report(sums or merge_errors([]))
+
+    def words(self, report: Mapping[str, float]) -> str:
+        """A report in words."""
+        return (
+            f"{self.name} logits: largest error {report['max_abs']:.1e}, mean KL {report['mean_kl_t1']:.1e} nat, top "
+            f"class equal in {report['top_class_agreement']:.2%}"
+        )
+
+
+@dataclass(frozen=True)
+class OutputsCodec:
+    """How the D real numbers that a regression teacher says are stored: as they are, fp32 exactly, or as fp16.
+
+    Bound on the error of a number x, fp16: 2**-11 |x| + 2**-25. It has the methods of LogitsCodec.
+    Raises RecipeError for another codec.
+    """
+
+    name: str  # fp32 or fp16
+    classes: int  # D
+    grid: None = None
+
+    drift: ClassVar[str] = "mean_square"
+
+    def __post_init__(self) -> None:
+        if self.name not in ("fp32", "fp16"):
+            raise RecipeError(f"the outputs of a regression are stored as fp32 or fp16, not {self.name}")
+
+    def fields(self) -> list[tuple]:
+        """The field that this codec adds to a row, as NumPy describes it."""
+        return [("outputs", CODECS[self.name], (self.classes,))]
+
+    def encode(self, outputs: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Outputs (B, D) float32 -> the field, (B, D), and a mask (B,) bool of the rows that could be stored; another
+        row holds zeros."""
+        largest = np.finfo(CODECS[self.name]).max
+        storable = (np.abs(outputs) <= largest).all(axis=1)  # a NaN compares False
+        return {"outputs": np.where(storable[:, None], outputs, 0).astype(CODECS[self.name])}, storable
+
+    def decode(self, rows: np.ndarray) -> np.ndarray:
+        """Structured rows (B,) -> outputs (B, D) float32."""
+        return rows["outputs"].astype(np.float32)
+
+    def error(self, exact: np.ndarray, decoded: np.ndarray) -> dict[str, float]:
+        """What storing finite outputs (B, D) did to them: `count` rows, `max_abs` difference, and the sum over rows of
+        the mean squared difference."""
+        gap = exact.astype(np.float64) - decoded
+        squares = float((gap**2).mean(axis=1).sum()) if len(gap) else 0.0
+        return {"count": len(gap), "max_abs": float(np.abs(gap).max(initial=0)), "squares": squares}
+
+    def report(self, sums: Mapping[str, float] | None) -> dict[str, float]:
+        """Errors that were added up, None for none: `count`, `max_abs` and `mean_square`."""
+        sums = sums or {"count": 0, "max_abs": 0.0, "squares": 0.0}
+        kept = {name: sums[name] for name in ("count", "max_abs")}
+        return {**kept, "mean_square": sums["squares"] / max(sums["count"], 1)}
+
+    def words(self, report: Mapping[str, float]) -> str:
+        """A report in words."""
+        return f"{self.name} outputs: largest error {report['max_abs']:.1e}"
+
+
+Codec = LogitsCodec | OutputsCodec
+
+
+def codec_of(task: str, name: str, classes: int, grid: tuple[int, int] | None) -> Codec:
+    """How what a teacher of this task says is stored."""
+    return OutputsCodec(name, classes) if task == "regression" else LogitsCodec(name, classes, grid)
+
+
+def add_sums(one: Any, other: Any) -> Any:
+    """Two nested structures of numbers added entry by entry, but of LARGEST the larger kept; None counts as zero."""
+    if one is None or other is None:
+        return other if one is None else one
+    if isinstance(one, dict):
+        return {
+            name: max(value, other[name]) if name in LARGEST else add_sums(value, other[name])
+            for name, value in one.items()
+        }
+    if isinstance(one, list):
+        return [add_sums(left, right) for left, right in zip(one, other, strict=True)]
+    return one + other
 
 
 def row_dtype(view_dtype: np.dtype, fields: list[tuple]) -> np.dtype:

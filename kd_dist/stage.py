@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from kd_dist import assemble, checkpoint, engine, guard, manifest, trial
+from kd_dist import assemble, checkpoint, engine, guard, manifest, places, trial
 from kd_dist.batch import Batch
 from kd_dist.config import to_dict
 from kd_dist.data import Corridor
@@ -21,7 +21,8 @@ from kd_dist.engine import Engine
 from kd_dist.errors import MismatchError, TrainingError, is_out_of_memory
 from kd_dist.evaluation import evaluate, first_examples
 from kd_dist.loader import batches, on_device, to_device
-from kd_dist.losses import Objective, signals_needed
+from kd_dist.losses import LOSSES, Objective, signals_needed
+from kd_dist.models.blocks import head_parameters
 from kd_dist.plan import shuffle_problem
 from kd_dist.recipe import Monitor, Recipe, Stage
 from kd_dist.student import Student
@@ -91,16 +92,16 @@ def agree(about: dict[str, Any], cursor: str) -> None:
 
 def prepare(recipe: Recipe, name: str) -> Run:
     """Build every part of a stage. Everything that can be wrong with the recipe and the data is found here."""
-    stage, seed = recipe.stages[name], assemble.stage_seed(recipe, name)
+    stage, seed = recipe.stages[name], places.stage_seed(recipe, name)
     accelerator = engine.accelerator()
     guard.check_world(accelerator.num_processes)
     trial.check_relations(recipe, name, accelerator.num_processes)
     rank, world = accelerator.process_index, accelerator.num_processes
     precision = stage.precision or engine.launched_precision()
     corridor = assemble.training_corridor(recipe, name, rank, world)
-    identity, folder = assemble.stage_identity(recipe, name, corridor), assemble.stage_folder(recipe, name)
-    validation = assemble.VALIDATION_SPLIT
-    known = stage.model == "student" and manifest.finished(assemble.signals_folder(recipe, validation)) is not None
+    identity, folder = assemble.stage_identity(recipe, name, corridor), places.stage_folder(recipe, name)
+    validation = places.VALIDATION_SPLIT
+    known = stage.model == "student" and manifest.finished(places.signals_folder(recipe, validation)) is not None
     last = checkpoint.latest(folder)
     about = {**identity, "stage": to_dict(stage), "known": known, "precision": precision}
     agree(about, "the beginning" if last is None else last.name)
@@ -111,9 +112,8 @@ def prepare(recipe: Recipe, name: str) -> Run:
     if assemble.is_online(stage):
         teacher = assemble.teacher(recipe, assemble.stage_features(recipe, name)).to(accelerator.device)
     module = assemble.module(recipe, name, corridor, teacher).to(accelerator.device)
-    alone = {
-        loss: {**written, "gather": False} if "gather" in written else written for loss, written in stage.losses.items()
-    }
+    losses = assemble.stage_losses(recipe, name, corridor)
+    alone = {loss: {**one, "gather": False} if LOSSES[loss].relational else one for loss, one in losses.items()}
     attempt = partial(one_step, module, teacher, Objective(alone, stage.epochs), engine.DTYPES[precision])
     if stage.find_batch_size:
         corridor = fitting(corridor, attempt, accelerator, f"stages.{name}")
@@ -137,7 +137,7 @@ def prepare(recipe: Recipe, name: str) -> Run:
         precision=precision,
         kept=guard.Keep(module),
         teacher=teacher,
-        objective=Objective(stage.losses, stage.epochs),
+        objective=Objective(losses, stage.epochs),
         train=corridor,
         validation=evaluation,
         workers=recipe.data.workers,
@@ -216,11 +216,11 @@ def one_step(
     Returns whether a parameter that is trained had no part in it."""
     kept = guard.Keep(module)
     kept.store()
-    ballast = [torch.empty_like(value) for value in module.parameters() for _ in range(3)]
+    ballast = [torch.empty_like(value) for value in module.parameters() if value.requires_grad for _ in range(3)]
     try:
         if teacher is not None:
             batch = batch._replace(signals=teacher(batch.images))
-        objective(engine.computed(module, batch.images, dtype), batch, 0.0)[0].backward()
+        engine.with_gradient(objective(engine.computed(module, batch.images, dtype), batch, 0.0)[0]).backward()
         return any(value.requires_grad and value.grad is None for value in module.parameters())
     finally:
         ballast.clear()
@@ -228,12 +228,19 @@ def one_step(
         kept.restore()
 
 
-def build_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
-    """AdamW or SGD; biases and norm parameters (one dimension) are not decayed."""
+def build_optimizer(module: Student, stage: Stage) -> torch.optim.Optimizer:
+    """AdamW or SGD; biases and norm parameters (one dimension) are not decayed. With `backbone_lr` all but the head and
+    the projections are groups of their own, whose `lr_scale` the engine heeds."""
     trained = [value for value in module.parameters() if value.requires_grad]
+    parts: list[tuple[list[nn.Parameter], dict[str, float]]] = [(trained, {})]
+    if stage.backbone_lr != 1:
+        fast = {id(value) for value in (*head_parameters(module.network), *module.projections.parameters())}
+        slow = [value for value in trained if id(value) not in fast]
+        parts = [(slow, {"lr_scale": stage.backbone_lr}), ([value for value in trained if id(value) in fast], {})]
     groups = [
-        {"params": [value for value in trained if value.ndim > 1], "weight_decay": stage.weight_decay},
-        {"params": [value for value in trained if value.ndim <= 1], "weight_decay": 0.0},
+        {"params": [value for value in part if (value.ndim > 1) == decayed], "weight_decay": decay, **scale}
+        for part, scale in parts
+        for decayed, decay in ((True, stage.weight_decay), (False, 0.0))
     ]
     groups = [group for group in groups if group["params"]]  # DeepSpeed drops an empty one by itself
     if stage.optimizer == "sgd":

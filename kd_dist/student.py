@@ -17,7 +17,7 @@ POINTWISE = {1: nn.Linear, 2: nn.Conv1d, 3: nn.Conv2d}  # by the dimensions of a
 
 
 class Student(nn.Module):
-    """Images (B, 3, H, W), uint8 or in [0, 1] -> StudentOutput.
+    """Images (B, channels, H, W), uint8 or in [0, 1] -> StudentOutput.
 
     `taps` names the features it gives and where they are in the network. `projections` says, by loss and feature, to
     how many channels (the teacher's) a trainable 1x1 convolution brings them; `size` is the (H, W) of its images.

@@ -18,7 +18,7 @@ def repeatable() -> None:
 
 
 class Teacher(nn.Module):
-    """Images (B, 3, H, W), uint8 or in [0, 1] -> TeacherSignal in float32. Always frozen and in evaluation mode."""
+    """Images (B, channels, H, W), uint8 or in [0, 1] -> TeacherSignal in float32. Frozen, in evaluation mode."""
 
     def __init__(self, network: Network, taps: Mapping[str, str]) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Teacher(nn.Module):
         features = {} if self.taps is None else self.taps.probe(size)
         self.probed = True
         with torch.no_grad():
-            images = torch.zeros(1, 3, *size, dtype=torch.uint8, device=self.network.mean.device)
+            images = torch.zeros(1, self.network.channels, *size, dtype=torch.uint8, device=self.network.mean.device)
             return tuple(self(images).logits.shape[1:]), features
 
     @torch.no_grad()

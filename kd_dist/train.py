@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from kd_dist import assemble, checkpoint, guard
+from kd_dist import checkpoint, guard, places
 from kd_dist.batch import Batch, StudentOutput, valid_rows
 from kd_dist.checkpoint import Progress
 from kd_dist.config import load
@@ -316,7 +316,7 @@ def run_stage(recipe: Recipe, name: str) -> None:
         make_folder(run.folder)
         accelerator, progress = run.accelerator, resume(run)
         if accelerator.is_main_process and progress.step < run.steps:  # `max_steps` was raised: it is not done any more
-            (run.folder / assemble.RESULT).unlink(missing_ok=True)
+            (run.folder / places.RESULT).unlink(missing_ok=True)
         try:
             train(run, progress, notice)
             check_end(run, progress)
@@ -326,7 +326,7 @@ def run_stage(recipe: Recipe, name: str) -> None:
             raise TrainingError(out_of_memory(run, error)) from error
         if accelerator.is_main_process:
             result = {"identity": run.identity, "steps": run.steps, "metric": run.metric, **asdict(progress)}
-            checkpoint.write_atomic(run.folder / assemble.RESULT, json.dumps(result, indent=1, sort_keys=True))
+            checkpoint.write_atomic(run.folder / places.RESULT, json.dumps(result, indent=1, sort_keys=True))
             run.writer.close()
         lost = f", {progress.skipped} of them skipped" if progress.skipped else ""
         lost += f", {progress.failed} times without an example that could not be read" if progress.failed else ""

@@ -5,7 +5,7 @@ import torch
 from kd_dist import assemble
 from kd_dist.batch import Batch, TeacherSignal
 from kd_dist.errors import ModelError, RecipeError
-from kd_dist.losses import LOSSES, Objective
+from kd_dist.losses import LOSSES, Objective, filled
 from kd_dist.recipe import Recipe
 from kd_dist.teacher import Teacher
 
@@ -25,33 +25,40 @@ def check_models(recipe: Recipe) -> None:
     codecs = assemble.feature_codecs(recipe, features)
     stored = {name: (shape[0], *codecs[name].stored_shape[1:]) for name, shape in features.items()}
     said = TeacherSignal(torch.randn(2, *logits), {name: torch.randn(2, *shape) for name, shape in stored.items()})
-    for name in recipe.stages:
-        if assemble.stage_features(recipe, name):
+    for name, stage in recipe.stages.items():
+        if assemble.stage_features(recipe, name) or stage.train_last is not None:
             _try_losses(recipe, name, said)
 
 
 def _try_losses(recipe: Recipe, name: str, said: TeacherSignal) -> None:
     """A stage's losses on two black images: what does not fit says so."""
-    stage, size = recipe.stages[name], recipe.views.shape
+    stage = recipe.stages[name]
     read = {feature: said.features[feature] for feature in assemble.stage_features(recipe, name)}
     channels = {feature: value.shape[1] for feature, value in read.items()}
     built = assemble.network(recipe, stage.model, None, recipe.seed)
+    assemble.freeze_blocks(recipe, name, built)
     student = assemble.with_projections(recipe, stage, built, channels).eval()
-    images = torch.zeros(2, 3, *size, dtype=torch.uint8)
-    targets = torch.zeros(2, *(size if assemble.task(recipe).maps else ()), dtype=torch.int64)
+    task, policy = assemble.task(recipe), assemble.view_policy(recipe)
+    images = torch.zeros(2, policy.channels, *policy.size, dtype=torch.uint8)
+    targets = torch.from_numpy(task.collate([task.no_target(policy.size)] * 2)[0])
     batch = Batch(("", ""), images, targets, None, torch.ones(2, dtype=torch.bool), 2, said._replace(features=read))
     try:
-        with torch.no_grad():
-            Objective(stage.losses, stage.epochs)(student(images), batch, 0.0)
+        with torch.set_grad_enabled(stage.train_last is not None):
+            loss, _ = Objective(filled(stage.losses, 1.0), stage.epochs)(student(images), batch, 0.0)
     except ModelError as error:
         raise ModelError(f"stages.{name}.losses: {error}") from error
+    if stage.train_last is not None and not loss.requires_grad:
+        raise ModelError(
+            f"stages.{name}.losses: none depends on what the stage trains; raise train_last, now "
+            f"{stage.train_last}, or add a loss on labels or logits"
+        )
 
 
 def check_relations(recipe: Recipe, name: str, world: int) -> None:
     """Raise a RecipeError when a relational loss has a single row to relate: it would be 0 for good."""
     stage = recipe.stages[name]
     for loss, written in stage.losses.items():
-        parts = stage.accumulate * (1 if written.get("gather") else world)
+        parts = stage.accumulate * (1 if written.get("gather", LOSSES[loss].gather) else world)
         if LOSSES[loss].relational and stage.batch_size < 2 * parts:
             raise RecipeError(
                 f"stages.{name}.losses.{loss}: relates the rows of a micro-batch, of which batch_size "

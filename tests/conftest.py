@@ -13,7 +13,7 @@ from hypothesis import settings
 from PIL import Image
 from scenes import scenes
 
-from kd_dist import assemble
+from kd_dist import assemble, places
 from kd_dist.config import load
 from kd_dist.pack import pack
 from kd_dist.recipe import Recipe
@@ -106,12 +106,12 @@ def pack_examples(recipe: Recipe) -> dict[str, dict]:
     """Pack the examples of a recipe as the pack command does; returns the manifests by split."""
     d = recipe.data
     return pack(
-        assemble.shards_folder(recipe),
+        places.shards_folder(recipe),
         source=d.source,
         root=d.root,
         options=d.options,
         fractions=d.splits,
-        required=assemble.splits(recipe),
+        required=places.splits(recipe),
         task=assemble.task(recipe),
         shard_size=d.shard_size,
     )

@@ -126,9 +126,9 @@ def oracle_sp(student, teacher):
     return ((similarity(student) - similarity(teacher)) ** 2).sum() / len(student) ** 2
 
 
-def huber(difference):
+def huber_of(difference, delta=1.0):
     size = np.abs(difference)
-    return np.where(size < 1, size**2 / 2, size - 0.5).mean()
+    return np.where(size < delta, size**2 / 2, delta * (size - delta / 2))
 
 
 def oracle_rkd(student, teacher, distance=25.0, angle=50.0):
@@ -140,7 +140,53 @@ def oracle_rkd(student, teacher, distance=25.0, angle=50.0):
         return lengths / lengths[lengths > 0].mean(), np.einsum("ijd,ikd->ijk", directions, directions)
 
     (d_s, a_s), (d_t, a_t) = relations(student), relations(teacher)
-    return distance * huber(d_s - d_t) + angle * huber(a_s - a_t)
+    return distance * huber_of(d_s - d_t).mean() + angle * huber_of(a_s - a_t).mean()
+
+
+def oracle_kd_huber(student, teacher, delta=1.0):
+    return huber_of(student - teacher, delta).mean(axis=1)
+
+
+def oracle_kd_mse(student, teacher):
+    return ((student - teacher) ** 2).mean(axis=1)
+
+
+def oracle_kd_ccc(student, teacher):
+    values = []
+    for s, t in zip(student.T, teacher.T, strict=True):
+        covariance = np.cov(s, t, bias=True)
+        spread = covariance[0, 0] + covariance[1, 1] + (s.mean() - t.mean()) ** 2
+        values.append(1 - 2 * covariance[0, 1] / spread)
+    return np.mean(values)
+
+
+def where_labelled(targets, values):
+    return np.where(np.isnan(targets).any(axis=1), 0.0, values)
+
+
+def oracle_huber(student, targets, delta=1.0):
+    return where_labelled(targets, oracle_kd_huber(student, targets, delta))
+
+
+def oracle_mse(student, targets):
+    return where_labelled(targets, oracle_kd_mse(student, targets))
+
+
+def oracle_ccc(student, targets):
+    known = ~np.isnan(targets).any(axis=1)
+    return oracle_kd_ccc(student[known], targets[known])
+
+
+def oracle_teacher_bounded(student, both, margin=0.0):
+    targets, teacher = both[:, 0], both[:, 1]
+    own, its = oracle_kd_mse(student, targets), oracle_kd_mse(teacher, targets)
+    return where_labelled(targets, np.where(own > its + margin, own, 0.0))
+
+
+def oracle_ail(student, both, eta):
+    targets, teacher = both[:, 0], both[:, 1]
+    trust = np.maximum(1 - oracle_kd_mse(teacher, targets) / eta, 0)
+    return where_labelled(targets, trust * oracle_kd_mse(student, teacher))
 
 
 ORACLES = {name.removeprefix("oracle_"): function for name, function in globals().items() if name.startswith("oracle_")}
@@ -149,11 +195,14 @@ ORACLES = {name.removeprefix("oracle_"): function for name, function in globals(
 # -------------------------------------------------------------------------------------------------------- the inputs
 
 
-def options_of(row):
+NEEDED = {"ail": {"eta": 20.0}}  # what a loss cannot be computed without
+
+
+def options_of(name, row):
     """The defaults, then each numeric option at the ends of its range and at a value between."""
     between = {name: low + 0.05 * (high - low) for name, (low, high) in row.ranges.items()}
     ends = [{name: end} for name, limits in row.ranges.items() for end in limits]
-    return [{}, between, *ends] if row.ranges else [{}]
+    return [NEEDED.get(name, {}), between, *ends] if row.ranges else [{}]
 
 
 GRIDS = [((4, 6), (4, 6)), ((8, 9), (4, 6)), ((2, 4), (4, 6)), ((2, 13), (4, 6)), ((9,), (9,))]
@@ -171,6 +220,8 @@ def shapes_of(name):
             for classes in (2, 21):
                 for own, other in GRIDS[:4]:
                     found.append(((classes, *own), other if row.against == "targets" else (classes, *other)))
+        if row.tasks == ("regression",):
+            found = [((outputs,), (2, outputs) if row.with_teacher else (outputs,)) for outputs in (1, 2, 5)]
         return found
     own = 7 if row.student == "projected" else 5
     grids = GRIDS if name in ("at", "saliency", "cwd_features") else [*GRIDS, ((), ())]
@@ -182,7 +233,7 @@ CASES = [
     pytest.param(name, shapes, options, id=f"{name}-{shapes[0]}-{shapes[1]}-{options}".replace(" ", ""))
     for name, row in LOSSES.items()
     for shapes in shapes_of(name)
-    for options in options_of(row)
+    for options in options_of(name, row)
 ]
 
 
@@ -192,14 +243,30 @@ def cases(wanted):
 
 
 def inputs(name, shapes, batch=None, seed=0, scale=3.0):
-    """What the loss reads: the student's tensor, and the targets or the teacher's tensor."""
+    """What the loss reads: the student's tensor, and the targets or the teacher's tensor; see `function_of`."""
     generator = torch.Generator().manual_seed(seed)
     batch = batch or (12 if LOSSES[name].relational else 64)
     student = scale * torch.randn(batch, *shapes[0], generator=generator)
     if LOSSES[name].against != "targets":
         return student, scale * torch.randn(batch, *shapes[1], generator=generator)
+    if LOSSES[name].tasks == ("regression",):
+        return student, unlabelled_last(scale * torch.randn(batch, *shapes[1], generator=generator))
     targets = torch.randint(shapes[0][0], (batch, *shapes[1]), generator=generator)
     return student, void_some(targets, generator) if shapes[1] else targets
+
+
+def unlabelled_last(targets):
+    """(B, D), or (B, 2, D) with the teacher's outputs behind the targets: one output of the last row has no label."""
+    targets[-1].view(-1)[0] = torch.nan
+    return targets
+
+
+def function_of(name):
+    """A loss as a function of two tensors: with a teacher beside the targets, the second is (B, 2, D) of both."""
+    function = LOSSES[name].function
+    if not LOSSES[name].with_teacher:
+        return function
+    return lambda student, both, **options: function(student, both[:, 0], both[:, 1], **options)
 
 
 def void_some(masks, generator):

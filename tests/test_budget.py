@@ -11,7 +11,7 @@ from processes import kd_dist, run, sentence
 from scenes import MODEL, RECIPE
 from typer.testing import CliRunner
 
-from kd_dist import assemble, budget, cache_teacher, manifest
+from kd_dist import assemble, budget, cache_teacher, manifest, places
 from kd_dist.cli import app
 from kd_dist.config import load
 from kd_dist.errors import RecipeError
@@ -50,7 +50,7 @@ def test_what_is_no_size_is_one_sentence(text):
 
 def on_disk(recipe: Recipe, split: str) -> int:
     """Bytes of a split's tars and indexes."""
-    folder = assemble.signals_folder(recipe, split)
+    folder = places.signals_folder(recipe, split)
     found = [path.stat().st_size for path in folder.iterdir() if path.suffix in (".tar", ".idx")]
     assert found
     return sum(found)
@@ -59,7 +59,7 @@ def on_disk(recipe: Recipe, split: str) -> int:
 def cached(recipe: Recipe) -> dict[str, dict]:
     """Cache a recipe in this process; returns the manifests by split."""
     cache_teacher.cache_teacher(recipe)
-    return {split: manifest.read_manifest(assemble.signals_folder(recipe, split)) for split in SPLITS}
+    return {split: manifest.read_manifest(places.signals_folder(recipe, split)) for split in SPLITS}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def cached(recipe: Recipe) -> dict[str, dict]:
 def test_the_plan_is_what_caching_then_takes(scenery, words):
     recipe = load("scenes.yaml", words)
     found = budget.plan(recipe, None)
-    assert not assemble.signals_folder(recipe, "train").exists()
+    assert not places.signals_folder(recipe, "train").exists()
     made = cached(recipe)
     assert found["row_bytes"] == {split: one["row_bytes"] for split, one in made.items()}
     views = recipe.views.count

@@ -22,7 +22,7 @@ from processes import Started, contents, done, laboratory, run, sentence, start,
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from kd_dist import assemble, cache_teacher, journey, manifest, train
+from kd_dist import assemble, cache_teacher, journey, manifest, places, train
 from kd_dist.cli import app
 from kd_dist.config import load
 from kd_dist.data import BASES
@@ -30,7 +30,7 @@ from kd_dist.errors import MismatchError, ShardError, one_sentence
 from kd_dist.recipe import Recipe
 from kd_dist.shards import Shard, index_tar
 from kd_dist.signals import CODECS, LogitsCodec
-from kd_dist.views import VIEW_DTYPE, canonical, draw, replay
+from kd_dist.views.images import VIEW_DTYPE, replay
 
 TRAIN, VAL = 21, 9  # examples
 RANDOM = "teacher.weights=null"  # a teacher that needs no training
@@ -56,7 +56,7 @@ def cached(recipe: Recipe, split: str = "train") -> dict:
 def rows(recipe: Recipe, split: str = "train") -> dict[str, np.ndarray]:
     """Every example's rows (V,), read with NumPy alone."""
     found = {}
-    for path in sorted(assemble.signals_folder(recipe, split).glob("*.tar")):
+    for path in sorted(places.signals_folder(recipe, split).glob("*.tar")):
         shard = Shard(path)
         for place in range(len(shard)):
             [payload] = shard.read(place).values()
@@ -93,7 +93,7 @@ def test_every_codec_stores_what_the_live_teacher_says(home, codec, batch_size):
     for key, own in stored.items():
         image = np.asarray(Image.open(f"pictures/train/{key}.png").convert("RGB"))
         assert [view.tolist() for view in own["view"]] == [
-            draw(policy, key, number, image.shape[:2]).tolist() for number in range(2)
+            policy.draw(key, number, image.shape[:2]).tolist() for number in range(2)
         ]
         error = np.abs(shifted(decode(own)) - shifted(live(recipe, key, own["view"]))).max()
         worst = max(worst, float(error))
@@ -108,7 +108,7 @@ def test_the_validation_split_has_the_canonical_view_alone(home):
     assert cached(recipe, "val")["views"] == {"canonical": True, "count": 1, "size": [8, 8]}
     stored = rows(recipe, "val")
     assert len(stored) == VAL
-    expected = canonical(assemble.view_policy(recipe), (12, 10))
+    expected = assemble.view_policy(recipe).canonical((12, 10))
     assert all(len(own) == 1 and own["view"][0] == expected for own in stored.values())
 
 
@@ -181,7 +181,7 @@ def test_rows_that_are_not_finite_are_quarantined_and_listed(home):
     assert about["teacher_report"]["rows"] == 2 * (TRAIN - 1) and about["codec_error"]["logits"]["count"] == 40
     assert not rows(recipe)["red/00"]["logits"].any() and len(rows(recipe)) == TRAIN
     warning = f"warning: 1 examples are quarantined; the first: 'red/00', {reason}"
-    assert warning in cache_teacher.summary("train", about)
+    assert warning in cache_teacher.summary("train", about, assemble.task(recipe))
 
 
 def test_a_logit_too_large_for_fp16_is_quarantined_and_fp32_keeps_it(home):
@@ -210,7 +210,7 @@ def test_a_teacher_that_says_nothing_finite_is_an_error(home):
 def test_a_finished_cache_is_left_alone(home):
     recipe = load("tiny.yaml", [RANDOM])
     cached(recipe)
-    folder = assemble.signals_folder(recipe, "train")
+    folder = places.signals_folder(recipe, "train")
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert cached(recipe)["examples"] == TRAIN
     assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()} and len(times) == 7
@@ -219,7 +219,7 @@ def test_a_finished_cache_is_left_alone(home):
 def test_an_index_that_has_lost_its_notes_is_one_sentence(home):
     """As `index_tar` leaves it, in a folder that is not finished."""
     recipe = load("tiny.yaml", [RANDOM])
-    whole, folder = cached(recipe), assemble.signals_folder(recipe, "train")
+    whole, folder = cached(recipe), places.signals_folder(recipe, "train")
     manifest.write_manifest(folder, {**whole, "complete": False})
     index_tar(folder / "signals-000001.tar")
     with pytest.raises(ShardError, match=r"signals-000001.idx: lacks what the command that wrote it noted, 'error'; "):
@@ -251,7 +251,7 @@ def test_a_cache_of_other_weights_is_refused_and_names_both_digests(home):
     for seed in (1, 2):
         recipe = load("tiny.yaml", [RANDOM, f"teacher.seed={seed}"])
         save_file(assemble.teacher(recipe).network.backbone.state_dict(), f"{seed}.safetensors")
-        digests[seed] = assemble.file_digest(Path(f"{seed}.safetensors"))
+        digests[seed] = places.file_digest(Path(f"{seed}.safetensors"))
     cached(load("tiny.yaml", ["teacher.weights=1.safetensors"]))
     other = load("tiny.yaml", ["teacher.weights=2.safetensors"])
     sentence = f"was made with teacher.weights_sha256 = '{digests[1]}', the recipe says '{digests[2]}'"
@@ -322,7 +322,7 @@ def test_the_inspect_command_says_what_a_cache_holds(scenery):
     before = CliRunner().invoke(app, words)
     assert isinstance(before.exception, ShardError) and "there is no manifest" in str(before.exception)
     cache_teacher.cache_teacher(recipe)
-    folders = {split: assemble.signals_folder(recipe, split) for split in ("train", "val")}
+    folders = {split: places.signals_folder(recipe, split) for split in ("train", "val")}
     made = {split: manifest.read_manifest(folder) for split, folder in folders.items()}
     found = CliRunner().invoke(app, [*words, "--json"])
     assert found.exit_code == 0 and json.loads(found.stdout) == made
@@ -330,7 +330,7 @@ def test_the_inspect_command_says_what_a_cache_holds(scenery):
     text = CliRunner().invoke(app, words).stdout
     for split, folder in folders.items():
         assert f"{folder}: scene_model:network, weights random, seed 0, sha256 {digest}\n" in text
-        assert cache_teacher.summary(split, made[split]) in text
+        assert cache_teacher.summary(split, made[split], assemble.task(recipe)) in text
     report = made["train"]["feature_report"]["low"]
     assert text.count("  low: 208 bytes a row, 1/7.4 of fp16; relative error ") == 1
     assert f"relative error {report['relative_error']:.3f}, cosine {report['cosine']:.4f}, gradient cosine " in text
@@ -634,7 +634,7 @@ def test_half_a_cache_is_not_continued_with_other_weights(ward, struck):
     for seed in (2, 1):
         recipe = load("tiny.yaml", [*STRUCK, f"teacher.seed={seed}"])
         save_file(assemble.teacher(recipe).network.backbone.state_dict(), f"{seed}.safetensors")
-        digests.append(assemble.file_digest(Path(f"{seed}.safetensors")))
+        digests.append(places.file_digest(Path(f"{seed}.safetensors")))
     shutil.copy("1.safetensors", "own.safetensors")
     whole = undisturbed(ward, *words)
     struck(20, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -85,9 +85,9 @@ LABEL = b'{"label":1}'
 @pytest.mark.parametrize(
     ("members", "sentence"),
     [
-        ({"png": PNG}, "expected one image and one json member, found png"),
-        ({"json": LABEL, "npy": b""}, "expected one image and one json member, found json, npy"),
-        ({"png": PNG, "jpg": PNG, "json": LABEL}, "expected one image and one json member, found jpg, json, png"),
+        ({"png": PNG}, "it has no json member, only png"),
+        ({"json": LABEL, "npy": b""}, "expected one image, found json, npy"),
+        ({"png": PNG, "jpg": PNG, "json": LABEL}, "expected one image, found jpg, json, png"),
         ({"png": PNG, "json": b"[1]"}, "its json member has no 'label'"),
         ({"png": PNG, "json": b'{"class":1}'}, "its json member has no 'label'"),
         ({"png": PNG, "json": b'{"label"'}, "Expecting ':' delimiter"),

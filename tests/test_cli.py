@@ -12,7 +12,7 @@ from processes import contents, done, kd_dist, laboratory, run, sentence, start,
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from kd_dist import assemble, cache_teacher, train
+from kd_dist import cache_teacher, places, train
 from kd_dist.cli import app
 from kd_dist.config import load
 
@@ -240,10 +240,10 @@ def test_a_signal_to_a_command_that_leaves_nothing_is_a_failure(home, command):
 @pytest.mark.slow
 def test_a_cache_of_another_teacher(home):
     recipe = load("tiny.yaml")
-    weights = assemble.weights_file(recipe, recipe.teacher.weights)
+    weights = places.weights_file(recipe, recipe.teacher.weights)
     there = json.loads(Path("shards/tiny/train/teacher/manifest.json").read_text())["teacher"]["weights_sha256"]
     save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
-    here = assemble.file_digest(weights)
+    here = places.file_digest(weights)
     shutil.rmtree("runs/tiny/distill")
     for function, words in (
         (kd_dist, ["cache-teacher", "tiny.yaml"]),

@@ -25,7 +25,7 @@ from kd_dist.compress import (
 )
 from kd_dist.errors import RecipeError, ShardError
 from kd_dist.signals import from_row_bytes, pack_rows, row_dtype
-from kd_dist.views import VIEW_DTYPE
+from kd_dist.views.images import VIEW_DTYPE
 
 SHAPES = [(6,), (6, 5), (6, 5, 4)]  # vectors, tokens, maps
 SEEDS = np.arange(100, dtype=np.uint32) + np.uint32(4_000_000_000)

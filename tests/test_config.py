@@ -182,6 +182,8 @@ def test_names_that_recipes_may_use(written):
 SAFE = "is not a safe name; use 1 to 32 of A-Z a-z 0-9 _ -, a letter or digit first"
 MODELS = "is not a model; write timm/<name>, torchvision/<name>, kd_dist/<name> or package.module:factory"
 NEEDED = "is missing; training needs 'train' and 'val'"
+FORMATS = "must be one of 'fp32', 'fp16', 'uint8' or null"
+NO_CLASSES = "needs `classes`, their number, and has no outputs"
 MAPPING = "must be a mapping of keys to values"
 PLAIN = "is not allowed; a recipe holds plain values only"
 FILE = "give a file, 'pretrained' or 'stage:<name>'"
@@ -191,10 +193,10 @@ KEYS = [
     ("  workers: 0", "  shardsize: 3", 0, "data: unknown key 'shardsize'; did you mean 'shard_size'?"),
     ("seed: 7", "sede: 7", 0, "unknown key 'sede'; did you mean 'seed'?"),
     ("    min_lr:", "    minlr:", 0, "stages.distill: unknown key 'minlr'; did you mean 'min_lr'?"),
-    ("  classes: 10", "  x: 1", 0, "task: unknown key 'x'; known: classes, name"),
+    ("  classes: 10", "  x: 1", 0, "task: unknown key 'x'; known: classes, name, outputs, range"),
     ("task:\n  classes: 10\n", "", -1, "required key 'task' is missing"),
-    ("  classes: 10", "  name: classification", -1, "task: required key 'classes' is missing"),
-    ("  classes: 10\n", "", -1, "task: required key 'classes' is missing"),
+    ("  classes: 10", "  name: classification", -1, f"task: classification {NO_CLASSES}"),
+    ("  classes: 10\n", "", -1, f"task: classification {NO_CLASSES}"),
     ("    lr: .01\n", "", -10, "stages.distill: required key 'lr' is missing"),
     ("  workers: 0", "  workers: 0\n  source: x", 1, "data: key 'source' is given twice; first at configs/pets.yaml:6"),
     ("  workers: 0", "  root: {a: 1, a: 2}", 0, "data.root: key 'a' is given twice; first at configs/pets.yaml:7"),
@@ -212,7 +214,7 @@ TYPES = [
     ("  workers: 0", "  block: x", 0, "data.block: must be a whole number or null, not 'x'"),
     ("  source: digits", "  source:", 0, "data.source: must be a text, not empty"),
     ("  source: digits", "  source: {a: 1}", 0, "data.source: must be a text, not {'a': 1}"),
-    ("  # logits: fp32", "  logits: int8", 0, "cache.logits: must be one of 'fp32', 'fp16', 'uint8', not 'int8'"),
+    ("  # logits: fp32", "  logits: int8", 0, f"cache.logits: {FORMATS}, not 'int8'"),
     ("[0.5, 1]", "1", 0, "views.crop_scale: must be a list of 2 (a number, a number), not '1'"),
     ("[0.5, 1]", "[1]", 0, "views.crop_scale: must be a list of 2 (a number, a number), not [1]"),
     ("  # logits: fp32", "  - fp32", -1, f"cache: {MAPPING}, not ['fp32']"),
@@ -465,6 +467,8 @@ def every_key(cls: type = sections.Recipe, keys: tuple[str, ...] = ()):
             yield from every_key(sections.Stage, (*keys, name, "distill"))
         elif dataclasses.is_dataclass(wanted):
             yield from every_key(wanted, (*keys, name))
+        elif wanted in (sections.Head | None, sections.Audio | None):
+            yield from every_key(typing.get_args(wanted)[0], (*keys, name))
         else:
             yield (*keys, name), wanted
 
@@ -476,7 +480,7 @@ def test_every_key_refuses_a_value_of_another_type(written):
         name, wrong = ".".join(keys), "3" if free else "{no: 1}"
         assert refusal(path, [f"{name}={wrong}"]).startswith(f"command line: {name}: must be "), name
         seen += 1
-    assert seen == 76
+    assert seen == 95
 
 
 def test_every_bounded_value_refuses_what_is_below_it(written):
@@ -485,14 +489,33 @@ def test_every_bounded_value_refuses_what_is_below_it(written):
         name = ".".join(keys)
         if "Bound(" not in str(wanted) or typing.get_origin(wanted) is dict:
             continue
-        wrong = {"crop_scale": "[-1, 1]", "crop_ratio": "[-1, 1]", "std": "[1, 1, -1]"}.get(keys[-1], "-1")
+        lists = {"crop_scale": "[-1, 1]", "crop_ratio": "[-1, 1]", "std": "[1, 1, -1]", "hidden": "[8, -1]"}
+        wrong = lists.get(keys[-1], "-1")
         assert re.fullmatch(
             rf"command line: {name}: must be (a (whole )?number, (at least [012]|above [01]|between 0 and 1), not -1|"
             "a text, a size such as 20GB, not '-1')",
             refusal(path, [f"{name}={wrong}"]),
         ), name
         seen += 1
-    assert seen == 44
+    assert seen == 60
+
+
+def test_a_section_that_may_be_null(written):
+    def head(*words):
+        return load(written(TEXT), words).teacher.head
+
+    assert head() is None and head("teacher.head=null") is None
+    assert head("teacher.head={}") == head("teacher.head=") == sections.Head(hidden=(512, 128), dropout=0.0)
+    assert head("teacher.head={hidden: [8], dropout: 1}") == sections.Head(hidden=(8,), dropout=1.0)
+    assert head("teacher.head.hidden=[4, 3, 2]").hidden == (4, 3, 2)
+    for words, sentence in {
+        "teacher.head=3": "teacher.head: must be a mapping of keys to values, not '3'",
+        "teacher.head={hiden: [3]}": "teacher.head: unknown key 'hiden'; did you mean 'hidden'?",
+        "teacher.head.hidden=[]": "teacher.head.hidden: must be a list, each a whole number, at least one, not []",
+        "teacher.head.hidden=[8, 2.5]": "teacher.head.hidden: must be a list, each a whole number, not [8, 2.5]",
+        "teacher.head.hidden=[8, 0]": "teacher.head.hidden: must be a whole number, at least 1, not 0",
+    }.items():
+        assert refusal(written(TEXT), [words]) == f"command line: {sentence}"
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

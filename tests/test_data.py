@@ -497,6 +497,6 @@ def test_a_cache_that_is_not_there_is_refused_only_where_it_is_needed(home):
 
 def test_examples_of_another_number_of_classes_are_refused(home):
     recipe = load("tiny.yaml", [*RECIPE, "task.classes=4"])
-    sentence = "train: was packed for classification with 3 classes, the recipe's task is classification with 4;"
+    sentence = "train: was packed for classes 3, the recipe says 4; correct the recipe, or"
     with pytest.raises(MismatchError, match=sentence):
         assemble.examples(recipe, "train")

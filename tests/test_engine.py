@@ -114,6 +114,29 @@ def test_a_run_with_an_idle_layer_goes_on_under_another_engine(lab, tmp_path, op
         torch.testing.assert_close(other[name], mine[name], rtol=0, atol=2e-5, msg=name)
 
 
+# The first norm and the convolution rest, so no rank's statistics are another's; the head learns faster than the rest.
+PART = [*PLAIN, WIDE, "student.options={limit: 2.0}", "train.accumulate=2", "train.train_last=2"]
+PART += ["train.backbone_lr=0.3"]
+RESTING = {f"network.backbone.0.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
+RESTING |= {"network.backbone.0.num_batches_tracked", "network.backbone.1.weight", "network.backbone.1.bias"}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_part_of_a_network_trains_alike_and_resumes_bit_for_bit(lab, tmp_path, name):
+    world, zero = ENGINES[name]
+    one = trained(lab, tmp_path / "one", *PART)
+    first = trained(lab, tmp_path / "first", *PART, "train.max_steps=1", "train.lr=1e-30", "train.weight_decay=0")
+    folder = trained(lab, tmp_path / "whole", *PART, world=world, zero=zero)
+    assert_same_weights(one, folder, 2e-5, tensors=13)
+    before, after = weights(first), weights(folder)
+    assert {key for key, value in after.items() if value.equal(before[key])} == RESTING
+    parts = tmp_path / "parts"
+    trained(lab, parts, *PART, "train.max_steps=4", "train.checkpoint_every=2", world=world, zero=zero)
+    resumed = state(trained(lab, parts, *PART, world=world, zero=zero))
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert state(folder)[file] == resumed[file], file
+
+
 @pytest.mark.parametrize("student", ["bare", "idle"])
 def test_students_of_unusual_parts_train_under_every_engine(lab, tmp_path, student):
     """No bias and no norm; a layer that gets no gradient."""

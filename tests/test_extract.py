@@ -15,14 +15,14 @@ from processes import contents, done, run, start, wait_until
 from safetensors.numpy import load_file
 from scenes import MODEL, SPLITS
 
-from kd_dist import assemble, cache_teacher, journey, manifest
+from kd_dist import assemble, cache_teacher, journey, manifest, places
 from kd_dist.config import load
 from kd_dist.data import BASES
 from kd_dist.errors import DataError, MismatchError, ShardError
 from kd_dist.loader import batches
 from kd_dist.recipe import Recipe
 from kd_dist.signals import LogitsCodec, dtype_from_json, row_dtype
-from kd_dist.views import VIEW_DTYPE, canonical, draw, replay
+from kd_dist.views.images import VIEW_DTYPE, replay
 
 TRAIN, VIEWS = SPLITS["train"], 2
 WHITE = "003"  # the training picture that the odd teachers cannot bear
@@ -68,7 +68,7 @@ def cached(recipe: Recipe, split: str = "train") -> dict:
 def rows(recipe: Recipe, split: str = "train") -> dict[str, np.ndarray]:
     """Every example's rows (V,), read with a stock tar reader and NumPy alone."""
     found = {}
-    for path in sorted(assemble.signals_folder(recipe, split).glob("*.tar")):
+    for path in sorted(places.signals_folder(recipe, split).glob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
                 payload = io.BytesIO(tar.extractfile(member).read())
@@ -85,7 +85,7 @@ def live(recipe: Recipe, key: str, views: np.ndarray) -> tuple[np.ndarray, dict[
 
 
 def folder(recipe: Recipe) -> Path:
-    return assemble.signals_folder(recipe, "train")
+    return places.signals_folder(recipe, "train")
 
 
 # ---------------------------------------------------------------------------------------------- what is stored
@@ -124,7 +124,7 @@ def test_every_feature_of_every_row_is_what_the_live_teacher_says(scenery, batch
     codecs = assemble.signals(recipe, "train", assemble.examples(recipe, "train")).features
     for key, own in rows(recipe).items():
         size = Image.open(f"scenes/JPEGImages/{key}.jpg").size[::-1]
-        assert [view.tolist() for view in own["view"]] == [draw(policy, key, view, size).tolist() for view in (0, 1)]
+        assert [view.tolist() for view in own["view"]] == [policy.draw(key, view, size).tolist() for view in (0, 1)]
         _, said = live(recipe, key, own["view"])
         # int8, pooled, dithered: within one scale, which is no larger than it must be.
         low = said["low"].reshape(VIEWS, 8, 4, 2, 6, 2).mean(axis=(3, 5))
@@ -171,12 +171,12 @@ def test_the_validation_split_has_no_features(scenery):
     about, stored = cached(recipe, "val"), rows(recipe, "val")
     assert about["codec"]["features"] == about["feature_report"] == about["overflow"] == {}
     assert about["codec"]["bases_sha256"] is None
-    assert not (assemble.signals_folder(recipe, "val") / BASES).exists()
+    assert not (places.signals_folder(recipe, "val") / BASES).exists()
     assert len(stored) == SPLITS["val"]
     for key, own in stored.items():
         assert own.dtype.names == ("row_crc", "view", "input_crc", "logits") and len(own) == 1
         size = Image.open(f"scenes/JPEGImages/{key}.jpg").size[::-1]
-        assert own["view"][0] == canonical(assemble.view_policy(recipe), size)
+        assert own["view"][0] == assemble.view_policy(recipe).canonical(size)
 
 
 # ---------------------------------------------------------------------------------------------- bad rows
@@ -204,13 +204,14 @@ def test_an_example_whose_feature_cannot_be_stored_is_listed_and_left_out(odd, n
     about, stored = cached(recipe), rows(recipe)
     reason = "the teacher's high of views [0, 1] are not finite or too large for a row"
     assert about["quarantined"] == [{"key": WHITE, "reason": reason}]
-    assert f"1 examples are quarantined; the first: '{WHITE}', {reason}" in cache_teacher.summary("train", about)
+    said = cache_teacher.summary("train", about, assemble.task(recipe))
+    assert f"1 examples are quarantined; the first: '{WHITE}', {reason}" in said
     assert not stored[WHITE]["high"].any() and all(own["high"].any() for key, own in stored.items() if key != WHITE)
     # NaN is no overflow; what is too large for fp16 is counted number by number.
     large = np.abs(live(recipe, WHITE, stored[WHITE]["view"])[1]["high"]) > np.finfo(np.float16).max
     assert about["overflow"] == {"high": large.sum()} and (large.sum() > 0) == (network == "loud")
     warning = f"warning: {large.sum():,} values of 'high' overflow fp16; their rows are quarantined"
-    assert (warning in cache_teacher.summary("train", about)) == (network == "loud")
+    assert (warning in said) == (network == "loud")
     corridor = assemble.training_corridor(recipe, "distill", 0, 1)
     made = list(batches(corridor, 0, len(corridor), 0, False))
     keys = sorted(key for batch in made for key, valid in zip(batch.keys, batch.valid.tolist(), strict=True) if valid)

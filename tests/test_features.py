@@ -387,7 +387,7 @@ def test_what_is_read_and_projected_follows_the_order_of_the_known():
     assert signals_needed({"cross_entropy": {}, "at": {}}) == {"features"}
 
 
-@pytest.mark.parametrize("task", ["classification", "segmentation"])
+@pytest.mark.parametrize("task", ["classification", "segmentation", "regression"])
 def test_sound_losses_on_features_pass(task):
     every = {name: {"features": ["low"], "weight": {"linear": {"start": 0, "end": 1}}} for name in FEATURE_LOSSES}
     check_losses(every, task, 21, KNOWN)

@@ -1,28 +1,15 @@
-"""Decoding what may enter a shard, the members that images have in common, and how sure a teacher is."""
+"""Decoding what may enter a shard, and the member of an image."""
 
 import io
-import json
 import struct
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.special import log_softmax, softmax
-from scipy.stats import entropy
 
 from kd_dist.errors import DataError
-from kd_dist.tasks.images import (
-    IMAGE_EXTENSIONS,
-    SATURATED_ENTROPY,
-    certainty,
-    certainty_warnings,
-    decode_image,
-    image_and,
-    image_members,
-    naming,
-    opened,
-)
+from kd_dist.inputs.images import IMAGE_EXTENSIONS, Images, decode_image, opened
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)
 
@@ -98,51 +85,21 @@ def test_what_breaks_inside_the_block_is_named_after_what_it_is():
 # ------------------------------------------------------------------------------------------------ members
 
 
-def test_the_members_of_an_image():
+def test_the_member_of_an_image():
     assert len(IMAGE_EXTENSIONS) == 7
     for extension in IMAGE_EXTENSIONS:
-        members = image_members(PNG, extension, {"b": 1, "a": {"name": "ä"}})
-        assert members == {extension: PNG, "json": b'{"a":{"name":"\\u00e4"},"b":1}'}
-        assert json.loads(members["json"])["a"]["name"] == "ä"
-        assert image_and("json", {**members, "teacher.npy": b""}) == (PNG, members["json"])
+        assert Images().encode(PNG, extension) == {extension: PNG}
+        assert np.array_equal(Images().decode({extension: PNG, "json": b"", "teacher.npy": b""}), PIXELS)
     with pytest.raises(DataError, match="^the extension 'gif' is none of jpg, jpeg, png, bmp, webp, ppm, pgm$"):
-        image_members(PNG, "gif", {})
+        Images().encode(PNG, "gif")
+    with pytest.raises(DataError, match="^the image is of no known format"):
+        Images().encode(b"hello", "png")
 
 
 @pytest.mark.parametrize(
     ("members", "found"),
-    [(["png"], "png"), (["mask.png", "json"], "json, mask.png"), (["png", "jpg", "x"], "jpg, png, x")],
+    [([], "nothing"), (["mask.png", "json"], "json, mask.png"), (["png", "jpg", "x"], "jpg, png, x")],
 )
-def test_an_image_without_its_other_member(members, found):
-    with pytest.raises(DataError, match=f"^expected one image and one x member, found {found}$"):
-        image_and("x", dict.fromkeys(members, b""))
-
-
-def test_an_error_names_the_example():
-    for error in (DataError("it is odd"), ValueError("it is odd")):
-        with (
-            pytest.raises(DataError, match="^example 'a/b': it is odd; correct the source and pack again$"),
-            naming("a/b"),
-        ):
-            raise error
-
-
-# ------------------------------------------------------------------------------------------------ certainty
-
-
-def test_certainty_agrees_with_scipy():
-    logits = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32) * 3
-    logits[:9] *= 20
-    z = logits.astype(np.float64)
-    log_p, sums = certainty(logits)
-    assert log_p == pytest.approx(log_softmax(z, axis=1), rel=1e-12)
-    assert sums["entropy"] == pytest.approx(entropy(softmax(z, axis=1), axis=1).sum(), rel=1e-9)
-    assert sums["saturated"] == (softmax(z, axis=1).max(1) > 0.99).sum() > 0
-
-
-def test_a_warning_for_a_teacher_without_doubt():
-    [warning] = certainty_warnings(SATURATED_ENTROPY * 0.9)
-    assert warning.startswith(
-        "warning: the teacher's mean entropy is 0.0180 nat: it says little beyond its top class; "
-    )
-    assert certainty_warnings(SATURATED_ENTROPY) == []
+def test_members_without_one_image(members, found):
+    with pytest.raises(DataError, match=f"^expected one image, found {found}$"):
+        Images().decode(dict.fromkeys(members, PNG))

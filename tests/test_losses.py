@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import CASES, ORACLES, cases, inputs, rounding, void_some, wide
+from oracles import CASES, NEEDED, ORACLES, cases, function_of, inputs, rounding, unlabelled_last, void_some, wide
 
 from kd_dist.batch import Batch, StudentOutput, TeacherSignal
 from kd_dist.errors import ModelError, RecipeError
@@ -18,12 +18,13 @@ from kd_dist.losses.logits import cross_entropy, kd, kd_binary
 from kd_dist.losses.table import Loss
 
 INF = math.inf
-NAMES = ["at", "cosine", "cross_entropy", "cwd", "cwd_features", "hint", "kd", "kd_binary", "kd_pixel", "rkd"]
-NAMES += ["saliency", "sp"]
+NAMES = ["ail", "at", "ccc", "cosine", "cross_entropy", "cwd", "cwd_features", "hint", "huber", "kd", "kd_binary"]
+NAMES += ["kd_ccc", "kd_huber", "kd_mse", "kd_pixel", "mse", "rkd", "saliency", "sp", "teacher_bounded"]
 TEACHER_CASES = cases(lambda name, row, shapes: row.against != "targets" and shapes[0][1:] == shapes[1][1:])
 ROW_CASES = cases(lambda name, row, shapes: not row.relational)
-LOGIT_CASES = cases(lambda name, row, shapes: row.student == "logits")
-VECTOR_LOGIT_CASES = cases(lambda name, row, shapes: row.student == "logits" and len(shapes[0]) == 1)
+LOGIT_CASES = cases(lambda name, row, shapes: row.student == "logits" and "regression" not in row.tasks)
+VECTOR_LOGIT_CASES = [case for case in LOGIT_CASES if len(case.values[1][0]) == 1]
+OUTPUT_CASES = cases(lambda name, row, shapes: row.tasks == ("regression",))
 FEATURE_CASES = cases(lambda name, row, shapes: row.against == "features")
 
 
@@ -33,20 +34,22 @@ FEATURE_CASES = cases(lambda name, row, shapes: row.against == "features")
 def test_the_cases_cover_the_whole_table():
     assert sorted(LOSSES) == sorted(ORACLES) == NAMES
     vectors, maps, features = 4 * 4 + 4 * 4 + 4, 2 * 4 * 4 * 3, 5 * 4 + 6 * 2 + 5 * 2 + 7 + 7 * 6
-    assert len(CASES) == vectors + maps + features
+    outputs = 3 * (4 * 4 + 4)
+    assert len(CASES) == vectors + maps + features + outputs and len(OUTPUT_CASES) == outputs
     assert len(VECTOR_LOGIT_CASES) == vectors and len(LOGIT_CASES) == vectors + maps and len(FEATURE_CASES) == features
-    assert len(ROW_CASES) == len(CASES) - 7 - 7 * 6
-    assert len(TEACHER_CASES) == 4 * 4 + 4 + 2 * 2 * 4 + 2 * 4 + 3 * 2 + 2 * 2 + 3 + 3 * 6
+    assert len(ROW_CASES) == len(CASES) - 7 - 7 * 6 - 2 * 3
+    assert len(TEACHER_CASES) == 4 * 4 + 4 + 2 * 2 * 4 + 2 * 4 + 3 * 2 + 2 * 2 + 3 + 3 * 6 + 3 * (4 + 2)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_numeric_option_has_a_range_that_holds_its_default(name):
     row = LOSSES[name]
-    _, _, *options = inspect.signature(row.function).parameters.values()
+    options = list(inspect.signature(row.function).parameters.values())[3 if row.with_teacher else 2 :]
     assert all(option.kind is option.KEYWORD_ONLY for option in options)
-    numeric = {option.name: option.default for option in options if option.annotation in (int, float)}
+    numeric = {option.name: option.default for option in options if option.annotation in (int, float, float | None)}
     assert row.ranges.keys() == numeric.keys()
-    assert all(row.ranges[option][0] <= default <= row.ranges[option][1] for option, default in numeric.items())
+    known = {option: NEEDED.get(name, {}).get(option, default) for option, default in numeric.items()}
+    assert all(row.ranges[option][0] <= value <= row.ranges[option][1] for option, value in known.items())
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -56,6 +59,8 @@ def test_every_row_names_fields_that_exist(name):
     assert row.against == "targets" or row.against in TeacherSignal._fields
     assert (row.student == "logits") == (row.against != "features")
     assert row.function.__name__ == name
+    assert not row.with_teacher or (row.against == "targets" and not row.relational)
+    assert row.relational or not row.gather
 
 
 # ------------------------------------------------------------------------------------------ properties of each loss
@@ -65,7 +70,7 @@ def test_every_row_names_fields_that_exist(name):
 def test_equals_the_float64_oracle(name, shapes, options):
     student, against = inputs(name, shapes)
     exact = ORACLES[name](student.double().numpy(), wide(against), **options)
-    values = LOSSES[name].function(student, against, **options)
+    values = function_of(name)(student, against, **options)
     assert values.shape == (() if LOSSES[name].relational else (64,))
     np.testing.assert_allclose(values.numpy(), exact, rtol=1e-5, atol=rounding(name, options))
 
@@ -74,7 +79,7 @@ def test_equals_the_float64_oracle(name, shapes, options):
 def test_gradient_equals_that_of_the_oracle(name, shapes, options):
     student, against = inputs(name, shapes, batch=4)
     student.requires_grad_()
-    LOSSES[name].function(student, against, **options).sum().backward()
+    function_of(name)(student, against, **options).sum().backward()
     exact = student.detach().double().numpy()
     nudges = [np.zeros_like(exact) for _ in range(min(shapes[0][0], 5))]
     for channel, nudge in enumerate(nudges):
@@ -97,18 +102,18 @@ def test_any_precision_in_is_float32_out_and_computed_in_it(name, shapes, option
     student = student.to(dtype)
     against = against.to(dtype) if against.is_floating_point() else against
     against_in_float32 = against.float() if against.is_floating_point() else against
-    values = LOSSES[name].function(student, against, **options)
+    values = function_of(name)(student, against, **options)
     assert values.dtype == torch.float32
-    assert torch.equal(values, LOSSES[name].function(student.float(), against_in_float32, **options))
+    assert torch.equal(values, function_of(name)(student.float(), against_in_float32, **options))
     if not LOSSES[name].relational:  # their matrix products need what Objective does
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(values, LOSSES[name].function(student, against, **options))
+            assert torch.equal(values, function_of(name)(student, against, **options))
 
 
 @pytest.mark.parametrize("name, shapes, options", LOGIT_CASES)
 def test_adding_a_constant_to_the_logits_of_a_place_changes_nothing(name, shapes, options):
     student, against = inputs(name, shapes)
-    function = LOSSES[name].function
+    function = function_of(name)
     values = function(student, against, **options)
     # A shift of 50 rounds the logits themselves to 2^-19, which T < 1 magnifies.
     tolerance = {"rtol": 1e-4, "atol": 10 * rounding(name, options)}
@@ -126,13 +131,13 @@ def test_adding_a_constant_to_the_logits_of_a_place_changes_nothing(name, shapes
 def test_is_never_negative(name, shapes, options):
     for scale in (0.01, 1.0, 30.0):
         student, against = inputs(name, shapes, scale=scale)
-        assert LOSSES[name].function(student, against, **options).min() >= -rounding(name, options)
+        assert function_of(name)(student, against, **options).min() >= -rounding(name, options)
 
 
 @pytest.mark.parametrize("name, shapes, options", ROW_CASES)
 def test_each_row_is_computed_by_itself(name, shapes, options):
     student, against = inputs(name, shapes, batch=8)
-    function = LOSSES[name].function
+    function = function_of(name)
     values = function(student, against, **options)
     order = torch.tensor([3, 3, 0, 7])
     torch.testing.assert_close(function(student[order], against[order], **options), values[order], rtol=1e-6, atol=1e-6)
@@ -142,7 +147,7 @@ def test_each_row_is_computed_by_itself(name, shapes, options):
 @pytest.mark.parametrize("name, shapes, options", TEACHER_CASES)
 def test_saying_the_same_as_the_teacher_is_the_minimum(name, shapes, options):
     other, teacher = inputs(name, (shapes[1], shapes[1]))
-    function = LOSSES[name].function
+    function = function_of(name)
     student = teacher.clone().requires_grad_()
     match = function(student, teacher, **options)
     assert torch.equal(match, torch.zeros_like(match))
@@ -172,7 +177,7 @@ def test_extreme_logits_give_finite_values_and_gradients(name, shapes, options):
         against = torch.arange(len(pairs)).reshape(-1, *[1] * len(grid)).repeat(1, *shapes[1]) % classes
     else:
         against = maps([t for _, t in pairs], shapes[1][1:])
-    values = LOSSES[name].function(student, against, **options)
+    values = function_of(name)(student, against, **options)
     values.sum().backward()
     assert values.isfinite().all() and student.grad.isfinite().all()
     # Confidently wrong is expensive; CWD has the mean over classes, most of which are the same everywhere.
@@ -192,7 +197,7 @@ def test_extreme_features_give_finite_values_and_gradients(name, shapes, options
     parts = [slice(0, 25)] if LOSSES[name].relational else []
     for part in [*parts, slice(0, 2), slice(0, 5), slice(6, 7), slice(0, 25)]:  # 0:5, a student that is dead
         student.grad = None
-        values = LOSSES[name].function(student[part], against[part], **options)
+        values = function_of(name)(student[part], against[part], **options)
         values.sum().backward()
         assert values.isfinite().all() and student.grad.isfinite().all()
         if name != "cwd_features":  # the rest compare directions: nothing grows with the scale of a feature
@@ -209,7 +214,7 @@ def test_an_infinite_logit_of_the_student_is_never_nan(name, shapes, options):
     else:
         against[agrees], against[wants_it] = 1, 0
     student.requires_grad_()
-    values = LOSSES[name].function(student, against, **options)
+    values = function_of(name)(student, against, **options)
     values.sum().backward()
     assert torch.equal(values[wants_it], torch.full((4,), INF))
     # Smoothing wants every class a little.
@@ -222,7 +227,7 @@ def test_an_infinite_logit_of_the_student_is_never_nan(name, shapes, options):
 def test_shapes_that_would_broadcast_are_refused(name, shape):
     match = r"the student's logits have shape \(.*\) and the teacher's \(8, 2\); both models must have one logit for"
     with pytest.raises(ModelError, match=match):
-        LOSSES[name].function(torch.zeros(shape), torch.zeros(8, 2))
+        function_of(name)(torch.zeros(shape), torch.zeros(8, 2))
 
 
 def test_kd_binary_refuses_another_number_of_classes():
@@ -313,10 +318,13 @@ def test_the_gradient_of_kd_is_the_stated_one():
 BOTH = {"cross_entropy": {"weight": 0.1, "label_smoothing": 0.1}, "kd": {"weight": 0.9, "temperature": 3.0}}
 
 
-def batch_of(rows, classes=10, total=None, seed=0, valid=None, grid=()):
-    """With labels; with masks of twice `grid`, a third of them void, where that is given."""
+def batch_of(rows, classes=10, total=None, seed=0, valid=None, grid=(), real=False):
+    """With labels; with masks of twice `grid`, a third of them void, where that is given; or with real outputs, which
+    the last row lacks."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(classes, (rows, *(2 * side for side in grid)), generator=generator)
+    if real:
+        targets = unlabelled_last(3 * torch.randn(rows, classes, generator=generator))
     return Batch(
         keys=tuple(f"k{i}" for i in range(rows)),
         images=torch.zeros(rows, 3, 2, 2, dtype=torch.uint8),
@@ -358,9 +366,15 @@ def output_for(batch, seed=1):
 def whole_batch(name, rows, **more):
     """A batch and a student's output that the loss can be computed from."""
     row = LOSSES[name]
-    grid = () if "classification" in row.tasks else (4, 3)
-    batch = batch_of(rows, row.classes[1] or 10, grid=grid, **more)
+    real = row.tasks == ("regression",)
+    grid = () if real or "classification" in row.tasks else (4, 3)
+    batch = batch_of(rows, row.classes[1] or 10, grid=grid, real=real, **more)
     return batch, output_for(batch)
+
+
+def only(name):
+    """The losses of a recipe with one, which says what it must."""
+    return {name: NEEDED.get(name, {})}
 
 
 def leaves(tree):
@@ -435,7 +449,7 @@ def test_a_batch_delivered_twice_gives_the_same_loss(name):
     """Not so for SP, whose mean over B^2 entries with rows of unit length falls as 1/B: half of it."""
     batch, output = whole_batch(name, 8)
     every_row_twice = torch.arange(8).repeat(2)
-    objective = Objective({name: {}}, epochs=1)
+    objective = Objective(only(name), epochs=1)
     once, _ = objective(output, batch, 0.0)
     twice = rows_of(batch, every_row_twice)._replace(total=16)
     doubled, _ = objective(output_rows(output, every_row_twice), twice, 0.0)
@@ -453,13 +467,15 @@ def whole_and_shares(losses, output, batch, cut):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 4, 7])
-@pytest.mark.parametrize("grid", [(), (4, 3)], ids=["labels", "masks"])
-def test_the_shares_of_a_step_add_up_to_the_whole(cut, grid):
-    task = "segmentation" if grid else "classification"
-    losses = {name: {"weight": 0.1} for name, row in LOSSES.items() if task in row.tasks and not row.relational}
+@pytest.mark.parametrize(
+    "task, count, grid", [("classification", 7, ()), ("segmentation", 8, (4, 3)), ("regression", 11, ())]
+)
+def test_the_shares_of_a_step_add_up_to_the_whole(cut, task, count, grid):
+    rows = {name: row for name, row in LOSSES.items() if task in row.tasks and not row.relational}
+    losses = {name: {"weight": 0.1, **NEEDED.get(name, {})} for name in rows}
     losses.pop("kd_binary", None)
-    assert len(losses) == (8 if grid else 7)
-    batch = batch_of(7, total=7, grid=grid)
+    assert len(losses) == count
+    batch = batch_of(7, total=7, grid=grid, real=task == "regression")
     output = output_for(batch)
     whole, shares, whole_gradients, gradients_of_shares = whole_and_shares(losses, output, batch, cut)
     torch.testing.assert_close(sum(loss for loss, _ in shares), whole[0])
@@ -471,7 +487,7 @@ def test_the_shares_of_a_step_add_up_to_the_whole(cut, grid):
 @pytest.mark.parametrize("name", LOSSES)
 def test_rows_that_are_not_valid_add_exactly_nothing(name):
     full, output = whole_batch(name, 6, total=100)
-    objective = Objective({name: {}}, epochs=1)
+    objective = Objective(only(name), epochs=1)
     alone, _ = objective(output_rows(output, slice(0, 4)), rows_of(full, slice(0, 4)), 0.0)
     alone_gradients = gradients(alone, output)
     assert any(gradient.any() for gradient in alone_gradients)
@@ -498,7 +514,7 @@ def test_the_gradient_reaches_what_the_student_says_and_never_the_teacher(name):
     batch, output = whole_batch(name, 4)
     teacher = mapped(lambda tensor: tensor.clone().requires_grad_(), batch.signals)
     constant = batch._replace(signals=mapped(torch.Tensor.detach, teacher))
-    loss, _ = Objective({name: {}}, epochs=1)(output, constant, 0.0)
+    loss, _ = Objective(only(name), epochs=1)(output, constant, 0.0)
     loss.backward()
     read = output.projected[name] if LOSSES[name].student == "projected" else getattr(output, LOSSES[name].student)
     wanted = {id(leaf) for leaf in leaves(read)}
@@ -513,7 +529,7 @@ def test_the_gradient_reaches_what_the_student_says_and_never_the_teacher(name):
 def test_under_autocast_every_loss_is_computed_in_float32(name, dtype):
     batch, output = whole_batch(name, 4)
     half = mapped(lambda tensor: tensor.detach().to(dtype), output)
-    objective = Objective({name: {}}, epochs=1)
+    objective = Objective(only(name), epochs=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast, _ = objective(half, batch, 0.0)
     plain, _ = objective(mapped(torch.Tensor.float, half), batch, 0.0)
@@ -523,7 +539,7 @@ def test_under_autocast_every_loss_is_computed_in_float32(name, dtype):
 @pytest.mark.parametrize("name", LOSSES)
 def test_an_empty_share_has_a_zero_loss_with_a_zero_gradient(name):
     batch, output = whole_batch(name, 1, total=31, valid=[False])
-    loss, terms = Objective({name: {}}, epochs=1)(output, batch, 0.0)
+    loss, terms = Objective(only(name), epochs=1)(output, batch, 0.0)
     assert loss.item() == 0 and loss.requires_grad and terms[name].item() == 0
     assert not any(gradient.any() for gradient in gradients(loss, output))
 
@@ -586,7 +602,7 @@ def test_sound_losses_pass(losses, classes):
 WRONG = [
     ({}, f"no loss is named; known: {', '.join(NAMES)}"),
     ({"cross_entopy": {}}, "unknown loss 'cross_entopy'; did you mean 'cross_entropy'?"),
-    ({"mse": {}}, f"unknown loss 'mse'; known: {', '.join(NAMES)}"),
+    ({"focal": {}}, f"unknown loss 'focal'; known: {', '.join(NAMES)}"),
     ({"kd": {"features": ["low"]}}, "loss 'kd': unknown option 'features'; did you mean"),
     (
         {"cwd": {}},
@@ -628,8 +644,11 @@ def test_segmentation_has_losses_of_its_own():
         check_losses({"kd": {}}, "segmentation", 21)
 
 
-@pytest.mark.parametrize("task, classes", [("regression", 10), ("classification", 1)])
-def test_another_task_and_too_few_classes_are_refused(task, classes):
-    message = f"is for classification with at least 2 classes, not for {task} with {classes}; losses that fit: none"
+@pytest.mark.parametrize(
+    "task, classes, fit",
+    [("ranking", 10, "none"), ("classification", 1, "cwd_features, cosine, hint, at, saliency, sp, rkd")],
+)
+def test_another_task_and_too_few_classes_are_refused(task, classes, fit):
+    message = f"is for classification with at least 2 classes, not for {task} with {classes}; losses that fit: {fit}"
     with pytest.raises(RecipeError, match=f"^loss 'kd': {message}$"):
         check_losses({"kd": {}}, task, classes)

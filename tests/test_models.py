@@ -131,6 +131,96 @@ def test_an_output_that_is_no_tensor(answer, kind):
         network(Answer(answer))(IMAGES)
 
 
+@pytest.mark.parametrize("bounds", [(-1.0, 1.0), (0.0, 4.0)])
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_bounded_outputs(bounds, outputs):
+    """No output of one number is taken for a margin; half precision is none."""
+    z = torch.tensor([[0.0], [1.0], [-0.5], [90.0], [-90.0]]).repeat(1, outputs)
+    for value in (z, z.bfloat16()):
+        found = Network(Built(Answer(value), (0.0,) * 3, (1.0,) * 3), outputs, None, "own:model", bounds=bounds)(IMAGES)
+        low, high = bounds
+        expected = low + (high - low) * torch.sigmoid(2 * z.double())  # (tanh(z) + 1) / 2
+        assert found.dtype == torch.float32 and found.min() == low and found.max() == high
+        torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-6)
+    bent = Network(Built(Answer(z[:, :1]), (0.0,) * 3, (1.0,) * 3), outputs + 1, None, "own:model", bounds=bounds)
+    with pytest.raises(
+        ModelError, match=rf"shape \(5, 1\) for 5 images, but the task has {outputs + 1} outputs: expected"
+    ):
+        bent(IMAGES)
+
+
+# ------------------------------------------------------------------------------------------------ channels
+
+GREY = torch.randint(0, 256, (5, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_timm_models_of_other_channels(channels):
+    """Every channel has the mean of timm's three, in mean and in std."""
+    model = build_network("timm/resnet10t", 2, channels=channels, bounds=(-1, 1), options={}).eval()
+    assert model.channels == channels and model.backbone.conv1[0].in_channels == channels
+    assert model.mean.flatten().tolist() == pytest.approx([(0.485 + 0.456 + 0.406) / 3] * channels)
+    assert model.std.flatten().tolist() == pytest.approx([(0.229 + 0.224 + 0.225) / 3] * channels)
+    grey = GREY.repeat(1, channels, 1, 1)
+    assert torch.equal(model(grey), model(grey / 255)) and model(grey).shape == (5, 2)
+
+
+def test_timm_adapts_its_pretrained_weights(tmp_path):
+    import timm
+
+    torch.manual_seed(3)
+    theirs = timm.create_model("resnet10t", num_classes=1000)
+    save_file(theirs.state_dict(), tmp_path / "w.safetensors")
+    options = {"pretrained_cfg_overlay": {"file": str(tmp_path / "w.safetensors")}}
+    ours = build_network("timm/resnet10t", 2, channels=1, options=options, pretrained=True).backbone
+    torch.testing.assert_close(ours.conv1[0].weight, theirs.conv1[0].weight.sum(dim=1, keepdim=True))
+    assert torch.equal(ours.layer1[0].conv1.weight, theirs.layer1[0].conv1.weight)
+
+
+def test_a_users_own_model_of_one_channel(experiment):
+    (experiment / "grey_model.py").write_text(
+        "from torch import nn\n\n\n"
+        "def told(classes, channels):\n    return nn.Sequential(nn.Flatten(), nn.Linear(1024 * channels, classes))\n"
+        "\n\ndef knows(classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(1024, classes))\n"
+    )
+    for name in ("told", "knows"):
+        model = build_network(f"grey_model:{name}", 2, channels=1, options={}, mean=(0.5,))
+        assert model(GREY).shape == (5, 2) and (model.channels, model.std.shape) == (1, (1, 1, 1, 1))
+    assert build_network("grey_model:told", 2, options={}).backbone[1].in_features == 3072
+    for name in ("told", "knows"):
+        with pytest.raises(RecipeError, match="unknown option 'channels'"):
+            build_network(f"grey_model:{name}", 2, options={"channels": 1})
+    with pytest.raises(
+        ModelError, match="^grey_model:told: images have 1 channels, but mean has 3 values; give one a ch"
+    ):
+        build_network("grey_model:told", 2, channels=1, options={}, mean=(0.5,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "maps", "sentence"),
+    [
+        ("torchvision/resnet18", False, "torchvision's models take images of 3 channels, and these have 1; use timm/"),
+        ("kd_dist/mobilenet_v3_small_aspp", True, "takes images of 3 channels, and these have 1; use kd_dist/mobile_"),
+    ],
+)
+def test_models_of_three_channels_alone(model, maps, sentence):
+    with pytest.raises(ModelError, match=f"^{model}: {sentence}"):
+        build_network(model, 2, channels=1, maps=maps, options={})
+
+
+def test_probes_have_the_networks_channels():
+    from kd_dist.probe import gradient_cosine
+    from kd_dist.report import measure
+    from kd_dist.teacher import Teacher
+
+    model = build_network("timm/resnet10t", 2, channels=1, bounds=(-1, 1), options={})
+    assert measure(model, (32, 48))["parameters"] == sum(value.numel() for value in model.parameters())
+    logits, features = Teacher(model, {"f": "layer3"}).shapes((32, 48))
+    assert (logits, features) == ((2,), {"f": (256, 2, 3)})
+    exact = torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    assert gradient_cosine(GREY, exact, exact) == pytest.approx(1)
+
+
 # ------------------------------------------------------------------------------------------------ by name
 
 

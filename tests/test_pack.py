@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import CLASSES, pack_examples, picture
 
-from kd_dist import assemble, manifest
+from kd_dist import assemble, manifest, places
 from kd_dist.config import load
 from kd_dist.data import Shards, read_examples
 from kd_dist.errors import DataError, MismatchError, ShardError, one_sentence
@@ -110,7 +110,7 @@ def test_members_are_the_files_as_they_came(packed, pictures):
 
 
 def test_the_manifest_tells_what_was_packed(packed):
-    content = manifest.read_manifest(assemble.shards_folder(packed) / "train")
+    content = manifest.read_manifest(places.shards_folder(packed) / "train")
     shards = assemble.examples(packed, "train")
     assert content["complete"] is True
     assert (content["split"], content["classes"], content["class_names"]) == ("train", 3, list(CLASSES))
@@ -335,7 +335,7 @@ def test_another_recipe_under_the_same_name(packed, override, sentence):
 
 def unfinished(recipe, split: str) -> None:
     """As a kill leaves a split: its last shard and the end of its manifest are missing."""
-    folder = assemble.shards_folder(recipe) / split
+    folder = places.shards_folder(recipe) / split
     content = manifest.read_manifest(folder)
     manifest.write_manifest(folder, {**content, "complete": False})
     last = max(folder.glob("*.tar"))

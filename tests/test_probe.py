@@ -29,7 +29,7 @@ def test_maps_tokens_and_vectors_agree_with_themselves_and_not_with_their_opposi
 
 def test_it_is_the_gradient_that_autograd_finds_by_hand():
     exact, decoded = gaussian(4, 6, 4, 4), gaussian(4, 6, 4, 4, seed=1)
-    network, found = _student(6, torch.device("cpu")), []
+    network, found = _student(3, 6, torch.device("cpu")), []
     for target in (exact, decoded):
         for row in range(4):
             network.zero_grad()
@@ -93,7 +93,7 @@ def test_it_works_where_gradients_are_off_and_in_half_precision():
 
 
 def test_the_weights_of_the_student_are_of_the_size_that_keeps_the_variance():
-    layers = [layer for layer in _student(50, torch.device("cpu")) if hasattr(layer, "weight")]
+    layers = [layer for layer in _student(3, 50, torch.device("cpu")) if hasattr(layer, "weight")]
     assert [tuple(layer.weight.shape) for layer in layers] == [
         (16, 3, 3, 3),
         (32, 16, 3, 3),
@@ -107,3 +107,10 @@ def test_the_weights_of_the_student_are_of_the_size_that_keeps_the_variance():
         assert not layer.bias.any()
     drawn = [layer.weight.detach().flatten()[:400] for layer in layers]
     assert torch.corrcoef(torch.stack(drawn)).fill_diagonal_(0).abs().max() < 0.25  # no layer repeats another
+
+
+def test_a_feature_of_one_channel_has_a_gradient_too():
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3, 16, 24), np.uint8))
+    exact = torch.rand(4, 1, 2, 3, generator=torch.Generator().manual_seed(0))
+    assert gradient_cosine(images, exact, exact) == pytest.approx(1.0, abs=1e-5)
+    assert gradient_cosine(images, exact, exact.flip(0)) < 0.9

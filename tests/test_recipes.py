@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from processes import done, kd_dist
 from processes import run as start_run
+from recordings import encoded, tones
 
 from kd_dist.config import load
 from kd_dist.models import build_network
@@ -20,7 +21,7 @@ STEPS = 2
 
 
 def test_every_shipped_recipe_is_found():
-    assert [path.stem for path in RECIPES] == ["camvid", "digits", "voc_fcn_resnet50"]
+    assert [path.stem for path in RECIPES] == ["camvid", "digits", "emotion_vgmidi", "voc_fcn_resnet50"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -85,3 +86,60 @@ def test_the_voc_recipe_runs_at_full_scale(tmp_path):
     rows = json.loads(run("evaluate", "--json"))
     assert [row["stage"] for row in rows] == ["given", "pretrain", "distill"]
     assert rows[0]["parameters"] > 30e6 and 2.4e6 < rows[1]["parameters"] < 3.0e6
+
+
+AVERAGES = "annotations/annotations averaged per song/song_level"
+SONGS = 24
+
+
+def deam_tree(root: Path) -> None:
+    """DEAM's layout: short songs whose pitch is their arousal and whose loudness is their valence."""
+    (root / "MEMD_audio").mkdir(parents=True)
+    (root / AVERAGES).mkdir(parents=True)
+    rows = ["song_id, valence_mean, valence_std, arousal_mean, arousal_std"]
+    for song in range(1, SONGS + 1):
+        valence, arousal = 1 + song % 7, 2 + song % 6
+        wave = tones(26.0, 22050, 110.0 * arousal) * (0.1 * valence)
+        (root / f"MEMD_audio/{song}.mp3").write_bytes(encoded(wave, 22050, "mp3"))
+        rows.append(f"{song},{valence},1.0,{arousal},1.0")
+    (root / "MEMD_audio/3.mp3").write_bytes(encoded(np.zeros(22050 * 5, np.float32), 22050, "mp3"))
+    (root / AVERAGES / "static_annotations_averaged_songs_1_2000.csv").write_text("\n".join(rows) + "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_emotion_recipe_runs_from_recordings_to_a_report(tmp_path):
+    """Its real models and resolution, with random weights, on generated songs: every stage, two steps each."""
+    deam_tree(tmp_path / "deam")
+    words = [str(CONFIGS / "emotion_vgmidi.yaml"), f"data.root={tmp_path}/deam", "views.count=2", "evaluate.split=val"]
+    words += ["data.splits={train: 0.6, val: 0.4}"]
+    short = ("epochs=2", f"max_steps={STEPS}", "warmup_epochs=1")
+    words += [f"stages.{stage}.{option}" for stage in ("teacher", "pretrain", "distill") for option in short]
+    said = start_run(kd_dist, "run", *words, folder=tmp_path)
+    done(said)
+    folder = tmp_path / "shards/emotion_vgmidi"
+    packings = [json.loads((folder / split / "manifest.json").read_text()) for split in ("train", "val")]
+    quarantined = [row for one in packings for row in one["quarantined"]]
+    assert [row["name"] for row in quarantined] == ["3"] and "silent" in quarantined[0]["reason"]
+    packed = packings[0]
+    assert packed["outputs"] == ["valence", "arousal"] and packed["input"]["mels"] == 64
+    assert {"librosa", "soundfile"} <= packed["versions"].keys()
+    about = json.loads((folder / "train/teacher/manifest.json").read_text())
+    features = sum(one["bytes"] for one in about["feature_report"].values())
+    assert about["row_bytes"] - features <= 56 and about["views"]["kind"] == "spectrogram"
+    rows = about["teacher_report"]["rows"]
+    assert about["codec_error"]["logits"] == {"count": rows, "max_abs": 0.0, "mean_square": 0.0}
+    assert 0 < about["teacher_report"]["largest_error"] < 4
+    for stage in ("teacher", "pretrain", "distill"):
+        [path] = (tmp_path / f"runs/emotion_vgmidi/{stage}").glob("seed-*/result.json")
+        result = json.loads(path.read_text())
+        assert result["steps"] == STEPS and result["skipped"] == 0
+        assert np.isfinite([one["loss"] for one in result["history"]]).all()
+    proof = start_run(kd_dist, "verify", *words, "--examples", "4", folder=tmp_path)
+    done(proof)
+    assert proof.stdout.count("the cache is this teacher's") == 2 and "mean squared difference" in proof.stdout
+    report = json.loads((tmp_path / "runs/emotion_vgmidi/report.json").read_text())
+    assert [row["stage"] for row in report["summary"]] == ["teacher", "pretrain", "distill"]
+    parts = {name for name, _ in report["summary"][0]["parts"]}
+    assert parts == {f"{metric}/{output}" for metric in ("ccc", "mae") for output in ("valence", "arousal")}
+    assert (tmp_path / "runs/emotion_vgmidi/examples.png").stat().st_size > 10_000

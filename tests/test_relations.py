@@ -13,20 +13,23 @@ from kd_dist.batch import Batch, StudentOutput, TeacherSignal
 from kd_dist.losses import LOSSES, Objective
 from kd_dist.losses.relations import related
 
-RELATIONAL = ["sp", "rkd"]
-ROWS, TOTAL = 8, 11  # of this micro-batch, and of the whole step
+RELATIONAL = ["ccc", "kd_ccc", "sp", "rkd"]
+ROWS, TOTAL, UNLABELLED = 8, 11, 2  # rows of this micro-batch, of the whole step, and which row has no label
 SPLITS = {"even": (4, 4), "uneven": (5, 3), "one row": (7, 1), "nothing": (8, 0)}  # rows of each rank
 
 
 def lesson():
-    """Images, and the teacher's features, of 8 rows."""
+    """Images, targets without one label, and the teacher's signals, of 8 rows."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(ROWS, 3, 4, 4, generator=generator)
-    return images, {name: torch.randn(ROWS, 7, 2, 2, generator=generator) for name in ("low", "high")}
+    features = {name: torch.randn(ROWS, 7, 2, 2, generator=generator) for name in ("low", "high")}
+    targets, outputs = torch.randn(2, ROWS, 2, generator=generator)
+    targets[UNLABELLED, 1] = torch.nan
+    return images, targets, TeacherSignal(outputs, features)
 
 
 class Pupil(nn.Module):
-    """Two features from images."""
+    """Two features from images, and an output from each."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +37,9 @@ class Pupil(nn.Module):
         self.low, self.high = nn.Conv2d(3, 5, 1), nn.Conv2d(3, 4, 3)
 
     def forward(self, images):
-        return StudentOutput(images.new_zeros(len(images), 2), {"low": self.low(images), "high": self.high(images)})
+        features = {"low": self.low(images), "high": self.high(images)}
+        outputs = torch.stack([feature[:, 0].mean(dim=(1, 2)) for feature in features.values()], dim=1)
+        return StudentOutput(outputs, features)
 
 
 def learn(pupil, losses, rows, world=1):
@@ -42,14 +47,15 @@ def learn(pupil, losses, rows, world=1):
 
     An empty share has one row, which is not valid.
     """
-    images, features = lesson()
+    images, targets, (outputs, features) = lesson()
     valid = torch.ones(len(images[rows]), dtype=torch.bool)
-    images, features = images[rows], {name: value[rows] for name, value in features.items()}
+    images, targets, outputs = images[rows], targets[rows], outputs[rows]
+    features = {name: value[rows] for name, value in features.items()}
     if not len(valid):
         valid, images = torch.tensor([False]), torch.full((1, 3, 4, 4), 100.0)
+        targets, outputs = torch.zeros(1, 2), torch.full((1, 2), -100.0)
         features = {name: torch.full((1, 7, 2, 2), -100.0) for name in features}
-    signals = TeacherSignal(torch.zeros(len(valid), 2), features)
-    targets = torch.zeros(len(valid), dtype=torch.int64)
+    signals = TeacherSignal(outputs, features)
     batch = Batch(("k",) * len(valid), images.to(torch.uint8), targets, None, valid, TOTAL, signals)
     pupil.zero_grad()
     loss, terms = Objective(losses, epochs=1)(pupil(images), batch, 0.0)
@@ -58,7 +64,8 @@ def learn(pupil, losses, rows, world=1):
 
 
 def losses_of(name, gather):
-    return {name: {"gather": gather, "weight": 2.0}}
+    """None: the recipe is silent about it."""
+    return {name: {"weight": 2.0} if gather is None else {"gather": gather, "weight": 2.0}}
 
 
 def work(arguments):
@@ -69,7 +76,7 @@ def work(arguments):
     for name in RELATIONAL:
         for split, counts in SPLITS.items():
             rows = slice(0, counts[0]) if rank == 0 else slice(counts[0], ROWS)
-            for gather in (True, False):
+            for gather in (True, False, None):
                 pupil = DistributedDataParallel(Pupil())
                 found[f"{name} {split} {gather}"] = learn(pupil, losses_of(name, gather), rows, world=2)
     torch.save(found, arguments[0])
@@ -124,20 +131,45 @@ def test_without_gather_each_rank_relates_its_own_rows(shares, name, split):
         assert (first["loss"] + second["loss"] - whole["loss"]).abs() > 1e-2 * whole["loss"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name, gathers", [("ccc", True), ("kd_ccc", True), ("sp", False), ("rkd", False)])
+def test_a_recipe_that_is_silent_gathers_outputs_and_no_features(shares, name, gathers, split):
+    for share in shares:
+        silent, told = share[f"{name} {split} None"], share[f"{name} {split} {gathers}"]
+        assert silent["loss"] == told["loss"]
+        torch.testing.assert_close(silent["gradient"], told["gradient"])
+        assert split == "nothing" or silent["loss"] != share[f"{name} {split} {not gathers}"]["loss"]
+
+
 # ------------------------------------------------------------------------------------------------------- one process
 
 
 @pytest.mark.parametrize("gather", [True, False])
 @pytest.mark.parametrize("name", RELATIONAL)
 def test_a_share_is_the_value_for_each_of_its_valid_rows(name, gather):
-    images, features = lesson()
-    student, teacher = Pupil()(images).features["low"], features["low"]
+    images, targets, (outputs, features) = lesson()
+    output = Pupil()(images)
+    student, teacher = output.features["low"], features["low"]
+    if LOSSES[name].student == "logits":
+        student, teacher = output.logits, targets if LOSSES[name].against == "targets" else outputs
     valid = torch.tensor([True] * 5 + [False] + [True] * 2)
     share = related(LOSSES[name].function, student, teacher, valid, 20, gather)
     value = LOSSES[name].function(student[valid], teacher[valid])
     assert share.shape == () and share.dtype == torch.float32
     torch.testing.assert_close(share, value * 7 / 20)
-    torch.testing.assert_close(torch.autograd.grad(share, student, retain_graph=True)[0][5], torch.zeros(5, 4, 4))
+    assert not torch.autograd.grad(share, student, retain_graph=True)[0][5].any()
+
+
+def test_an_unlabelled_row_is_not_among_the_rows_that_a_label_relates():
+    images, targets, (outputs, _) = lesson()
+    student = Pupil()(images).logits.detach()
+    known = [row for row in range(ROWS) if row != UNLABELLED]
+    labelled, taught = (learn(Pupil(), {name: {}}, slice(0, ROWS))["loss"] for name in ("ccc", "kd_ccc"))
+    torch.testing.assert_close(labelled, LOSSES["ccc"].function(student[known], targets[known]) * 7 / TOTAL)
+    torch.testing.assert_close(taught, LOSSES["kd_ccc"].function(student, outputs) * 8 / TOTAL)
+    alone = learn(Pupil(), {"ccc": {}}, slice(UNLABELLED, UNLABELLED + 2))  # one row is left
+    assert alone["loss"] == 0 and not any(gradient.any() for gradient in alone["gradient"])
 
 
 @pytest.mark.parametrize("gather", [True, False])
@@ -152,7 +184,7 @@ def test_fewer_than_two_rows_have_no_relations_but_every_weight_has_a_gradient(n
 def test_micro_batches_add_up_to_the_mean_weighted_by_their_rows():
     parts = [slice(0, 5), slice(5, 8)]
     shares = [learn(Pupil(), {"rkd": {}}, rows)["loss"] for rows in parts]
-    images, features = lesson()
+    images, _, (_, features) = lesson()
     output = Pupil()(images)
     values = []
     for rows in parts:

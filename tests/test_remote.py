@@ -21,7 +21,7 @@ import pytest
 from accelerate import Accelerator
 from processes import contents, done, inside, kd_dist, laboratory, run, sentence, start, wait_until
 
-from kd_dist import assemble, cache_teacher, journey, remote, train
+from kd_dist import assemble, cache_teacher, journey, places, remote, train
 from kd_dist.config import load
 from kd_dist.data import Corridor
 from kd_dist.errors import RecipeError, ShardError
@@ -206,11 +206,11 @@ def test_a_url_that_cannot_be_read_is_refused_with_the_recipe(home):
 def test_the_cache_is_in_the_users_cache_directory_unless_it_is_said(home, monkeypatch):
     words = ["data.shards=memory://x", "data.local_cache=20GB"]
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/me")
-    found = assemble.shards_folder(load("tiny.yaml", words))
+    found = places.shards_folder(load("tiny.yaml", words))
     assert found == Remote("memory://x/tiny", LocalCache(Path("/var/cache/me/kd_dist"), 20 * 10**9))
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert assemble.shards_folder(load("tiny.yaml", words)).cache.folder == Path.home() / ".cache" / "kd_dist"
-    said = assemble.shards_folder(load("tiny.yaml", [*words, "data.cache_dir=fast"]))
+    assert places.shards_folder(load("tiny.yaml", words)).cache.folder == Path.home() / ".cache" / "kd_dist"
+    said = places.shards_folder(load("tiny.yaml", [*words, "data.cache_dir=fast"]))
     assert said.cache.folder == Path("fast")
 
 

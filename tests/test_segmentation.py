@@ -21,7 +21,7 @@ from kd_dist.batch import Example
 from kd_dist.errors import DataError
 from kd_dist.extract import add_sums
 from kd_dist.tasks.segmentation import IGNORED, Segmentation, decode_mask, palette
-from kd_dist.views import ImageViews, canonical, replay_mask
+from kd_dist.views.images import ImageViews, replay_mask
 
 CLASSES = 5
 TASK = Segmentation(CLASSES)
@@ -164,8 +164,8 @@ def test_no_flipped_bit_of_a_mask_changes_it_in_silence():
 @pytest.mark.parametrize(
     ("members", "sentence"),
     [
-        ({"png": PNG}, "expected one image and one mask.png member, found png"),
-        ({"mask.png": COLOURED, "json": b"{}"}, "expected one image and one mask.png member, found json, mask.png"),
+        ({"png": PNG}, "it has no mask.png member, only png"),
+        ({"mask.png": COLOURED, "json": b"{}"}, "expected one image, found json, mask.png"),
         ({"png": PNG, "mask.png": in_colours(MASK[:5])}, "the mask has 5 x 4 pixels and the image 6 x 4"),
         ({"png": PNG, "mask.png": PNG}, "the mask has pixels of mode RGB"),
         ({"png": b"", "mask.png": COLOURED}, "the image is of no known format"),
@@ -178,7 +178,7 @@ def test_an_example_that_cannot_be_used(members, sentence):
 
 
 def test_the_target_of_a_view_is_the_replayed_mask():
-    view = canonical(ImageViews((3, 4), whole=True), MASK.shape)
+    view = ImageViews((3, 4), whole=True).canonical(MASK.shape)
     view["flip"] = 1
     assert np.array_equal(TASK.replay_target(MASK, view, (3, 4)), replay_mask(MASK, view, (3, 4)))
     assert np.array_equal(TASK.replay_target(MASK, view, (3, 4)), MASK[1::2, ::-1])

@@ -29,7 +29,7 @@ from kd_dist.signals import (
     row_dtype,
     to_npy,
 )
-from kd_dist.views import VIEW_DTYPE, ImageViews, draw
+from kd_dist.views.images import VIEW_DTYPE, ImageViews
 
 DENSE = [(name, 10) for name in CODECS]
 MARGIN = [("fp32", 2), ("fp16", 2)]
@@ -43,7 +43,7 @@ def gaussian(rows: int, classes: int, seed: int = 0, scale: float = 3.0) -> np.n
 
 def views_of(count: int) -> np.ndarray:
     policy = ImageViews((8, 8), (0.3, 1), flip=0.5, brightness=0.4)
-    return np.array([draw(policy, "a", number, (60, 80)) for number in range(count)], VIEW_DTYPE)
+    return np.array([policy.draw("a", number, (60, 80)) for number in range(count)], VIEW_DTYPE)
 
 
 def packed(codec: LogitsCodec, logits: np.ndarray) -> np.ndarray:

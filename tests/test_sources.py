@@ -18,7 +18,7 @@ def names(listing) -> list[tuple[str | None, str, int]]:
 
 
 def test_every_source_of_the_table_can_be_had():
-    assert len(SOURCES) >= 3
+    assert len(SOURCES) >= 5
     for name in SOURCES:
         assert callable(source_function(name))
 
@@ -102,7 +102,7 @@ def test_a_class_that_training_does_not_have(tmp_path):
     ("name", "root", "options", "sentence"),
     [
         ("digit", None, {}, r"unknown source 'digit'; did you mean 'digits'\?"),
-        ("mnist", None, {}, "unknown source 'mnist'; known: digits, image_folder, voc"),
+        ("mnist", None, {}, "unknown source 'mnist'; known: audio_folder, deam, digits, image_folder, voc"),
         ("image_folder", None, {}, "option 'root' is missing"),
         ("image_folder", "x", {"rot": "y"}, r"unknown option 'rot'; did you mean 'root'\?"),
         ("digits", "somewhere", {}, "unknown option 'root'"),

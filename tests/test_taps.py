@@ -226,9 +226,18 @@ def test_a_probe_does_not_count_as_a_forward():
 # ------------------------------------------------------------------------------------------------ mistakes
 
 
-@pytest.mark.parametrize("text", ["", "conv[", "conv[]", "conv[0][1]", "[0]", "conv [0]", " conv", "conv[0", "a]b"])
+NO_READINGS = ["grid(conv, 4x8)", "attention(conv[0])", "saliency(conv, 4 x 8)", "saliency (conv)"]
+NO_READINGS += ["saliency(conv, 0x8)", "saliency(conv, 4x8, 2)", "grid(conv[)"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "conv[", "conv[]", "conv[0][1]", "[0]", "conv [0]", " conv", "conv[0", "a]b", *NO_READINGS]
+)
 def test_what_is_no_tap(text):
-    problem = f"'{text}' is no tap; write a module path, with [index] or [key] to pick an output"
+    problem = (
+        f"'{text}' is no tap; write a module path, with [index] or [key] to pick an output, or grid(PATH), "
+        f"saliency(PATH), attention(PATH), the last two also with a grid: saliency(PATH, 4x8)"
+    )
     with pytest.raises(ModelError, match=error(problem)):
         Taps(network(conv=nn.Conv2d(3, 4, 1)), {"f": text})
 

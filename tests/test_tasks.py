@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dist.tasks import METRICS, TASKS, is_better, retention
+from kd_dist.inputs.images import Images
+from kd_dist.inputs.spectrograms import LogMel, Spectrograms
+from kd_dist.tasks import METRICS, TASKS, Classification, Regression, Segmentation, is_better, packed_for, retention
+
+MADE = {
+    "classification": Classification(3),
+    "segmentation": Segmentation(3),
+    "regression": Regression(("valence", "arousal", "dominance")),
+}
 
 
 def interface(task: type) -> dict[str, list[str]]:
@@ -17,27 +25,30 @@ def interface(task: type) -> dict[str, list[str]]:
 
 
 def test_every_task_has_the_same_interface():
-    assert set(TASKS) == {"classification", "segmentation"}
+    assert set(TASKS) == {"classification", "segmentation", "regression"}
     first, *others = (interface(task) for task in TASKS.values())
     assert len(first) == 12
     assert all(other == first for other in others)
     for name, task in TASKS.items():
-        assert (task.name, task(7), task(7).classes) == (name, task(classes=7), 7)
-        assert isinstance(task.maps, bool) and isinstance(task.canonical_whole, bool)
+        one = MADE[name]
+        assert (task.name, one.classes) == (name, 3) and isinstance(one, task)
+        assert isinstance(task.maps, bool) and isinstance(task.canonical_whole, bool) and task.shown >= 0
+        assert one.input == Images()
 
 
 def test_every_metric_of_a_task_is_measured_and_has_a_direction():
-    logits = {"classification": torch.eye(3), "segmentation": torch.eye(3)[:, :, None, None]}
+    logits = {**dict.fromkeys(TASKS, torch.eye(3)), "segmentation": torch.eye(3)[:, :, None, None]}
     targets = {"classification": torch.tensor([0, 1, 1]), "segmentation": torch.tensor([0, 1, 1]).byte().view(3, 1, 1)}
-    for name, kind in TASKS.items():
-        task, sizes = kind(3), torch.ones(3, 2, dtype=torch.int64)
+    targets["regression"] = torch.eye(3) / 2
+    for name, task in MADE.items():
+        sizes = torch.ones(3, 2, dtype=torch.int64)
         metrics = task.metrics()
         task.update(metrics, logits[name], targets[name], sizes if task.maps else None)
         measured = {metric: float(value) for metric, value in metrics.compute().items()}
         assert {metric for metric in measured if "/" not in metric} == set(task.metrics_known) <= set(METRICS)
         assert all(np.isfinite(measured[metric]) for metric in task.metrics_known)
-    assert [kind.metrics_known[0] for kind in TASKS.values()] == ["accuracy", "miou"]
-    assert len(METRICS) == sum(len(kind.metrics_known) for kind in TASKS.values()) == 4
+    assert [kind.metrics_known[0] for kind in TASKS.values()] == ["accuracy", "miou", "ccc"]
+    assert len(METRICS) == sum(len(kind.metrics_known) for kind in TASKS.values()) == 6
 
 
 @pytest.mark.parametrize(
@@ -50,6 +61,8 @@ def test_every_metric_of_a_task_is_measured_and_has_a_direction():
         ("nll", 0.2, 0.4, 2.0),
         ("nll", 0.0, 0.4, None),
         ("miou", 0.6, 0.8, 0.75),
+        ("ccc", 0.6, 0.8, 0.75),
+        ("mae", 0.4, 0.2, 0.5),
     ],
 )
 def test_retention_is_one_when_all_is_kept_and_less_when_not(metric, student, teacher, kept):
@@ -74,3 +87,15 @@ def test_retention_is_one_when_all_is_kept_and_less_when_not(metric, student, te
 )
 def test_what_counts_as_better(metric, value, best, better):
     assert is_better(metric, value, best) is better
+
+
+def test_what_a_manifest_says_of_a_task():
+    assert packed_for(Classification(3)) == {"task": "classification", "classes": 3}
+    about = packed_for(Regression(("valence",), (0, 5), Spectrograms(LogMel(mels=64), 2.0)))
+    assert {name: about[name] for name in ("task", "classes", "outputs", "range")} == {
+        "task": "regression",
+        "classes": 1,
+        "outputs": ["valence"],
+        "range": [0, 5],
+    }
+    assert about["input"]["mels"] == 64 and about["input"]["shortest"] == 2.0 and about["input"]["db"] == [-60.0, 40.0]

@@ -126,6 +126,36 @@ def test_a_run_resumes_in_another_topology(lab, tmp_path):
     assert_same_weights(whole, parts, 2e-6)
 
 
+# ---------------------------------------------------------------------------------------------- a part of a network
+
+
+def test_the_backbone_moves_by_its_factor_of_the_learning_rate(lab, tmp_path):
+    """One step of plain gradient descent: so many times the step of a run without a factor; the head as it was."""
+    words = [*SGD, "train.epochs=2", "train.warmup_epochs=0", "train.max_steps=1"]
+    first = weights(trained(lab, tmp_path / "first", *words, "train.lr=1e-30"))
+    whole, half = (
+        weights(trained(lab, tmp_path / f"{factor}", *words, f"train.backbone_lr={factor}")) for factor in (1, 0.5)
+    )
+    assert len(whole) == 4
+    for name, value in first.items():
+        factor = 1.0 if ".4." in name else 0.5
+        assert (whole[name] - value).norm() > 1e-4
+        torch.testing.assert_close(half[name] - value, factor * (whole[name] - value), rtol=1e-4, atol=1e-7)
+
+
+def test_the_head_alone_learns_under_ddp(lab, tmp_path):
+    """What is frozen gets no gradient, and DDP does not look for it."""
+    words = [*PLAIN, "student.model=tiny_model:normed", "train.train_last=0"]
+    one, two = (trained(lab, tmp_path / f"{world}", *words, world=world) for world in (1, 2))
+    assert_same_weights(one, two, 2e-5, tensors=9)
+    found = weights(two)
+    assert found["network.backbone.0.num_batches_tracked"] == 0  # its statistics rest
+    untouched = assemble.network(load("tiny.yaml", ["student.model=tiny_model:normed"]), "student", None, 0).backbone
+    before = untouched.state_dict()
+    learned = {name for name, value in before.items() if not value.equal(found[f"network.backbone.{name}"])}
+    assert learned == {"5.weight", "5.bias"}
+
+
 # ---------------------------------------------------------------------------------------------- topologies
 
 

@@ -1,5 +1,7 @@
 """What a recipe's models, taps, codecs and losses cannot be together is told before anything is spent."""
 
+from dataclasses import replace
+
 import pytest
 
 from kd_dist.config import load
@@ -64,3 +66,15 @@ def test_a_relational_loss_needs_two_rows(experiment, batch_size, accumulate, wo
         return
     with pytest.raises(KdError, match="^stages.distill.losses.rkd: relates the rows of a micro-batch, of which batch"):
         check_relations(recipe, "distill", world)
+
+
+@pytest.mark.parametrize("losses, fine", [({"kd_ccc": {}}, True), ({"kd_ccc": {"gather": False}}, False)])
+def test_outputs_are_related_over_all_processes_where_a_recipe_is_silent(experiment, losses, fine):
+    recipe = load("tiny.yaml", ["stages.distill.batch_size=8", "stages.distill.accumulate=2"])
+    stage = replace(recipe.stages["distill"], losses=losses)
+    recipe = replace(recipe, stages={**recipe.stages, "distill": stage})
+    if fine:
+        check_relations(recipe, "distill", 4)
+        return
+    with pytest.raises(KdError, match="^stages.distill.losses.kd_ccc: relates the rows of a micro-batch, of which bat"):
+        check_relations(recipe, "distill", 4)

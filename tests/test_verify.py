@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from kd_dist import assemble, cache_teacher, manifest, views
+from kd_dist import assemble, cache_teacher, manifest, places
 from kd_dist.cli import app
 from kd_dist.config import load
 from kd_dist.errors import ShardError
@@ -17,6 +17,7 @@ from kd_dist.recipe import Recipe
 from kd_dist.shards import Shard, write_shard
 from kd_dist.signals import pack_rows, to_npy
 from kd_dist.verify import FEATURE_TOLERANCE, sentence, verify
+from kd_dist.views.images import ImageViews, replay
 
 
 @pytest.fixture
@@ -44,8 +45,8 @@ def test_other_weights_behind_the_same_identity_are_found(cached):
     weights = assemble.teacher(cached).network.backbone.state_dict()
     weights["4.bias"] = weights["4.bias"] + torch.tensor([1.0, 0.0, 0.0])
     save_file(weights, "teacher.safetensors")
-    for split in assemble.splits(cached):
-        folder = assemble.signals_folder(cached, split)
+    for split in places.splits(cached):
+        folder = places.signals_folder(cached, split)
         content = manifest.read_manifest(folder)
         content["teacher"]["weights_sha256"] = assemble.teacher_identity(cached)["weights_sha256"]
         manifest.write_manifest(folder, content)
@@ -56,10 +57,10 @@ def test_other_weights_behind_the_same_identity_are_found(cached):
 
 
 def test_pixels_that_a_shifted_crop_changes_are_named(cached, monkeypatch):
-    def shifted(image, view, size):
-        return views.replay(image, view, size)[:, ::-1].copy()
+    def shifted(policy, image, view):
+        return replay(image, view, policy.size)[:, ::-1].copy()
 
-    monkeypatch.setattr("kd_dist.verify.replay", shifted)
+    monkeypatch.setattr(ImageViews, "replay", shifted)
     found = verify(cached, "val", 4)
     assert not found["ok"] and len(found["other_pixels"]) == 4
     assert f"4 with other pixels than the teacher saw, first '{found['other_pixels'][0]}'" in sentence(found)
@@ -71,7 +72,7 @@ def test_the_command_ends_with_what_it_found(cached):
     assert good.exit_code == 0
     rows = json.loads(good.stdout)
     assert [row["split"] for row in rows] == ["train", "val", "test"] and all(row["ok"] for row in rows)
-    folder = assemble.signals_folder(cached, "val")
+    folder = places.signals_folder(cached, "val")
     content = manifest.read_manifest(folder)
     content["codec_error"]["logits"]["mean_kl_t1"] = -1.0
     manifest.write_manifest(folder, content)
@@ -128,7 +129,7 @@ def test_features_of_an_honest_cache_are_what_their_codec_makes_of_the_live_ones
 def test_features_of_other_weights_are_found_and_named(seen):
     """The logits agree: only what is tapped has changed its sign, and the next layer makes up for it."""
     Path("twisted_model.py").write_text(TWISTED)
-    folder = assemble.signals_folder(seen, "train")
+    folder = places.signals_folder(seen, "train")
     other = load("scenes.yaml", ["teacher.model=twisted_model:network"])
     content = manifest.read_manifest(folder)
     content["teacher"]["model"] = other.teacher.model
@@ -141,7 +142,7 @@ def test_features_of_other_weights_are_found_and_named(seen):
 
 def test_a_feature_that_was_tampered_with_is_found(seen):
     """One example's `low` is scaled by 0.5 in a shard that is written anew, every CRC and digest right."""
-    folder = assemble.signals_folder(seen, "train")
+    folder = places.signals_folder(seen, "train")
     cache = assemble.signals(seen, "train", assemble.examples(seen, "train"))
     path, old = cache.paths[1], Shard(cache.paths[1])
     examples = []

@@ -14,7 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_dist.errors import DataError, RecipeError
-from kd_dist.views import VIEW_DTYPE, ImageViews, canonical, draw, input_crc, replay, replay_mask, sample
+from kd_dist.views import input_crc
+from kd_dist.views.images import VIEW_DTYPE, ImageViews, replay, replay_mask, sample
+from kd_dist.views.spectrograms import SpectrogramViews
+
+draw, canonical = ImageViews.draw, ImageViews.canonical
 
 POLICY = ImageViews((32, 24), (0.2, 1), (0.75, 1.333), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, seed=7)
 
@@ -92,8 +96,7 @@ def test_each_parameter_alone_is_golden(name):
 def test_a_fresh_process_draws_and_replays_the_same():
     script = (
         "import json\n"
-        "from kd_dist.views import draw, input_crc, replay\n"
-        "from tests.test_views import POLICY, noise\n"
+        "from tests.test_views import POLICY, draw, input_crc, noise, replay\n"
         "views = [draw(POLICY, 'cats/1', n, (91, 70)) for n in range(20)]\n"
         "print(json.dumps([[v.tobytes().hex(), input_crc(replay(noise(91, 70), v, POLICY.size))] for v in views]))\n"
     )
@@ -512,3 +515,121 @@ def test_an_image_without_views_is_refused(image_size, crop_scale, whole):
 def test_an_impossible_policy_is_refused(options, named):
     with pytest.raises(RecipeError, match=named):
         ImageViews(**{"size": (4, 4), **options})
+
+
+# ---------------------------------------------------------------------------------------------- spectrograms
+
+SOUND = SpectrogramViews((16, 24), gain=20, time_mask=9, band_mask=5, seed=7)
+# View number -> (the bytes of the drawn record, the CRC of its levels). Never change these: caches depend on them.
+GOLDEN_SOUND = {
+    0: ("19000000140003000900090009000c0004000a0001000000", 1502701440),
+    1: ("0b000000f7ff130002000e0008000c000400010000000000", 2006272519),
+    2: ("200000000a00020000001200060008000200090002000000", 3238492976),
+}
+
+
+def spectrogram(mels: int = 16, frames: int = 60) -> np.ndarray:
+    y, x = np.mgrid[:mels, :frames]
+    return ((x * 7 + y * 11) % 256).astype(np.uint8)[..., None]
+
+
+def test_a_view_of_a_spectrogram_is_24_bytes_in_a_fixed_layout():
+    layout = {name: (kind.shape, str(kind.base), offset) for name, (kind, offset) in SOUND.dtype.fields.items()}
+    assert layout == {
+        "start": ((), "uint32", 0),
+        "gain": ((), "int16", 4),
+        "time": ((2, 2), "uint16", 6),
+        "band": ((2, 2), "uint16", 14),
+    }
+    assert SOUND.dtype.itemsize == 24 and SOUND.dtype.isalignedstruct
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_drawn_parameters_and_replayed_levels_are_golden(number):
+    view = SOUND.draw("songs/1", number, (16, 60))
+    assert (view.tobytes().hex(), input_crc(SOUND.replay(spectrogram(), view))) == GOLDEN_SOUND[number]
+
+
+def test_views_of_spectrograms_fill_their_ranges():
+    views = np.array([SOUND.draw("a", number, (16, 60)) for number in range(4000)], SOUND.dtype)
+    assert set(views["start"]) == set(range(37)) and set(views["gain"]) == set(range(-20, 21))
+    for name, widest, whole in (("time", 9, 24), ("band", 5, 16)):
+        first, width = views[name][..., 0].astype(int), views[name][..., 1].astype(int)
+        assert set(width.ravel()) == set(range(widest + 1))
+        assert (first + width).max() == whole and first.min() == 0
+        assert np.corrcoef(width.T)[0, 1] == pytest.approx(0, abs=0.06)  # the two masks know nothing of each other
+    assert abs(np.mean(views["start"]) - 18) < 0.6 and abs(np.mean(views["gain"])) < 0.7
+
+
+def test_a_parameter_of_a_spectrogram_leaves_the_others_as_they_were():
+    whole, some = SOUND.draw("a", 3, (16, 60)), replace(SOUND, gain=0, band_mask=0).draw("a", 3, (16, 60))
+    assert (some["start"], some["time"].tolist()) == (whole["start"], whole["time"].tolist())
+    assert some["gain"] == 0 and not some["band"][:, 1].any()
+
+
+def sound_view(**changes) -> np.void:
+    view = SOUND.canonical((16, 60))
+    for name, value in changes.items():
+        view[name] = value
+    return view
+
+
+def test_the_canonical_view_is_the_unchanged_middle():
+    assert np.array_equal(SOUND.replay(spectrogram(), sound_view()), spectrogram()[:, 18:42])
+
+
+def test_a_gain_is_added_and_silence_stays_silent():
+    image = spectrogram()
+    for gain in (-20, 20, 255, -255):
+        levels = SOUND.replay(image, sound_view(gain=gain)).astype(int)
+        crop = image[:, 18:42].astype(int)
+        assert np.array_equal(levels, np.where(crop == 0, 0, np.clip(crop + gain, 0, 255)))
+
+
+def test_masks_are_silent_and_may_overlap():
+    levels = SOUND.replay(spectrogram() | 1, sound_view(time=[[2, 3], [4, 4]], band=[[15, 1], [0, 0]]))
+    silent = levels[..., 0] == 0
+    assert silent[:, 2:8].all() and silent[15].all() and silent.sum() == 6 * 16 + 24 - 6
+
+
+def test_a_recording_shorter_than_a_view_is_followed_by_silence():
+    image = spectrogram(frames=10)
+    for view in (SOUND.canonical((16, 10)), SOUND.draw("a", 0, (16, 10))):
+        assert view["start"] == 0
+    levels = SOUND.replay(image, SOUND.canonical((16, 10)))
+    assert np.array_equal(levels[:, :10], image) and not levels[:, 10:].any()
+
+
+def test_levels_are_fresh_writable_and_contiguous():
+    image = spectrogram()
+    levels = SOUND.replay(image, sound_view())
+    assert levels.flags.c_contiguous and levels.flags.writeable and not np.shares_memory(levels, image)
+
+
+@pytest.mark.parametrize(
+    ("image", "changes", "problem"),
+    [
+        (spectrogram(8), {}, "a spectrogram of 8 mels has no views of 16"),
+        (spectrogram()[..., 0].astype(np.float32)[..., None], {}, "a spectrogram must be uint8"),
+        (spectrogram(frames=41), {}, "the view begins at frame 18 with a gain of 0 levels, the spectrogram has 41"),
+        (spectrogram(), {"gain": 256}, "the view begins at frame 18 with a gain of 256 levels"),
+    ],
+)
+def test_what_a_view_of_a_spectrogram_cannot_be_replayed_on(image, changes, problem):
+    with pytest.raises(DataError, match=f"^{problem}"):
+        SOUND.replay(image, sound_view(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"size": (0, 5)}, "size must be from 1 to 65535"),
+        ({"size": (5, 65536)}, "size must be from 1 to 65535"),
+        ({"gain": 256}, "gain must be from 0 to 255, not 256"),
+        ({"time_mask": 25}, "time_mask must be from 0 to 24, not 25"),
+        ({"band_mask": 17}, "band_mask must be from 0 to 16, not 17"),
+    ],
+)
+def test_a_policy_of_spectrograms_that_cannot_be(changes, problem):
+    with pytest.raises(RecipeError, match=f"^views: {problem}"):
+        replace(SOUND, **changes)

@@ -13,22 +13,22 @@ from kd_dist.batch import Batch, StudentOutput
 from kd_dist.choose import check_options, describe, entry, fits, hint
 from kd_dist.errors import ModelError, RecipeError
 from kd_dist.losses import features as feature_losses
-from kd_dist.losses import logits, segmentation
+from kd_dist.losses import logits, outputs, segmentation
 from kd_dist.losses.relations import related
 from kd_dist.losses.schedules import check_weight, weight_at
 from kd_dist.losses.table import Loss
 
-LOSSES: dict[str, Loss] = {**logits.LOSSES, **segmentation.LOSSES, **feature_losses.LOSSES}
+LOSSES: dict[str, Loss] = {**logits.LOSSES, **outputs.LOSSES, **segmentation.LOSSES, **feature_losses.LOSSES}
 
 
 def check_losses(
     losses: Mapping[str, Mapping[str, Any]], task: str, classes: int, features: Collection[str] = ()
 ) -> None:
-    """Raise a RecipeError unless an Objective of `losses` makes sense for `task` with `classes` classes.
+    """Raise a RecipeError unless an Objective of `losses` makes sense for `task` with `classes` classes, or outputs.
 
     `losses` is as a recipe writes it: loss name -> {weight: ..., **options}, the weight 1 when left out. `features`
     are the names of the features that teacher and student both have. A loss on features may say which it reads,
-    `features: [a, b]`, all when left out; a relational one may say `gather: true`, see `Objective`.
+    `features: [a, b]`, all when left out; a relational one may say whether to `gather`, see `Objective`.
     """
     if not losses:
         raise RecipeError(f"no loss is named; known: {', '.join(sorted(LOSSES))}")
@@ -45,7 +45,16 @@ def check_losses(
 
 def signals_needed(losses: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """The TeacherSignal fields that these losses read; empty when no teacher is needed."""
-    return {LOSSES[name].against for name in losses} - {"targets"}
+    return {"logits" if LOSSES[name].with_teacher else LOSSES[name].against for name in losses} - {"targets"}
+
+
+def filled(losses: Mapping[str, Mapping[str, Any]], largest_error: float) -> dict[str, Mapping[str, Any]]:
+    """These losses, with the `eta` of `ail` where it is left out: `largest_error`, the largest `outputs.mse` of the
+    teacher with the targets over every training example, in every view that the teacher has seen."""
+    return {
+        name: {**written, "eta": largest_error} if name == "ail" and written.get("eta") is None else written
+        for name, written in losses.items()
+    }
 
 
 def features_read(losses: Mapping[str, Mapping[str, Any]], known: Sequence[str]) -> list[str]:
@@ -66,7 +75,8 @@ class Objective:
     The value of a loss on features is the mean over its features, so that a weight does not depend on their number.
     A relational loss compares the rows of one micro-batch with each other; where several ranks train, those of each
     rank by themselves, which gives another value than one process has. With its option `gather: true` it compares the
-    rows of all ranks, as one process would; each rank then fetches the others' features in every micro-batch.
+    rows of all ranks, as one process would; each rank then fetches the others' rows in every micro-batch. `ccc` and
+    `kd_ccc`, whose rows are a few numbers, do so unless told `gather: false`.
     """
 
     losses: Mapping[str, Mapping[str, Any]]
@@ -109,8 +119,10 @@ def _share(row: Loss, written: Mapping[str, Any], student: Tensor, against: Tens
     """What this share of the step adds to the mean over the step's valid rows."""
     function = partial(row.function, **{key: value for key, value in written.items() if key not in _BESIDE})
     if row.relational:
-        return related(function, student, against, batch.valid, batch.total, written.get("gather", False))
-    return torch.where(batch.valid, function(student, against), 0.0).sum() / batch.total
+        rows = batch.valid & outputs.labelled(against) if row.against == "targets" else batch.valid
+        return related(function, student, against, rows, batch.total, written.get("gather", row.gather))
+    teacher = [batch.signals.logits] if row.with_teacher else []
+    return torch.where(batch.valid, function(student, against, *teacher), 0.0).sum() / batch.total
 
 
 def _feature_pairs(
@@ -138,13 +150,17 @@ def _check_place(row: Loss, task: str, classes: int) -> None:
     """RecipeError unless the loss makes sense for the task and its number of classes."""
     if _fits(row, task, classes):
         return
+    others = ", ".join(name for name, other in LOSSES.items() if _fits(other, task, classes)) or "none"
+    if task == "regression" and row.student == "logits" and task not in row.tasks:
+        raise RecipeError(
+            "its softmax compares classes, or the places of a map, with each other, and the outputs of a regression "
+            "are neither: a student that is off by a constant would score as if it were right; "
+            f"losses that fit: {others}"
+        )
     least, most = row.classes
     limit = f"exactly {least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
-    others = [name for name, other in LOSSES.items() if _fits(other, task, classes)]
-    raise RecipeError(
-        f"is for {' and '.join(row.tasks)} with {limit} classes, not for {task} with {classes}; "
-        f"losses that fit: {', '.join(others) or 'none'}"
-    )
+    where = f" with {limit} classes, not for {task} with {classes}" if row.classes != (1, None) else f", not for {task}"
+    raise RecipeError(f"is for {' and '.join(row.tasks)}{where}; losses that fit: {others}")
 
 
 def _fits(row: Loss, task: str, classes: int) -> bool:
@@ -154,7 +170,7 @@ def _fits(row: Loss, task: str, classes: int) -> bool:
 
 def _check_options(row: Loss, written: Mapping[str, Any]) -> None:
     """RecipeError unless the loss, or the Objective for it, takes these options with these values."""
-    tensors = list(inspect.signature(row.function).parameters)[:2]
+    tensors = list(inspect.signature(row.function).parameters)[: 3 if row.with_teacher else 2]
     allowed = {"weight": True, "features": row.against == "features", "gather": row.relational}
     beside = [option for option, may_be in allowed.items() if may_be]
     check_options(row.function, written, given=tensors, beside=beside)
@@ -162,7 +178,7 @@ def _check_options(row: Loss, written: Mapping[str, Any]) -> None:
         if option in written and not fits(written[option], _BESIDE[option]):
             raise RecipeError(f"option '{option}' must be {describe(_BESIDE[option])}, not {written[option]!r}")
     for option, (least, most) in row.ranges.items():
-        if option in written and not least <= written[option] <= most:
+        if written.get(option) is not None and not least <= written[option] <= most:
             raise RecipeError(f"option '{option}' must be from {least:g} to {most:g}, not {written[option]}")
 
 

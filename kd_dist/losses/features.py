@@ -149,20 +149,20 @@ def _cosines(gram: Tensor, distances: Tensor) -> Tensor:
     return product * inverse[:, :, None] * inverse[:, None, :]
 
 
-_TASKS = ("classification", "segmentation")
+_TASKS = ("classification", "segmentation", "regression")
 
 LOSSES = {
-    "cosine": Loss(cosine, student="projected", against="features", tasks=_TASKS, classes=(2, None), ranges={}),
-    "hint": Loss(hint, student="projected", against="features", tasks=_TASKS, classes=(2, None), ranges={}),
-    "at": Loss(at, student="features", against="features", tasks=_TASKS, classes=(2, None), ranges={}),
-    "saliency": Loss(saliency, student="features", against="features", tasks=_TASKS, classes=(2, None), ranges={}),
-    "sp": Loss(sp, student="features", against="features", tasks=_TASKS, classes=(2, None), ranges={}, relational=True),
+    "cosine": Loss(cosine, student="projected", against="features", tasks=_TASKS, classes=(1, None), ranges={}),
+    "hint": Loss(hint, student="projected", against="features", tasks=_TASKS, classes=(1, None), ranges={}),
+    "at": Loss(at, student="features", against="features", tasks=_TASKS, classes=(1, None), ranges={}),
+    "saliency": Loss(saliency, student="features", against="features", tasks=_TASKS, classes=(1, None), ranges={}),
+    "sp": Loss(sp, student="features", against="features", tasks=_TASKS, classes=(1, None), ranges={}, relational=True),
     "rkd": Loss(
         rkd,
         student="features",
         against="features",
         tasks=_TASKS,
-        classes=(2, None),
+        classes=(1, None),
         ranges={"distance": (0.0, 1000.0), "angle": (0.0, 1000.0)},
         relational=True,
     ),

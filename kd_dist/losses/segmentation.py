@@ -70,8 +70,8 @@ LOSSES = {
         cwd_features,
         student="projected",
         against="features",
-        tasks=("classification", "segmentation"),
-        classes=(2, None),
+        tasks=("classification", "segmentation", "regression"),
+        classes=(1, None),
         ranges={"temperature": TEMPERATURE},
     ),
 }

@@ -12,7 +12,7 @@ class Loss(NamedTuple):
     The function takes the student's tensor, then what it is compared with, then its options by keyword. It returns
     (B,) float32: one value an example, averaged over everything else, not yet averaged over the batch. A relational
     one returns a 0-d float32 instead, one value for all rows together, and sees valid rows only, at least 2.
-    Where it compares features, it takes those of one name.
+    Where it compares features, it takes those of one name. One `with_teacher` takes (student, targets, teacher).
     """
 
     function: Callable[..., Tensor]
@@ -22,3 +22,5 @@ class Loss(NamedTuple):
     classes: tuple[int, int | None]  # fewest and most classes; None: no upper limit
     ranges: dict[str, tuple[float, float]]  # numeric option -> smallest and largest value, both allowed
     relational: bool = False  # whether it compares the rows of a batch with each other
+    gather: bool = False  # of a relational one: whether it compares those of all ranks where a recipe is silent
+    with_teacher: bool = False  # of one against targets, not relational: whether it reads the teacher's logits too

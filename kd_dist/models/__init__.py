@@ -1,6 +1,7 @@
 """Models by name. One file a family; every model owns its normalisation and takes uint8 or [0, 1] images."""
 
 import hashlib
+import inspect
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,19 +13,20 @@ from torch import Tensor, nn
 
 from kd_dist import choose
 from kd_dist.errors import ModelError
+from kd_dist.models.heads import Head, with_head
 
 
 class Built(NamedTuple):
     """What a family returns: an architecture and the normalisation that it was made for."""
 
-    backbone: nn.Module  # (B, 3, H, W) float, normalised -> (B, classes), or (B, classes, h, w) for maps
-    mean: Sequence[float]  # per channel, of images in [0, 1]
+    backbone: nn.Module  # (B, channels, H, W) float, normalised -> (B, classes), or (B, classes, h, w) for maps
+    mean: Sequence[float]  # one a channel, of images in [0, 1]
     std: Sequence[float]
     ignored: tuple[str, ...] = ()  # what names of weights begin with that a file may hold and the backbone does not
 
 
-# Where each family lives, as `build(name, classes, pretrained, options, maps) -> Built`: its library loads only when
-# chosen.
+# Where each family lives, as `build(name, classes, pretrained, options, maps, channels) -> Built`: its library loads
+# only when chosen.
 FAMILIES = {
     "timm": "kd_dist.models.timm:build",
     "torchvision": "kd_dist.models.torchvision:build",
@@ -37,16 +39,29 @@ COUNTER = ".num_batches_tracked"  # old files lack it, and nothing that we do us
 class Network(nn.Module):
     """A backbone behind its own preprocessing: raw images in, logits out.
 
-    Input (B, 3, H, W): uint8, or float in [0, 1]. Output (B, classes). A one-output head of a two-class task becomes
-    [0, z], which has the same softmax. With `maps` the output is (B, classes, h, w), at whatever resolution the
-    backbone gives. Any other shape is a ModelError on the first batch.
+    Input (B, channels, H, W): uint8, or float in [0, 1]. Output (B, classes). A one-output head of a two-class task
+    becomes [0, z], which has the same softmax. With `maps` the output is (B, classes, h, w), at whatever resolution the
+    backbone gives. With `bounds` (low, high) the `classes` outputs are real numbers between the two, float32 in any
+    precision: low + (high - low) (tanh(z) + 1) / 2. Any other shape is a ModelError on the first batch.
+
+    `resting` names the normalisation layers that stay in evaluation mode whatever `train()` says: see
+    `kd_dist.models.blocks`.
     """
 
-    def __init__(self, built: Built, classes: int, image_size: int | None, label: str, maps: bool = False) -> None:
+    def __init__(
+        self,
+        built: Built,
+        classes: int,
+        image_size: int | None,
+        label: str,
+        maps: bool = False,
+        bounds: tuple[float, float] | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = built.backbone
         self.classes, self.image_size, self.label, self.maps = classes, image_size, label, maps
-        self.ignored = built.ignored
+        self.channels, self.bounds, self.ignored = len(built.mean), bounds, built.ignored
+        self.resting: tuple[str, ...] = ()  # names in the backbone: a module may be replaced by a synchronised one
         # Not persistent: the recipe states them, and weights stay plain weights of the architecture.
         self.register_buffer("mean", torch.tensor(built.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(built.std).view(1, -1, 1, 1), persistent=False)
@@ -59,22 +74,35 @@ class Network(nn.Module):
         logits = self.backbone((pixels - self.mean) / self.std)
         if not isinstance(logits, Tensor):
             raise ModelError(f"{self.label}: returns {type(logits).__name__}, not one tensor of logits")
-        if self.classes == 2 and not self.maps and logits.shape == (len(images), 1):
+        if self.classes == 2 and not self.maps and self.bounds is None and logits.shape == (len(images), 1):
             return torch.cat([torch.zeros_like(logits), logits], dim=1)
         if logits.shape[:2] != (len(images), self.classes) or logits.dim() != (4 if self.maps else 2):
-            grid = ", h, w" if self.maps else ""
+            grid, what = ", h, w" if self.maps else "", "classes" if self.bounds is None else "outputs"
             raise ModelError(
                 f"{self.label}: gives logits of shape {tuple(logits.shape)} for {len(images)} images, but the task has "
-                f"{self.classes} classes: expected ({len(images)}, {self.classes}{grid})"
+                f"{self.classes} {what}: expected ({len(images)}, {self.classes}{grid})"
             )
-        return logits
+        if self.bounds is None:
+            return logits
+        low, high = self.bounds
+        return low + (high - low) * (torch.tanh(logits.float()) + 1) / 2
+
+    def train(self, mode: bool = True) -> "Network":
+        """As of every module, but for the layers that rest."""
+        super().train(mode)
+        for name in self.resting:
+            self.backbone.get_submodule(name).eval()
+        return self
 
 
 def build_network(
     model: str,
     classes: int,
     *,
+    channels: int = 3,
     maps: bool = False,
+    bounds: tuple[float, float] | None = None,
+    head: Head | None = None,
     options: dict[str, Any],
     pretrained: bool = False,
     image_size: int | None = None,
@@ -83,23 +111,40 @@ def build_network(
 ) -> Network:
     """Build `family/name` or `package.module:factory`; with `maps`, one that answers at every place of an image.
 
-    A user's factory is called as `factory(classes=..., **options)` and returns an nn.Module from normalised
-    (B, 3, H, W) to (B, classes), with `maps` to (B, classes, h, w); without `mean` and `std` in the recipe it gets
-    images in [0, 1] as they are.
+    Images have so many `channels`, real outputs lie within `bounds`: see Network. A `head` replaces the last layer.
+
+    A user's factory is called as `factory(classes=..., **options)`, with `channels=...` if it has such a parameter, and
+    returns an nn.Module from normalised (B, channels, H, W) to (B, classes), with `maps` to (B, classes, h, w); without
+    `mean` and `std` in the recipe it gets images in [0, 1] as they are.
     """
     if ":" in model:
-        factory = choose.imported(model)
-        choose.check_options(factory, options, given=["classes"])
-        backbone = factory(classes=classes, **options)
-        if not isinstance(backbone, nn.Module):
-            raise ModelError(f"{model}: returned {type(backbone).__name__}, not a torch.nn.Module")
-        built = Built(backbone, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        built = _own(model, classes, options, channels)
     else:
         family, _, name = model.partition("/")
         build = choose.imported(choose.entry(FAMILIES, "model family", family))
-        built = build(name, classes, pretrained, options, maps)
+        built = build(name, classes, pretrained, options, maps, channels)
     built = built._replace(mean=mean or built.mean, std=std or built.std)
-    return Network(built, classes, image_size, model, maps)
+    for what, values in (("mean", built.mean), ("std", built.std)):
+        if len(values) != channels:
+            raise ModelError(
+                f"{model}: images have {channels} channels, but {what} has {len(values)} values; give one a channel"
+            )
+    if head is not None:
+        with_head(built.backbone, classes, head, model)
+    return Network(built, classes, image_size, model, maps, bounds)
+
+
+def _own(model: str, classes: int, options: dict[str, Any], channels: int) -> Built:
+    """What a user's own factory makes."""
+    factory = choose.imported(model)
+    given = {"classes": classes}
+    if "channels" in inspect.signature(factory).parameters:
+        given["channels"] = channels
+    choose.check_options(factory, options, given=given)
+    backbone = factory(**given, **options)
+    if not isinstance(backbone, nn.Module):
+        raise ModelError(f"{model}: returned {type(backbone).__name__}, not a torch.nn.Module")
+    return Built(backbone, (0.0,) * channels, (1.0,) * channels)
 
 
 def load_weights(network: Network, path: str | Path) -> None:

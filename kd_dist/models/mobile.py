@@ -1,4 +1,4 @@
-"""Our own small students: `kd_dist/<name>`, a row each in `STUDENTS`."""
+"""Our own small students: `kd_dist/<name>`, and the one for segmentation."""
 
 import functools
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kd_dist import choose
 from kd_dist.errors import ModelError
 from kd_dist.models import Built
+from kd_dist.models.mobile_vit import MobileViT
 from kd_dist.models.torchvision import load_official
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -102,18 +103,23 @@ def scaled(channels: int, width: float) -> int:
     return max(8, int(channels * width / 8 + 0.5) * 8)
 
 
-STUDENTS = {"mobilenet_v3_small_aspp": MobileNetV3SmallAspp}
+STUDENTS = {"mobilenet_v3_small_aspp": MobileNetV3SmallAspp, "mobile_vit": MobileViT}
 
 
-def build(name: str, classes: int, pretrained: bool, options: dict[str, Any], maps: bool) -> Built:
-    """Create a student of ours for segmentation; `pretrained` means torchvision's ImageNet weights in its encoder."""
+def build(name: str, classes: int, pretrained: bool, options: dict[str, Any], maps: bool, channels: int) -> Built:
+    """Create a student of ours: `mobilenet_v3_small_aspp` for segmentation, where `pretrained` means torchvision's
+    ImageNet weights in its encoder, `mobile_vit` for one answer an image."""
     label = f"kd_dist/{name}"
     if name not in STUDENTS:
         raise ModelError(f"{label}: there is no such student{choose.hint(name, STUDENTS)}")
+    factory = STUDENTS[name]
+    choose.check_options(factory, options, given=["classes", "channels"])
+    if factory is MobileViT:
+        return _mobile_vit(label, classes, pretrained, options, maps, channels)
     if not maps:
         raise ModelError(f"{label}: answers at every place of an image; use timm/... or torchvision/... for one answer")
-    factory = STUDENTS[name]
-    choose.check_options(factory, options, given=["classes"])
+    if channels != 3:
+        raise ModelError(f"{label}: takes images of 3 channels, and these have {channels}; use kd_dist/mobile_vit")
     if not options.get("width", 1.0) > 0:
         raise ModelError(f"{label}: option 'width' must be above 0, not {options['width']}")
     backbone = factory(classes=classes, **options)
@@ -122,3 +128,13 @@ def build(name: str, classes: int, pretrained: bool, options: dict[str, Any], ma
 
         load_official(backbone.encoder, MobileNet_V3_Small_Weights.IMAGENET1K_V1, label, part="features.")
     return Built(backbone, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _mobile_vit(
+    label: str, classes: int, pretrained: bool, options: dict[str, Any], maps: bool, channels: int
+) -> Built:
+    if maps:
+        raise ModelError(f"{label}: gives one answer for an image; use kd_dist/mobilenet_v3_small_aspp for maps")
+    if pretrained:
+        raise ModelError(f"{label}: has no pretrained weights; leave them out, or give a file or `stage:<name>`")
+    return Built(MobileViT(classes, channels, **options), (0.5,) * channels, (0.5,) * channels)

@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kd_dist import choose
 from kd_dist.errors import ModelError
 from kd_dist.models import Network
+from kd_dist.models.readings import READINGS, Patches, patches, received
 
 SYNTAX = re.compile(r"([^\s\[\]]+)(?:\[([^\s\[\]]+)\])?")
+READING = re.compile(r"(grid|saliency|attention)\(([^()]+?)(?:, *([1-9][0-9]{0,3})x([1-9][0-9]{0,3}))?\)")
 
 
 class Tap(NamedTuple):
@@ -20,6 +23,8 @@ class Tap(NamedTuple):
 
     path: str  # of a module, as in `named_modules()` of the backbone
     selector: str | None  # the index or key of one of its outputs
+    reading: str | None  # a name of READINGS; None: the output as it is
+    size: tuple[int, int] | None  # the grid (h, w) that a reading brings it to; None: its own
 
 
 class Taken(NamedTuple):
@@ -39,6 +44,11 @@ class Taps:
     Features are channels first: a module's (B, C, h, w) and (B, C) stay as they are, its (B, N, C) becomes (B, C, N).
     Limit: (B, h, w, C), as Swin's stages give, looks like (B, C, h, w) and is taken for it.
 
+    Around a tap may stand a reading: `grid(blocks.11)` makes a map (B, C, h, w) of a vision transformer's tokens;
+    `saliency(blocks.11)` says where maps or tokens are strong and `attention(blocks.11.attn)` what a module of
+    attention looks at, both (B, 1, h, w), on a grid of one's choice with `saliency(blocks.11, 4x8)`. See `readings`.
+    For `attention` the module computes its weights where it can be seen, unfused, until the tap is removed.
+
     Every mistake is a ModelError that names the network and the feature: here for a path, on the first forward for
     what only that can show.
     """
@@ -49,10 +59,11 @@ class Taps:
         self.taps = {name: self._parsed(name, text, modules) for name, text in paths.items()}
         self.overwritten: set[str] = set()  # features that the next module changes in place: these are copied
         self.taken: dict[str, Taken] = {}
-        self.handles = [
-            modules[tap.path].register_forward_hook(functools.partial(self._take, name))
-            for name, tap in self.taps.items()
-        ]
+        self.patches = Patches(None, 0)  # of the last forward
+        self.unfused: list[nn.Module] = []
+        self.handles = [self._hooked(name, tap, modules[tap.path]) for name, tap in self.taps.items()]
+        if any(tap.reading for tap in self.taps.values()):
+            self.handles.append(network.backbone.register_forward_pre_hook(self._measure))
 
     def probe(self, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
         """The shape (C, *grid) of each feature for images of `size` (H, W), from two black ones in evaluation mode.
@@ -61,7 +72,7 @@ class Taps:
         """
         network, self.taken = self.network, {}
         modes = {module: module.training for module in network.modules()}
-        images = torch.zeros(2, 3, *size, dtype=torch.uint8, device=network.mean.device)
+        images = torch.zeros(2, network.channels, *size, dtype=torch.uint8, device=network.mean.device)
         network.eval()
         try:
             with torch.inference_mode(False), torch.no_grad():  # inference tensors do not count changes
@@ -84,16 +95,53 @@ class Taps:
         """Take the hooks off the network."""
         for handle in self.handles:
             handle.remove()
-        self.taken = {}
+        for module in self.unfused:
+            module.fused_attn = True
+        self.taken, self.unfused = {}, []
 
     def _parsed(self, name: str, text: str, modules: Mapping[str, nn.Module]) -> Tap:
-        match = SYNTAX.fullmatch(text)
-        if match is None:
-            raise self._error(name, f"'{text}' is no tap; write a module path, with [index] or [key] to pick an output")
-        tap = Tap(*match.groups())
+        reading = READING.fullmatch(text)
+        kind, inner, *sides = reading.groups() if reading else (None, text, None, None)
+        match = SYNTAX.fullmatch(inner)
+        # Neither a grid of another size nor an output of several has a meaning there.
+        odd = (kind == "grid" and sides[0]) or (kind == "attention" and match and match[2])
+        if match is None or odd:
+            raise self._error(
+                name,
+                f"'{text}' is no tap; write a module path, with [index] or [key] to pick an output, or grid(PATH), "
+                f"saliency(PATH), attention(PATH), the last two also with a grid: saliency(PATH, 4x8)",
+            )
+        tap = Tap(*match.groups(), kind, (int(sides[0]), int(sides[1])) if sides[0] else None)
         if tap.path not in modules:
             raise self._error(name, f"there is no module '{tap.path}'{choose.hint(tap.path, filter(None, modules))}")
         return tap
+
+    def _hooked(self, name: str, tap: Tap, module: nn.Module) -> RemovableHandle:
+        if tap.reading != "attention":
+            return module.register_forward_hook(functools.partial(self._take, name))
+        inner = getattr(module, "attn_drop", None)
+        if not isinstance(inner, nn.Module) or not hasattr(module, "fused_attn"):
+            raise self._error(
+                name,
+                f"module '{tap.path}' is no attention that can be read (it has no attn_drop and fused_attn); give "
+                f"attention() the attn of a block, or use saliency()",
+            )
+        if module.fused_attn:
+            self.unfused.append(module)
+            module.fused_attn = False
+        return inner.register_forward_hook(functools.partial(self._take_attention, name))
+
+    def _measure(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.patches = patches(module, tuple(inputs[0].shape[-2:]))
+
+    def _take_attention(self, name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Of the weights before dropout: as many numbers as there are tokens, instead of their square for each head."""
+        try:
+            value = received(inputs[0])
+        except ModelError as error:
+            raise self._error(name, f"module '{self.taps[name].path}' {error}") from error
+        times = self.taken[name].times if name in self.taken else 0
+        self.taken[name] = Taken(value, _version(value), times + 1)
 
     def _take(self, name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         value = self._selected(name, output)
@@ -103,7 +151,7 @@ class Taps:
         self.taken[name] = Taken(value, _version(value), times + 1)
 
     def _selected(self, name: str, output: Any) -> Tensor:
-        path, selector = self.taps[name]
+        path, selector, *_ = self.taps[name]
         choices = None
         if isinstance(output, Mapping):
             choices = {str(key): value for key, value in output.items()}
@@ -124,11 +172,11 @@ class Taps:
         return output
 
     def _feature(self, name: str, taken: Taken | None, batch: int) -> Tensor:
-        path = self.taps[name].path
+        path, _, reading, size = self.taps[name]
         if taken is None:
             fused = (
                 ", or set TIMM_FUSED_ATTN=0 before starting: timm's fused attention passes over modules inside it"
-                if "attn" in path
+                if "attn" in path and reading != "attention"
                 else ""
             )
             raise self._error(name, f"module '{path}' did not run in the forward; tap another module{fused}")
@@ -139,6 +187,12 @@ class Taps:
                 f"network or the network itself ran again; tap another module",
             )
         shape = tuple(taken.value.shape)
+        if reading == "attention" and shape[0] != batch:
+            raise self._error(
+                name,
+                f"module '{path}' attends within {shape[0]} parts of {batch} images, not within each image; use "
+                f"saliency() of a module around it",
+            )
         if len(shape) not in (2, 3, 4) or shape[0] != batch:
             raise self._error(
                 name,
@@ -151,7 +205,12 @@ class Taps:
                 f"the output of module '{path}' is changed in place by a later one, which no probe in evaluation mode "
                 f"has shown; tap that later module",
             )
-        return taken.value.transpose(1, 2) if len(shape) == 3 else taken.value
+        if reading is None:
+            return taken.value.transpose(1, 2) if len(shape) == 3 else taken.value
+        try:
+            return READINGS[reading](taken.value, self.patches, size)
+        except ModelError as error:
+            raise self._error(name, f"module '{path}' {error}") from error
 
     def _error(self, name: str, problem: str) -> ModelError:
         return ModelError(f"{self.network.label}: feature '{name}': {problem}")

@@ -1,5 +1,6 @@
 """timm models: `timm/<name>`, with timm's own options, normalisation and pretrained weights."""
 
+import statistics
 from typing import Any
 
 from kd_dist import choose
@@ -7,8 +8,12 @@ from kd_dist.errors import ModelError
 from kd_dist.models import Built
 
 
-def build(name: str, classes: int, pretrained: bool, options: dict[str, Any], maps: bool) -> Built:
-    """Create a timm model with `classes` outputs; the normalisation is the one its weights were trained with."""
+def build(name: str, classes: int, pretrained: bool, options: dict[str, Any], maps: bool, channels: int) -> Built:
+    """Create a timm model with `classes` outputs; the normalisation is the one its weights were trained with.
+
+    For another number of `channels` than 3 timm adapts its pretrained weights, and every channel has the mean over the
+    three of `mean` and of `std`.
+    """
     if maps:
         raise ModelError(f"timm/{name}: timm has no segmentation models; use torchvision/... or kd_dist/...")
     import timm
@@ -17,7 +22,7 @@ def build(name: str, classes: int, pretrained: bool, options: dict[str, Any], ma
     if not timm.is_model(name.split(".")[0]):
         raise ModelError(f"timm/{name}: timm has no such model{choose.hint(name, timm.list_models())}")
     try:
-        backbone = timm.create_model(name, pretrained=pretrained, num_classes=classes, **options)
+        backbone = timm.create_model(name, pretrained=pretrained, num_classes=classes, in_chans=channels, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ModelError(f"timm/{name}: cannot be built with {options}: {error}") from error
     except OSError as error:  # every kind of failed download is one
@@ -25,4 +30,7 @@ def build(name: str, classes: int, pretrained: bool, options: dict[str, Any], ma
             f"timm/{name}: its pretrained weights cannot be fetched ({error}); give a local file"
         ) from error
     config = resolve_model_data_config(backbone)
-    return Built(backbone, config["mean"], config["std"])
+    mean, std = config["mean"], config["std"]
+    if channels != len(mean):
+        mean, std = ((statistics.fmean(values),) * channels for values in (mean, std))
+    return Built(backbone, mean, std)

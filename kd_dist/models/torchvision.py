@@ -37,7 +37,7 @@ class BeforeUpsampling(nn.Module):
         return self.classifier(features.get("out", features))  # LR-ASPP's classifier takes the whole mapping
 
 
-def build(name: str, classes: int, pretrained: bool, options: dict[str, Any], maps: bool) -> Built:
+def build(name: str, classes: int, pretrained: bool, options: dict[str, Any], maps: bool, channels: int) -> Built:
     """Create a torchvision model with `classes` outputs; the normalisation is that of its official weights.
 
     `pretrained` means these weights as they are, so only for their own number of classes.
@@ -45,6 +45,11 @@ def build(name: str, classes: int, pretrained: bool, options: dict[str, Any], ma
     from torchvision import models
 
     label = f"torchvision/{name}"
+    if channels != 3:
+        raise ModelError(
+            f"{label}: torchvision's models take images of 3 channels, and these have {channels}; use timm/... or "
+            f"kd_dist/mobile_vit"
+        )
     known = models.list_models(module=models.segmentation if maps else models)
     if name not in known:
         kind = "segmentation" if maps else "classification"

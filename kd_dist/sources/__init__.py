@@ -12,9 +12,12 @@ class Item(NamedTuple):
 
     name: str  # relative path or other name, unique in its split; the example's key is made from it
     split: str | None  # None: the recipe's split fractions decide
-    extension: str  # of the encoded image, without the dot: png, jpg
-    label: Any  # class index; or a mask's encoded PNG, or a picklable function that returns it; checked when packed
-    read: Callable[[], bytes]  # the encoded image; picklable
+    extension: str  # of the encoded image or recording, without the dot: png, mp3
+    # Class index; or a mask's encoded PNG, or a picklable function that returns it; or numbers. Checked when packed.
+    label: Any
+    read: Callable[[], bytes]  # the encoded image or recording; picklable
+    group: str | None = None  # items of a group stay in one split, as the windows of a song; None: its own name
+    span: tuple[float, float] | None = None  # the part of a recording that the item is, in seconds; None: all of it
 
 
 class Listing(NamedTuple):
@@ -26,6 +29,8 @@ class Listing(NamedTuple):
 
 # Where each source lives: its library loads only when it is chosen.
 SOURCES = {
+    "audio_folder": "kd_dist.sources.audio_folder:audio_folder",
+    "deam": "kd_dist.sources.deam:deam",
     "digits": "kd_dist.sources.digits:digits",
     "image_folder": "kd_dist.sources.image_folder:image_folder",
     "voc": "kd_dist.sources.voc:voc",

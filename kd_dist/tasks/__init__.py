@@ -1,17 +1,36 @@
 """Tasks. One file a task: how an example is encoded, decoded and checked, its metrics, what its teacher's signals say.
 
-A task is a value: `TASKS[name](classes)`.
+A task is a value, which holds the kind of its input.
 """
 
 import math
+from typing import Any
 
-from kd_dist.tasks import classification, segmentation
+from kd_dist.tasks import classification, regression, segmentation
 from kd_dist.tasks.classification import Classification
+from kd_dist.tasks.regression import Regression
 from kd_dist.tasks.segmentation import Segmentation
 
-Task = Classification | Segmentation
-TASKS: dict[str, type[Task]] = {"classification": Classification, "segmentation": Segmentation}
-METRICS = {**classification.HIGHER_IS_BETTER, **segmentation.HIGHER_IS_BETTER}  # metric: whether higher is better
+Task = Classification | Segmentation | Regression
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "segmentation": Segmentation,
+    "regression": Regression,
+}
+METRICS = {  # metric: whether higher is better
+    **classification.HIGHER_IS_BETTER,
+    **segmentation.HIGHER_IS_BETTER,
+    **regression.HIGHER_IS_BETTER,
+}
+
+
+def packed_for(task: Task) -> dict[str, Any]:
+    """What a manifest says of the task that examples were packed for; images are as they came."""
+    about = {"task": task.name, "classes": task.classes}
+    if isinstance(task, Regression):
+        about |= {"outputs": list(task.outputs), "range": list(task.range)}
+    described = task.input.described()
+    return {**about, "input": described} if described else about
 
 
 def is_better(metric: str, value: float, best: float | None) -> bool:

@@ -1,6 +1,5 @@
 """Image classification: one class index an image."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,48 +12,44 @@ from torch import Tensor
 
 from kd_dist.batch import Example
 from kd_dist.errors import DataError
-from kd_dist.tasks.images import (
-    certainty,
-    certainty_warnings,
-    decode_image,
-    image_and,
-    image_members,
-    naming,
-)
+from kd_dist.inputs import Input, Span
+from kd_dist.inputs.images import Images
+from kd_dist.tasks import records
+from kd_dist.tasks.certainty import certainty, certainty_warnings
 
 HIGHER_IS_BETTER = {"accuracy": True, "nll": False}
 
 
 @dataclass(frozen=True)
 class Classification:
-    """Each image is of one of `classes` classes; logits are (B, C)."""
+    """Each example is of one of `classes` classes; logits are (B, C)."""
 
     classes: int
+    input: Input = Images()
 
     name: ClassVar[str] = "classification"
     maps: ClassVar[bool] = False
+    shown: ClassVar[int] = 0  # examples in a picture
     canonical_whole: ClassVar[bool] = False
     metrics_known: ClassVar[tuple[str, ...]] = tuple(HIGHER_IS_BETTER)
 
-    def encode(self, image: bytes, extension: str, label: Any, metadata: Mapping[str, Any]) -> dict[str, bytes]:
-        """The members of one example in its shard: the image as it came, and the label as JSON.
+    def encode(
+        self, payload: bytes, extension: str, label: Any, metadata: Mapping[str, Any], span: Span = None
+    ) -> dict[str, bytes]:
+        """The members of one example in its shard: the input as it keeps it, and the label as JSON.
 
-        `label` is a class index. Raises DataError when the image cannot be decoded or the label is none.
+        `label` is a class index; `span` the part of a recording, see `Item`. Raises DataError when the input cannot be
+        decoded or the label is none.
         """
         index = check_label(label, self.classes)
-        members = image_members(image, extension, {"label": index, "metadata": metadata})
-        decode_image(image)
-        return members
+        record = records.encoded({"label": index, "metadata": metadata})
+        return {**self.input.encode(payload, extension, span), **record}
 
     def decode(self, key: str, members: Mapping[str, bytes | memoryview]) -> Example:
         """One example of a shard. Raises DataError that names the key."""
-        with naming(key):
-            image, text = image_and("json", members)
-            record = json.loads(bytes(text))
-            if not isinstance(record, dict) or "label" not in record:
-                raise DataError("its json member has no 'label'")
-            label = check_label(record["label"], self.classes)
-            return Example(key, decode_image(image), label)
+        with records.naming(key):
+            label = check_label(records.label_in(members), self.classes)
+            return Example(key, self.input.decode(members), label)
 
     def replay_target(self, target: int, view: np.void, size: tuple[int, int]) -> int:
         """The target of a view of (h, w) `size`: that of its image."""

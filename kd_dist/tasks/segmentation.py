@@ -14,16 +14,11 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from kd_dist.batch import IGNORED, Example
 from kd_dist.errors import DataError
-from kd_dist.tasks.images import (
-    certainty,
-    certainty_warnings,
-    decode_image,
-    image_and,
-    image_members,
-    naming,
-    opened,
-)
-from kd_dist.views import replay_mask, sample
+from kd_dist.inputs import Span
+from kd_dist.inputs.images import Images, decode_image, image_member, opened
+from kd_dist.tasks import records
+from kd_dist.tasks.certainty import certainty, certainty_warnings
+from kd_dist.views.images import replay_mask, sample
 
 HIGHER_IS_BETTER = {"miou": True, "pixel_accuracy": True}
 MASK = "mask.png"  # the extension of a mask in a shard
@@ -37,19 +32,23 @@ class Segmentation:
     """Each pixel is of one of `classes` classes; logits are maps (B, C, h, w), not yet scaled up to the image."""
 
     classes: int
+    input: Images = Images()
 
     name: ClassVar[str] = "segmentation"
     maps: ClassVar[bool] = True
+    shown: ClassVar[int] = 4  # examples in a picture
     canonical_whole: ClassVar[bool] = True  # no pixel of an image may go unjudged
     metrics_known: ClassVar[tuple[str, ...]] = tuple(HIGHER_IS_BETTER)
 
-    def encode(self, image: bytes, extension: str, label: Any, metadata: Mapping[str, Any]) -> dict[str, bytes]:
+    def encode(
+        self, payload: bytes, extension: str, label: Any, metadata: Mapping[str, Any], span: Span = None
+    ) -> dict[str, bytes]:
         """The members of one example in its shard: image and mask as they came, and the metadata as JSON.
 
         `label` is an encoded PNG mask, or a function that returns it. Raises DataError when the image or the mask
         cannot be decoded or they do not fit each other, and whatever the function raises.
         """
-        members = image_members(image, extension, {"metadata": metadata})
+        members = {**image_member(payload, extension), **records.encoded({"metadata": metadata})}
         mask = label() if callable(label) else label
         if not isinstance(mask, bytes):
             raise DataError(
@@ -57,16 +56,18 @@ class Segmentation:
             )
         with opened(mask, "mask") as stored:
             stored.verify()  # decoding a PNG does not look at the CRC of its pixels
-        self._decode_pair(image, mask)
+        self._pair(decode_image(payload), mask)
         return {**members, MASK: mask}
 
     def decode(self, key: str, members: Mapping[str, bytes | memoryview]) -> Example:
         """One example of a shard. Raises DataError that names the key."""
-        with naming(key):
-            return Example(key, *self._decode_pair(*image_and(MASK, members)))
+        with records.naming(key):
+            if MASK not in members:
+                raise DataError(f"it has no {MASK} member, only {', '.join(sorted(members))}")
+            return Example(key, *self._pair(self.input.decode(members), members[MASK]))
 
-    def _decode_pair(self, image: bytes | memoryview, mask: bytes | memoryview) -> tuple[np.ndarray, np.ndarray]:
-        pixels, target = decode_image(image), decode_mask(mask, self.classes)
+    def _pair(self, pixels: np.ndarray, mask: bytes | memoryview) -> tuple[np.ndarray, np.ndarray]:
+        target = decode_mask(mask, self.classes)
         if pixels.shape[:2] != target.shape:
             (rows, columns), (own_rows, own_columns) = pixels.shape[:2], target.shape
             raise DataError(f"the mask has {own_rows} x {own_columns} pixels and the image {rows} x {columns}")

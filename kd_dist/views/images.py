@@ -3,17 +3,17 @@
 The parameters are stored, never a seed alone: what a seed means may change with a library, a crop box cannot.
 """
 
-import hashlib
 import math
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from kd_dist.errors import DataError, RecipeError
+from kd_dist.views.chance import record, uniform
 
 # One view: 24 bytes. Photometric factors (1 leaves the pixels unchanged), the crop box in pixels of the decoded
 # image, and whether the resized crop is mirrored left to right (0 or 1).
@@ -56,6 +56,10 @@ class ImageViews:
     seed: int = 0
     whole: bool = False  # the canonical view is the whole image
 
+    kind: ClassVar[str] = "image"
+    channels: ClassVar[int] = 3
+    dtype: ClassVar[np.dtype] = VIEW_DTYPE
+
     def __post_init__(self) -> None:
         if min(self.size) < 1:
             raise RecipeError(f"views: size must be at least 1 pixel on each side, not {self.size}")
@@ -69,26 +73,30 @@ class ImageViews:
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"views: {name} must be from 0 to 1, not {getattr(self, name)}")
 
+    def draw(self, key: str, number: int, image_size: tuple[int, int]) -> np.void:
+        """View `number` of the example `key`, whose decoded image has `image_size` (H, W): one record of VIEW_DTYPE.
 
-def draw(policy: ImageViews, key: str, number: int, image_size: tuple[int, int]) -> np.void:
-    """View `number` of the example `key`, whose decoded image has `image_size` (H, W): one record of VIEW_DTYPE.
+        Each parameter has its own stream of chance, so a new parameter, or another range for one, leaves the others
+        as they were. Raises DataError for an image that has no pixels or a side over 65,535.
+        """
+        chance = partial(uniform, self.seed, key, number)
+        box = _random_box(self, chance, image_size)
+        factors = [
+            1 + getattr(self, name) * (2 * chance(name) - 1) for name in ("brightness", "contrast", "saturation")
+        ]
+        return record(VIEW_DTYPE, *factors, *box, chance("flip") < self.flip)
 
-    Each parameter has its own stream of chance, so a new parameter, or another range for one, leaves the others
-    as they were. Raises DataError for an image that has no pixels or a side over 65,535.
-    """
-    chance = partial(_uniform, policy.seed, key, number)
-    box = _random_box(policy, chance, image_size)
-    factors = [1 + getattr(policy, name) * (2 * chance(name) - 1) for name in ("brightness", "contrast", "saturation")]
-    return _record(*factors, *box, chance("flip") < policy.flip)
+    def canonical(self, image_size: tuple[int, int]) -> np.void:
+        """The one view for evaluation: the largest centred box of the view's aspect ratio, or the whole image where
+        the policy says so; nothing else changed.
 
+        `image_size` is the (H, W) of the decoded image. Raises DataError as `draw` does.
+        """
+        return record(VIEW_DTYPE, 1, 1, 1, *_canonical_box(self, image_size), False)
 
-def canonical(policy: ImageViews, image_size: tuple[int, int]) -> np.void:
-    """The one view for evaluation: the largest centred box of the view's aspect ratio, or the whole image where the
-    policy says so; nothing else changed.
-
-    `image_size` is the (H, W) of the decoded image. Raises DataError as `draw` does.
-    """
-    return _record(1, 1, 1, *_canonical_box(policy, image_size), False)
+    def replay(self, image: np.ndarray, view: np.void) -> np.ndarray:
+        """The pixels of `view` at the policy's size; see `replay`."""
+        return replay(image, view, self.size)
 
 
 def replay(image: np.ndarray, view: np.void, size: tuple[int, int]) -> np.ndarray:
@@ -136,26 +144,6 @@ def sample(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, values.shape, strict=True))
     return values[rows[:, None], columns]
-
-
-def input_crc(pixels: np.ndarray) -> int:
-    """CRC32 of the uint8 (h, w, 3) pixels of a view: what ties a cached signal to the input the teacher saw."""
-    return zlib.crc32(np.ascontiguousarray(pixels))
-
-
-def _uniform(seed: int, key: str, number: int, name: str) -> float:
-    """A number in [0, 1), a pure function of its arguments: 53 bits of a BLAKE2b digest."""
-    # The key stands last and the others hold no slash at their joints, so no two sets of arguments share a text.
-    text = f"{seed}/{number}/{name}/{key}".encode()
-    digest = hashlib.blake2b(text, digest_size=8, person=b"kd_dist.views").digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
-
-
-def _record(*values: float) -> np.void:
-    """One VIEW_DTYPE record of values in the order of its fields, with its padding zeroed."""
-    record = np.zeros((), VIEW_DTYPE)
-    record[()] = values
-    return record[()]
 
 
 def _random_box(policy: ImageViews, chance: Callable[[str], float], image_size: tuple[int, int]) -> tuple[int, ...]:

@@ -1,0 +1,82 @@
+"""Where a recipe's files lie, and what its weights are called."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from kd_dist.losses import signals_needed
+from kd_dist.recipe import Recipe, parse_bytes
+from kd_dist.remote import LocalCache, Remote, location
+
+BEST = "best.safetensors"
+RESULT = "result.json"
+TRAINING_SPLIT, VALIDATION_SPLIT = "train", "val"
+STAGE_REFERENCE = "stage:"
+
+
+def shards_folder(recipe: Recipe) -> Path | Remote:
+    """Where the recipe's splits lie, with the local cache for what is under a URL."""
+    d, cache = recipe.data, None
+    if d.local_cache is not None:
+        user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        cache = LocalCache(Path(d.cache_dir or Path(user) / "kd_dist"), parse_bytes(d.local_cache))
+    return location(d.shards, cache) / recipe.name
+
+
+def signals_folder(recipe: Recipe, split: str) -> Path | Remote:
+    return shards_folder(recipe) / split / recipe.teacher.name
+
+
+def stage_folder(recipe: Recipe, name: str) -> Path:
+    """Where a stage of this recipe and seed leaves its checkpoints, its best weights and its result."""
+    return Path(recipe.runs) / recipe.name / name / f"seed-{stage_seed(recipe, name)}"
+
+
+def stage_seed(recipe: Recipe, name: str) -> int:
+    """A teacher has one seed for all the students that learn from it."""
+    return recipe.teacher.seed if recipe.stages[name].model == "teacher" else recipe.seed
+
+
+def splits(recipe: Recipe) -> list[str]:
+    """The splits that a recipe needs, each once."""
+    return list(dict.fromkeys([TRAINING_SPLIT, VALIDATION_SPLIT, recipe.evaluate.split]))
+
+
+def stored_views(recipe: Recipe, split: str) -> int:
+    """Views of an example that the cache holds: V for training, 0 (the canonical one) elsewhere."""
+    return recipe.views.count if split == TRAINING_SPLIT else 0
+
+
+def weights_file(recipe: Recipe, reference: str | None) -> Path | None:
+    """The file that `stage:NAME` or a path means; None for `pretrained` and for random weights."""
+    if reference is None or reference == "pretrained":
+        return None
+    if reference.startswith(STAGE_REFERENCE):
+        return stage_folder(recipe, reference.removeprefix(STAGE_REFERENCE)) / BEST
+    return Path(reference)
+
+
+def weights_ready(recipe: Recipe, reference: str | None) -> bool:
+    """Whether what `reference` names can be loaded now: the weights of a stage only once it has ended."""
+    if reference is None or not reference.startswith(STAGE_REFERENCE):
+        return True
+    return (stage_folder(recipe, reference.removeprefix(STAGE_REFERENCE)) / RESULT).is_file()
+
+
+def first_weights(recipe: Recipe, name: str) -> str | None:
+    """What a stage starts from. `teacher.weights` are what teacher stages lead to, so these start from `init` alone."""
+    stage = recipe.stages[name]
+    return stage.init or (recipe.student.weights if stage.model == "student" else None)
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def role(recipe: Recipe, name: str) -> str:
+    """What a stage's model is in a report: teacher, student_alone or student_kd."""
+    stage = recipe.stages[name]
+    if stage.model == "teacher":
+        return "teacher"
+    return "student_kd" if signals_needed(stage.losses) else "student_alone"

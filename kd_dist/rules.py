@@ -1,0 +1,182 @@
+"""What must go together in a recipe whose values are each well formed."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from kd_dist.batch import IGNORED
+from kd_dist.choose import hint
+from kd_dist.errors import RecipeError
+from kd_dist.losses import check_losses, signals_needed
+from kd_dist.models import FAMILIES
+from kd_dist.recipe import Recipe, Views
+from kd_dist.remote import url_problem
+from kd_dist.sources import SOURCES
+from kd_dist.tasks import TASKS
+
+Keys = tuple[str, ...]  # the way from the top of a recipe to a value: ("stages", "distill", "lr")
+Problems = Iterator[tuple[Keys, str]]  # where a value is, and the sentence that says what is wrong with it
+
+MOST_MASK_CLASSES = IGNORED  # of a mask's 256 values the last says "ignored"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # 32: `<key>.<teacher>.npy` has to fit a tar header
+FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+FEATURE = re.compile(r"(?!(?:logits|margin|view|row_crc|input_crc)$)(?!.*_scale$)[a-z][a-z0-9_]{0,31}")  # names a field
+OF_IMAGES = ("crop_scale", "crop_ratio", "flip", "brightness", "contrast", "saturation")  # options of views
+OF_AUDIO = ("gain", "time_mask", "band_mask")
+MODEL = re.compile(rf"({'|'.join(FAMILIES)})/\S+|" + FACTORY.pattern)
+
+
+def problems(recipe: Recipe) -> Problems:
+    """What is wrong between values that are each well formed: the keys that lead there, and a sentence."""
+    yield from _name_problems(recipe)
+    yield from _task_problems(recipe)
+    yield from _data_problems(recipe)
+    yield from _view_problems(recipe.views)
+    yield from _kind_problems(recipe)
+    yield from _feature_problems(recipe)
+    for section, network in (("teacher", recipe.teacher), ("student", recipe.student)):
+        if not MODEL.fullmatch(network.model):
+            forms = ", ".join(f"{family}/<name>" for family in FAMILIES)
+            yield (section, "model"), f"'{network.model}' is not a model; write {forms} or package.module:factory"
+        yield from _weights_problems(recipe, (section, "weights"), network.weights, section, list(recipe.stages))
+    if not recipe.stages:
+        yield ("stages",), "at least one stage is needed"
+    for name in recipe.stages:
+        yield from _stage_problems(recipe, name)
+
+
+def _name_problems(recipe: Recipe) -> Problems:
+    """Names that become folders and parts of tar members."""
+    named = [(("name",), recipe.name), (("teacher", "name"), recipe.teacher.name)]
+    named += [(("stages", name), name) for name in recipe.stages]
+    named += [(("data", "splits", name), name) for name in recipe.data.splits]
+    for keys, name in named:
+        if not NAME.fullmatch(name):
+            yield keys, f"'{name}' is not a safe name; use 1 to 32 of A-Z a-z 0-9 _ -, a letter or digit first"
+
+
+def _task_problems(recipe: Recipe) -> Problems:
+    task, known = recipe.task, TASKS[recipe.task.name].metrics_known
+    regression = task.name == "regression"
+    if regression and (task.classes is not None or not task.outputs):
+        yield ("task",), "a regression names its `outputs`, such as [valence, arousal], and has no classes"
+        return
+    if not regression and (task.classes is None or task.outputs):
+        yield ("task",), f"{task.name} needs `classes`, their number, and has no outputs"
+        return
+    if len(set(task.outputs)) < len(task.outputs):
+        yield ("task", "outputs"), f"names one of them twice: {', '.join(task.outputs)}"
+    if task.range[0] >= task.range[1]:
+        yield ("task", "range"), f"must begin with its lower end, not {task.range[0]:g} before {task.range[1]:g}"
+    if task.name == "segmentation" and recipe.audio is not None:
+        yield ("audio",), "segmentation is for images; leave `audio` out"
+    if task.name == "segmentation" and task.classes > MOST_MASK_CLASSES:
+        yield ("task", "classes"), f"a mask has room for {MOST_MASK_CLASSES} classes, not for {task.classes}"
+    if recipe.evaluate.metric not in known:
+        metric = recipe.evaluate.metric
+        yield ("evaluate", "metric"), f"unknown metric '{metric}' of {task.name}{hint(metric, known)}"
+    if recipe.cache.logits == "uint8" and regression:
+        yield ("cache", "logits"), "the outputs of a regression are stored as 'fp32' or 'fp16'; 'uint8' is for classes"
+    if recipe.cache.logits == "uint8" and task.classes == 2:
+        yield ("cache", "logits"), "two classes store one margin, for which 'uint8' is too coarse; use 'fp16' or 'fp32'"
+
+
+def _feature_problems(recipe: Recipe) -> Problems:
+    """Names of features become fields of a row."""
+    for keys, names in ((("cache", "features"), recipe.cache.features), (("student", "taps"), recipe.student.taps)):
+        for name in names:
+            if not FEATURE.fullmatch(name):
+                yield (*keys, name), (
+                    f"'{name}' cannot name a feature; use 1 to 32 of a-z 0-9 _, a letter first, no '_scale' at the end"
+                )
+    for name in recipe.student.taps:
+        if name not in recipe.cache.features:
+            known = hint(name, recipe.cache.features)
+            yield ("student", "taps", name), f"cache.features keeps no feature '{name}' to compare it with{known}"
+    for name, feature in recipe.cache.features.items():
+        if feature.dither and feature.store != "int8":
+            yield ("cache", "features", name, "dither"), f"is for int8, not for {feature.store}"
+
+
+def _data_problems(recipe: Recipe) -> Problems:
+    source, splits = recipe.data.source, recipe.data.splits
+    if source not in SOURCES and not FACTORY.fullmatch(source):
+        yield ("data", "source"), f"'{source}' is neither a source nor package.module:factory{hint(source, SOURCES)}"
+    for name in ("train", "val"):
+        if name not in splits:
+            yield ("data", "splits"), f"split '{name}' is missing; training needs 'train' and 'val'"
+    if not math.isclose(sum(splits.values()), 1.0, abs_tol=1e-6):
+        yield ("data", "splits"), f"the fractions must sum to 1, not {sum(splits.values()):g}"
+    if (problem := url_problem(recipe.data.shards)) is not None:
+        yield ("data", "shards"), problem
+    if recipe.evaluate.split not in splits:
+        yield ("evaluate", "split"), f"unknown split '{recipe.evaluate.split}'{hint(recipe.evaluate.split, splits)}"
+
+
+def _view_problems(views: Views) -> Problems:
+    for name, (low, high) in (("crop_scale", views.crop_scale), ("crop_ratio", views.crop_ratio)):
+        if low > high:
+            yield ("views", name), f"the range must begin with its lower end, not {low:g} before {high:g}"
+    if views.crop_scale[1] > 1:
+        yield ("views", "crop_scale"), f"a crop cannot cover more than the image: {views.crop_scale[1]:g} is above 1"
+
+
+def _kind_problems(recipe: Recipe) -> Problems:
+    """Views of the other kind of input than the recipe's."""
+    views, audio = recipe.views, recipe.audio
+    others = OF_IMAGES if audio is not None else OF_AUDIO
+    for name in others:
+        if getattr(views, name) != getattr(Views(size=1), name):
+            what = "of images; this recipe has `audio`" if audio is not None else "of audio; this recipe has no `audio`"
+            yield ("views", name), f"is an option of views {what}"
+    if audio is None:
+        return
+    mels, frames = views.shape
+    if mels != audio.mels:
+        yield ("views", "size"), f"the first number, {mels}, must be audio.mels, {audio.mels}: [mels, frames]"
+    for name, most in (("time_mask", frames), ("band_mask", mels)):
+        if getattr(views, name) > most:
+            yield ("views", name), f"{getattr(views, name)} is more than the {most} of views.size"
+    if audio.db[0] >= audio.db[1]:
+        yield ("audio", "db"), f"must begin with its lower end, not {audio.db[0]:g} before {audio.db[1]:g}"
+    if (audio.fmax or audio.sample_rate / 2) > audio.sample_rate / 2 or audio.fmin >= (audio.fmax or math.inf):
+        yield ("audio", "fmax"), f"the bands must lie between 0 and half the sample rate, {audio.sample_rate / 2:g} Hz"
+
+
+def _weights_problems(recipe: Recipe, keys: Keys, weights: str | None, model: str, above: Sequence[str]) -> Problems:
+    """First weights for `model`, "teacher" or "student"; they may come from the stages `above`."""
+    if weights is None or weights == "pretrained":
+        return
+    if not weights.startswith("stage:"):
+        if not Path(weights).exists():
+            yield keys, f"no file '{weights}'; give a file, 'pretrained' or 'stage:<name>'"
+        return
+    name = weights.removeprefix("stage:")
+    if name not in recipe.stages:
+        yield keys, f"unknown stage '{name}'{hint(name, recipe.stages)}"
+    elif recipe.stages[name].model != model:
+        yield keys, f"stage '{name}' trains the {recipe.stages[name].model}, not the {model}"
+    elif name not in above:
+        yield keys, f"stage '{name}' must stand above the stage that starts from it"
+
+
+def _stage_problems(recipe: Recipe, name: str) -> Problems:
+    stage, keys, order = recipe.stages[name], ("stages", name), list(recipe.stages)
+    yield from _weights_problems(recipe, (*keys, "init"), stage.init, stage.model, order[: order.index(name)])
+    if stage.batch_size % stage.accumulate:
+        yield (*keys, "batch_size"), f"{stage.batch_size} cannot be divided by accumulate, {stage.accumulate}"
+    if stage.warmup_epochs > stage.epochs:
+        yield (*keys, "warmup_epochs"), f"{stage.warmup_epochs:g} is more than the stage's {stage.epochs} epochs"
+    if stage.min_lr > stage.lr:
+        yield (*keys, "min_lr"), f"{stage.min_lr:g} is above lr, {stage.lr:g}"
+    if not stage.losses:
+        yield (*keys, "losses"), "at least one loss is needed"
+    for loss, options in stage.losses.items():
+        try:
+            check_losses({loss: options}, recipe.task.name, recipe.task.width, recipe.shared_features)
+        except RecipeError as error:
+            yield (*keys, "losses", loss), str(error).removeprefix(f"loss '{loss}': ")  # the keys have said it
+            continue
+        if stage.model == "teacher" and signals_needed({loss: options}):
+            yield (*keys, "losses", loss), "needs a teacher's signals, and this stage trains the teacher"
