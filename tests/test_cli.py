@@ -262,7 +262,7 @@ def test_stages_out_of_order(home):
     shutil.rmtree("runs")
     said = sentence(run(cache_teacher.main, ["tiny.yaml"], folder=home))
     assert said == (
-        "stage:teacher: the stage has not been trained to its end; run `kd-dist train --stage teacher` first"
+        "stage:teacher: the stage has not been trained to its end; run `kd-dist train RECIPE --stage teacher` first"
     )
     said = sentence(run(kd_dist, "train", "tiny.yaml", "--stage", "distil", folder=home))
     assert said == "command line: unknown stage 'distil'; did you mean 'distill'?"

@@ -303,6 +303,8 @@ def test_two_at_once_in_one_folder_are_refused_and_nothing_outlives_a_kill(tmp_p
         wait_until((folder / place / begun).exists, f"{begun} of a command")
         others = started_by(first.process.pid)
         assert len(others) >= 2  # the launcher and what it launched
+        for one in others:
+            one.suspend()  # that the first is not done before the second has begun
         assert sentence(run(kd_dist, *words, folder=folder)) == (
             f"{place}: process {first.process.pid} on {socket.gethostname()} is writing here; wait for it, or choose "
             "another folder"

@@ -422,7 +422,7 @@ def test_every_term_is_printed_and_logged_and_the_examples_are_drawn(scene_lab, 
     words = ["scenes.yaml", "--stage", "distill", f"runs={tmp_path}", "train.log_every=1"]
     ended = run(train.main, words, folder=scene_lab)
     done(ended)
-    lines = [line for line in ended.stdout.splitlines() if line.startswith("epoch ")]
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("distill, seed 0: epoch ")]
     assert len(lines) == 2
     for line in lines:
         assert all(f"{name} " in line for name in ("cross_entropy", "kd_pixel", "cosine", "val miou", "retention"))
