@@ -70,8 +70,9 @@ def input_kind(recipe: Recipe) -> Input:
 def examples(recipe: Recipe, split: str) -> Shards:
     """The packed examples of a split. Raises DataError when they are not there or of another task."""
     folder = places.shards_folder(recipe) / split
+    command = "train-gan" if split == manifest.GENERATED else "pack"
     if isinstance(folder, Path) and not folder.is_dir():
-        raise DataError(f"{folder}: no example shards; run `kd-dist pack` first")
+        raise DataError(f"{folder}: no example shards; run `kd-dist {command}` first")
     shards = Shards(folder, recipe.data.on_error)
     for name, wanted in packed_for(task(recipe)).items():
         if shards.manifest.get(name) != wanted:
@@ -227,7 +228,7 @@ def signals(recipe: Recipe, split: str, of: Shards) -> SignalShards:
 
 def codec_identity(recipe: Recipe, split: str) -> dict[str, Any]:
     """How the signals of a split are stored, as the recipe says it. Features are for training."""
-    features = recipe.cache.features if split == places.TRAINING_SPLIT else {}
+    features = recipe.cache.features if places.is_trained_on(split) else {}
     return {"logits": recipe.cache.logits, "features": {name: to_dict(one) for name, one in features.items()}}
 
 

@@ -139,7 +139,7 @@ def verify(
     from kd_dist.config import load
 
     loaded = load(recipe, overrides or [])
-    found = [proof.verify(loaded, split, examples) for split in places.splits(loaded)]
+    found = [proof.verify(loaded, split, examples) for split in places.cached_splits(loaded)]
     typer.echo(json.dumps(found) if as_json else "\n".join(map(proof.sentence, found)))
     if not all(one["ok"] for one in found):
         raise typer.Exit(1)
@@ -157,7 +157,7 @@ def inspect(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fal
     from kd_dist.data import feature_codecs
 
     loaded = load(recipe, overrides or [])
-    folders = {split: places.signals_folder(loaded, split) for split in places.splits(loaded)}
+    folders = {split: places.signals_folder(loaded, split) for split in places.cached_splits(loaded)}
     found = {split: manifest.read_manifest(folder) for split, folder in folders.items()}
     if as_json:
         typer.echo(json.dumps(found))

@@ -63,6 +63,8 @@ def pack(
             f"set task.classes to {len(listing.classes)}, or name other classes in data.options if the source can"
         )
     splits = assign(listing.items, fractions)
+    if manifest.GENERATED in splits:
+        raise DataError(f"data.source {source}: a split cannot be called '{manifest.GENERATED}'; name it otherwise")
     for split in required:
         if not splits.get(split):
             raise DataError(f"data.source {source}: no example for split '{split}'; it has {sorted(splits)}")
@@ -90,6 +92,7 @@ def finished(
         splits = [split for split in required if (folder / split / manifest.FILE_NAME).is_file()]
     else:
         splits = [path.parent.name for path in sorted(folder.glob(f"*/{manifest.FILE_NAME}"))]
+        splits = [split for split in splits if split != manifest.GENERATED]
     manifests = {split: manifest.read_manifest(folder / split) for split in splits}
     for split, content in manifests.items():
         refuse_other(folder / split, {name: content.get(name) for name in identity}, identity)
@@ -194,6 +197,11 @@ def pack_split(
                 with contextlib.closing(_checked(chunk, task, pool, notes["quarantined"], notice)) as checked:
                     write_shard(path, checked, notes)
             advance(len(chunk))
+    return finish(folder, content, paths)
+
+
+def finish(folder: Path, content: dict[str, Any], paths: list[Path]) -> dict[str, Any]:
+    """Write the manifest that completes a folder of example shards; returns it."""
     shards = [Shard(path) for path in paths]
     quarantined = [row for shard in shards for row in shard.note("quarantined")]
     if quarantined and not any(len(shard) for shard in shards):
