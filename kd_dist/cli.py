@@ -24,7 +24,7 @@ LaunchConfig = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="A file for `accelerate launch`, as in launch/."),
 ]
-GO_ON = ("run", "pack", "train", "cache-teacher")  # what a signal stops nothing of for good
+GO_ON = ("run", "pack", "train", "train-gan", "cache-teacher")  # what a signal stops nothing of for good
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -103,6 +103,18 @@ def train(
 
     options = journey.launcher_options(num_processes, launch_config)
     journey.train(load(recipe, overrides or [], stage), recipe, stage, overrides or [], options)
+
+
+@app.command()
+def train_gan(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Train a generator of spectrograms on the packed recordings, and pack what it makes for the teacher to label.
+
+    Example: kd-dist train-gan configs/emotion_vgmidi.yaml gan.epochs=50
+    """
+    from kd_dist import train_gan as generator
+    from kd_dist.config import load
+
+    generator.train_gan(load(recipe, overrides or []))
 
 
 @app.command()

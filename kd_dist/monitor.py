@@ -5,6 +5,8 @@ import statistics
 from typing import Any
 
 WINDOW = 6  # epochs over which the loss is judged
+WON, LOST = 0.95, 0.02  # of the distance between its labels: a discriminator that has won, or given up
+ALIKE = 0.3  # as much as samples differ, relative to recordings, when a generator makes one thing only
 
 
 def warnings(
@@ -43,5 +45,28 @@ def warnings(
         found.append(
             f"logits reach {reached:.3g}, beyond the limit of {logit_limit:.3g}; lower the learning rate or raise the "
             f"weight decay"
+        )
+    return found
+
+
+def gan_warnings(record: dict[str, Any], labels: tuple[float, float]) -> list[str]:
+    """Sentences about an epoch of a generator and its discriminator; empty when both still learn.
+
+    `labels` are what the discriminator was to say of real and of generated examples; `record` holds the means `d_real`
+    and `d_fake` of what it said, and `spread`, how much samples differ in units of how much recordings do.
+    """
+    found, told = [], record["d_real"] - record["d_fake"]
+    if told > WON * (labels[0] - labels[1]):
+        found.append(
+            "the discriminator tells all samples from recordings, so the generator has little to learn from; raise "
+            "gan.noise, or lower gan.lr"
+        )
+    if told < LOST * (labels[0] - labels[1]):
+        found.append(
+            "the discriminator tells nothing apart; unless the samples are very good, raise gan.lr or gan.width"
+        )
+    if record["spread"] < ALIKE:
+        found.append(
+            "the samples are nearly all alike, the generator has collapsed; lower gan.lr, or take fewer epochs"
         )
     return found

@@ -176,9 +176,7 @@ def stopped(folder: Path, items: int, shard_size: int, signal: str) -> str:
     return f"pack {folder.name}: stopped by {signal} after {done} of {count} shards; the same command goes on"
 
 
-def pack_split(
-    folder: Path, items: list[Item], content: dict[str, Any], task: Task, notice: Notice
-) -> dict[str, Any]:
+def pack_split(folder: Path, items: list[Item], content: dict[str, Any], task: Task, notice: Notice) -> dict[str, Any]:
     """Write one split's shards and, last, its manifest marked complete."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / manifest.FILE_NAME).exists():
@@ -197,10 +195,10 @@ def pack_split(
                 with contextlib.closing(_checked(chunk, task, pool, notes["quarantined"], notice)) as checked:
                     write_shard(path, checked, notes)
             advance(len(chunk))
-    return finish(folder, content, paths)
+    return finish(folder, content, paths, task)
 
 
-def finish(folder: Path, content: dict[str, Any], paths: list[Path]) -> dict[str, Any]:
+def finish(folder: Path, content: dict[str, Any], paths: list[Path], task: Task) -> dict[str, Any]:
     """Write the manifest that completes a folder of example shards; returns it."""
     shards = [Shard(path) for path in paths]
     quarantined = [row for shard in shards for row in shard.note("quarantined")]
