@@ -54,7 +54,5 @@ class JoinedSignals(JoinedShards, SignalShards):
         self.examples = JoinedShards([part.examples for part in parts])
         self.teacher, self.views, self.dtype, self.header = first.teacher, first.views, first.dtype, first.header
         self.codec, self.features = first.codec, first.features
-        begins = np.cumsum([0, *(len(part) for part in parts)])
-        self.quarantined = np.concatenate(
-            [part.quarantined + begin for part, begin in zip(parts, begins, strict=False)]
-        )
+        begins = np.cumsum([0, *(len(part) for part in parts[:-1])])
+        self.quarantined = np.concatenate([one.quarantined + begin for one, begin in zip(parts, begins, strict=True)])

@@ -63,10 +63,10 @@ def gan_warnings(record: dict[str, Any], labels: tuple[float, float]) -> list[st
         )
     if told < LOST * (labels[0] - labels[1]):
         found.append(
-            "the discriminator tells nothing apart; unless the samples are very good, raise gan.lr or gan.width"
+            "the discriminator tells nothing apart; unless samples are very good, raise gan.lr or gan.width"
         )
     if record["spread"] < ALIKE:
         found.append(
-            "the samples are nearly all alike, the generator has collapsed; lower gan.lr, or take fewer epochs"
+            "samples are nearly all alike, the generator has collapsed; lower gan.lr, or take fewer epochs"
         )
     return found

@@ -155,7 +155,7 @@ def _gan_problems(recipe: Recipe) -> Problems:
         if recipe.audio is None or recipe.task.name != "regression":
             yield ("gan",), "is for regression from recordings: only there an example may have no label"
         if gan.labels[0] <= gan.labels[1]:
-            yield ("gan", "labels"), f"recordings, {gan.labels[0]:g}, must be called more than samples, {gan.labels[1]:g}"
+            yield ("gan", "labels"), f"recordings must be called more than samples, not {list(gan.labels)}"
         if gan.noise[0] < gan.noise[1]:
             yield ("gan", "noise"), f"must not grow, from {gan.noise[0]:g} to {gan.noise[1]:g}"
     for name, stage in recipe.stages.items():
