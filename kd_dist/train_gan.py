@@ -180,16 +180,13 @@ def take(network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, ste
 
 def end_epoch(state: Progress, means: dict[str, float], settings: Settings, writer: SummaryWriter) -> None:
     """Record and print an epoch, and warn when one of the two has given up."""
-    before = gan_warnings(state.history[-1], settings.labels) if state.history else []
-    record = {"epoch": len(state.history), "step": state.step, **means}
-    state.history.append(record)
+    state.history.append({"epoch": len(state.history), "step": state.step, **means})
     for name, value in means.items():
         writer.add_scalar(f"gan/{name}", value, state.step)
     shown = "  ".join(f"{name} {value:.3f}" for name, value in sorted(means.items()))
     print(f"train-gan: epoch {len(state.history)}/{settings.epochs}  {shown}", flush=True)
-    for sentence in gan_warnings(record, settings.labels):
-        if sentence not in before:
-            print(f"warning: {sentence}", file=sys.stderr, flush=True)
+    for sentence in gan_warnings(state.history, settings.labels):
+        print(f"warning: train-gan: {sentence}", file=sys.stderr, flush=True)
 
 
 @torch.no_grad()
