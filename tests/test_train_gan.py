@@ -189,3 +189,27 @@ def test_generated_examples_that_are_not_there_are_one_sentence(studio, tmp_path
     assert sentence(run(kd_dist, "train-gan", *words, "gan=null", "stages.more.generated=false", folder=studio)) == (
         "tunes: has no section `gan`; add `gan: {}`, and `generated: true` to a stage"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["gan=null"], "stages.more.generated: needs the section `gan`, which says how examples are generated"),
+        (["stages.alone.generated=true"], "stages.alone.generated: generated examples have no labels; they are for"),
+        (["gan.labels=[0.1, 0.9]"], "gan.labels: recordings must be called more than samples, not [0.1, 0.9]"),
+        (["gan.noise=[0.01, 0.1]"], "gan.noise: must not grow, from 0.01 to 0.1"),
+        (["gan.share=1"], "gan.share: must be a number, between 0 and 1, not 1"),
+        (["gan.width=12"], "gan.width: must be a whole number, a multiple of 8, not 12"),
+        (["data.splits={train: 0.5, val: 0.2, generated: 0.3}"], "data.splits.generated: is the name of generated"),
+        (
+            ["audio=null", "views.gain=0", "views.time_mask=0"],
+            "gan: is for regression from recordings: only there an example may have no label",
+        ),
+    ],
+)
+def test_a_recipe_whose_generator_makes_no_sense_is_refused(tmp_path, words, said):
+    (tmp_path / "tunes.yaml").write_text(RECIPE)
+    load(tmp_path / "tunes.yaml", [])
+    with pytest.raises(train_gan.RecipeError) as caught:
+        load(tmp_path / "tunes.yaml", words)
+    assert said in str(caught.value)
