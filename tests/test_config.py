@@ -499,8 +499,8 @@ def test_every_bounded_value_refuses_what_is_below_it(written):
         }
         wrong = lists.get(keys[-1], "-1")
         assert re.fullmatch(
-            rf"command line: {name}: must be (a (whole )?number, (at least [012]|above [01]|between 0 and 1|a multiple of 8), not -1|"
-            "a text, a size such as 20GB, not '-1')",
+            rf"command line: {name}: must be (a (whole )?number, (at least [012]|above [01]|between 0 and 1|"
+            "a multiple of 8), not -1|a text, a size such as 20GB, not '-1')",
             refusal(path, [f"{name}={wrong}"]),
         ), name
         seen += 1
