@@ -15,9 +15,11 @@ from kd_dist.data import Corridor, Shards, SignalShards
 from kd_dist.errors import DataError, MismatchError, ModelError, RecipeError
 from kd_dist.inputs import Images, Input, Spectrograms
 from kd_dist.inputs.spectrograms import LogMel
+from kd_dist.joined import JoinedShards, JoinedSignals
 from kd_dist.losses import features_read, filled, projections, signals_needed
 from kd_dist.models import Network, build_network, load_weights, weights_digest
 from kd_dist.models.blocks import freeze
+from kd_dist.pack import refuse_other
 from kd_dist.plan import Order, Plan, Sequential
 from kd_dist.recipe import Recipe, Stage
 from kd_dist.student import Student
@@ -70,8 +72,9 @@ def input_kind(recipe: Recipe) -> Input:
 def examples(recipe: Recipe, split: str) -> Shards:
     """The packed examples of a split. Raises DataError when they are not there or of another task."""
     folder = places.shards_folder(recipe) / split
+    command = "train-gan" if split == manifest.GENERATED else "pack"
     if isinstance(folder, Path) and not folder.is_dir():
-        raise DataError(f"{folder}: no example shards; run `kd-dist pack` first")
+        raise DataError(f"{folder}: no example shards; run `kd-dist {command}` first")
     shards = Shards(folder, recipe.data.on_error)
     for name, wanted in packed_for(task(recipe)).items():
         if shards.manifest.get(name) != wanted:
@@ -79,7 +82,50 @@ def examples(recipe: Recipe, split: str) -> Shards:
                 f"{folder}: was packed for {name} {shards.manifest.get(name)}, the recipe says {wanted}; correct the "
                 f"recipe, or give it another name and pack again"
             )
+    if split == manifest.GENERATED:
+        wanted = generated_content(recipe)
+        refuse_other(folder, {name: shards.manifest.get(name) for name in wanted}, wanted)
     return shards
+
+
+def generated_count(recipe: Recipe) -> int:
+    """How many generated examples are their share of an epoch beside all the packed ones."""
+    share = recipe.gan.share
+    return max(1, round(share / (1 - share) * len(examples(recipe, places.TRAINING_SPLIT))))
+
+
+def generated_content(recipe: Recipe) -> dict[str, Any]:
+    """What the manifest of the generated examples must say: how they were made, of what."""
+    packed = examples(recipe, places.TRAINING_SPLIT)
+    return manifest.plain(
+        {
+            "kind": "examples",
+            "split": manifest.GENERATED,
+            "source": {"name": "gan", "root": None, "options": to_dict(recipe.gan)},
+            "made_from": packed.fingerprint,
+            "size": recipe.views.shape,
+            **packed_for(task(recipe)),
+            "class_names": packed.manifest["class_names"],
+            "shard_size": recipe.data.shard_size,
+        }
+    )
+
+
+def gan_corridor(recipe: Recipe) -> Corridor:
+    """What a generator learns from: a fresh stretch of each packed recording an epoch, as it is."""
+    packed, gan, d = examples(recipe, places.TRAINING_SPLIT), recipe.gan, recipe.data
+    order = Order.default(len(packed), packed.example_bytes(), gan.seed, d.block, d.lanes, d.window)
+    return Corridor(
+        examples=packed,
+        signals=None,
+        task=task(recipe),
+        policy=SpectrogramViews(recipe.views.shape, seed=gan.seed),
+        plan=Plan(order, gan.batch_size, 1, 1),
+        rank=0,
+        views=None,
+        epochs=gan.epochs,
+        on_error=d.on_error,
+    )
 
 
 def network(recipe: Recipe, which: str, reference: str | None, seed: int) -> Network:
@@ -227,7 +273,7 @@ def signals(recipe: Recipe, split: str, of: Shards) -> SignalShards:
 
 def codec_identity(recipe: Recipe, split: str) -> dict[str, Any]:
     """How the signals of a split are stored, as the recipe says it. Features are for training."""
-    features = recipe.cache.features if split == places.TRAINING_SPLIT else {}
+    features = recipe.cache.features if places.is_trained_on(split) else {}
     return {"logits": recipe.cache.logits, "features": {name: to_dict(one) for name, one in features.items()}}
 
 
@@ -258,14 +304,17 @@ def training_corridor(recipe: Recipe, name: str, rank: int, world: int) -> Corri
     cached or online, it gets the V views of the recipe.
     """
     stage = recipe.stages[name]
-    packed = examples(recipe, places.TRAINING_SPLIT)
+    splits = [places.TRAINING_SPLIT, *([manifest.GENERATED] if stage.generated else [])]
+    parts = [examples(recipe, split) for split in splits]
+    packed = JoinedShards(parts) if stage.generated else parts[0]
     taught, cached = bool(signals_needed(stage.losses)), reads_cache(stage)
     d = recipe.data
     seed = places.stage_seed(recipe, name)
     order = Order.default(len(packed), packed.example_bytes(), seed, d.block, d.lanes, d.window)
+    known = [signals(recipe, split, part) for split, part in zip(splits, parts, strict=True)] if cached else [None]
     return Corridor(
         examples=packed,
-        signals=signals(recipe, places.TRAINING_SPLIT, packed) if cached else None,
+        signals=JoinedSignals(known) if cached and stage.generated else known[0],
         task=task(recipe),
         policy=view_policy(recipe),
         plan=Plan(order, stage.batch_size, world, stage.accumulate),

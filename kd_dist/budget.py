@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kd_dist import assemble, places
+from kd_dist import assemble, manifest, places
 from kd_dist.cache_teacher import extraction
 from kd_dist.calibrate import heard, measure, measure_moments, probed, size
 from kd_dist.compress import FeatureCodec
@@ -57,8 +57,14 @@ def plan(recipe: Recipe, budget: int | None) -> dict[str, Any]:
         split: training_bytes(train, recipe.cache.features) if work is stored else split_bytes(work)
         for split, work in works.items()
     }
+    rows = {split: len(work.examples) * work.rows for split, work in works.items()}
+    more = 0.0  # generated examples for each packed one: they may be yet to be made, and take as much
+    if manifest.GENERATED in places.cached_splits(recipe):
+        more = assemble.generated_count(recipe) / len(train.examples)
+        rows[manifest.GENERATED] = assemble.generated_count(recipe) * train.rows
+        splits[manifest.GENERATED] = round(more * splits[places.TRAINING_SPLIT])
     found = {
-        "rows": {split: len(work.examples) * work.rows for split, work in works.items()},
+        "rows": rows,
         "row_bytes": {split: work.dtype.itemsize for split, work in works.items()},
         "logits_row_bytes": replace(stored, features={}).dtype.itemsize,
         "feature_row_bytes": {name: codec.row_bytes for name, codec in stored.features.items()},
@@ -67,9 +73,10 @@ def plan(recipe: Recipe, budget: int | None) -> dict[str, Any]:
         "free_bytes": shutil.disk_usage(train.examples.folder).free,
     }
     if budget is not None:
-        others = found["total_bytes"] - splits[places.TRAINING_SPLIT]
-        found["proposal"] = propose(train, recipe.cache.features, teacher, device, budget - others)
-        found["proposal_bytes"] = others + training_bytes(train, features_of(found["proposal"]))
+        others = sum(taken for split, taken in splits.items() if not places.is_trained_on(split))
+        left = int((budget - others) / (1 + more))
+        found["proposal"] = propose(train, recipe.cache.features, teacher, device, left)
+        found["proposal_bytes"] = others + round((1 + more) * training_bytes(train, features_of(found["proposal"])))
         found["cache"] = {option: getattr(recipe.cache, option) for option in ("logits", "batch_size", "threads")}
     return found
 

@@ -126,12 +126,17 @@ def prepare_codecs(
 ) -> None:
     """Fit the bases, measure the codecs and begin the folder with its manifest so far. For one process.
 
-    A run that goes on keeps the bases of the one before: half the rows may be written with them.
+    A run that goes on keeps the bases of the one before: half the rows may be written with them. Generated examples are
+    reduced with the bases of the packed ones, as they are trained on together.
     """
     if (work.folder / manifest.FILE_NAME).is_file():
         return
     torch.set_num_threads(work.threads)  # as for the rows: the last bits of the bases depend on it
-    bases, report = calibrate(work, recipe.cache.features, teacher, device) if work.features else ({}, {})
+    bases, report = {}, {}
+    if work.features and work.folder == places.signals_folder(recipe, manifest.GENERATED):
+        bases, report = calibrated(work, places.signals_folder(recipe, places.TRAINING_SPLIT))
+    elif work.features:
+        bases, report = calibrate(work, recipe.cache.features, teacher, device)
     work.folder.mkdir(parents=True, exist_ok=True)
     sha256 = None
     if bases:
@@ -147,6 +152,14 @@ def prepare_codecs(
         "row_dtype": dtype_to_json(replace(work, features=codecs).dtype),
     }
     manifest.write_manifest(work.folder, {**begun, "complete": False})
+
+
+def calibrated(work: Extraction, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What `calibrate` found for the features of this extraction when it began another folder."""
+    about = manifest.read_manifest(folder)
+    codecs, report = feature_codecs(folder, about["codec"]), about["feature_report"]
+    bases = {name: codecs[name].basis for name in work.features if codecs[name].basis is not None}
+    return bases, {name: report[name] for name in work.features}
 
 
 def cache_split(
@@ -250,7 +263,7 @@ def cache_teacher(recipe: Recipe) -> None:
     for feature in sorted(recipe.cache.features.keys() - read):
         accelerator.print(f"warning: no stage reads the feature '{feature}', which is cached all the same")
     with noticed() as notice, interruptible(teacher, notice):
-        for split in places.splits(recipe):
+        for split in places.cached_splits(recipe):
             try:
                 made = cache_split(recipe, split, teacher, accelerator, notice)
             except Preempted:

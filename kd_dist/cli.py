@@ -24,7 +24,7 @@ LaunchConfig = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="A file for `accelerate launch`, as in launch/."),
 ]
-GO_ON = ("run", "pack", "train", "cache-teacher")  # what a signal stops nothing of for good
+GO_ON = ("run", "pack", "train", "train-gan", "cache-teacher")  # what a signal stops nothing of for good
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -106,6 +106,18 @@ def train(
 
 
 @app.command()
+def train_gan(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Train a generator of spectrograms on the packed recordings, and pack what it makes for the teacher to label.
+
+    Example: kd-dist train-gan configs/emotion_vgmidi.yaml gan.epochs=50
+    """
+    from kd_dist import train_gan as generator
+    from kd_dist.config import load
+
+    generator.train_gan(load(recipe, overrides or []))
+
+
+@app.command()
 def cache_teacher(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -139,7 +151,7 @@ def verify(
     from kd_dist.config import load
 
     loaded = load(recipe, overrides or [])
-    found = [proof.verify(loaded, split, examples) for split in places.splits(loaded)]
+    found = [proof.verify(loaded, split, examples) for split in places.cached_splits(loaded)]
     typer.echo(json.dumps(found) if as_json else "\n".join(map(proof.sentence, found)))
     if not all(one["ok"] for one in found):
         raise typer.Exit(1)
@@ -157,7 +169,7 @@ def inspect(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fal
     from kd_dist.data import feature_codecs
 
     loaded = load(recipe, overrides or [])
-    folders = {split: places.signals_folder(loaded, split) for split in places.splits(loaded)}
+    folders = {split: places.signals_folder(loaded, split) for split in places.cached_splits(loaded)}
     found = {split: manifest.read_manifest(folder) for split, folder in folders.items()}
     if as_json:
         typer.echo(json.dumps(found))

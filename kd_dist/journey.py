@@ -27,6 +27,7 @@ from kd_dist.pack import pack
 from kd_dist.preempt import SIGNALS, noticed
 from kd_dist.recipe import Recipe
 from kd_dist.remote import Remote
+from kd_dist.train_gan import train_gan
 
 COST = ("name", "parameters", "macs", "latency_ms")  # what a model is and takes, in the record of its evaluation
 DRAWN_AT_ONCE = 32  # examples of a picture in a forward pass
@@ -44,6 +45,8 @@ def run(path: Path, overrides: Sequence[str], seeds: int, options: Sequence[str]
         student = stage.model == "student"
         ready = places.weights_ready(first, first.teacher.weights)
         if student and not cached and (ready or assemble.reads_cache(stage)):
+            if manifest.GENERATED in places.cached_splits(first):
+                train_gan(first)
             cache(first, path, overrides, options)
             cached = True
         for recipe, words in list(zip(recipes, per_seed, strict=True))[: seeds if student else 1]:
@@ -85,11 +88,12 @@ def pack_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def cache(recipe: Recipe, path: Path, overrides: Sequence[str], options: Sequence[str]) -> None:
     """Cache the teacher's signals for every split unless they are there and are this recipe's."""
-    folders = [places.signals_folder(recipe, split) for split in places.splits(recipe)]
+    splits = places.cached_splits(recipe)
+    folders = [places.signals_folder(recipe, split) for split in splits]
     # Weights that are no file are known by the network alone, which the launched command builds.
     from_file = places.weights_file(recipe, recipe.teacher.weights) is not None
     if from_file and all(manifest.finished(folder) is not None for folder in folders):
-        for split in places.splits(recipe):
+        for split in splits:
             assemble.signals(recipe, split, assemble.examples(recipe, split))  # refuses another teacher's
         print(f"cache {recipe.teacher.name}: done before", file=sys.stderr)
         return
@@ -164,6 +168,7 @@ def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         folder, which = places.stage_folder(recipe, name), recipe.stages[name].model
         best = folder / places.BEST
         where = {"role": places.role(recipe, name), "stage": name, "seed": places.stage_seed(recipe, name)}
+        where["without_generated"] = places.without_generated(recipe, name)
         build = functools.partial(assemble.network, recipe, which, str(best), recipe.seed)
         rows.append({**where, **measured(recipe, folder, which, places.file_digest(best), build)})
     return rows

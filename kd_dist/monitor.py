@@ -5,6 +5,9 @@ import statistics
 from typing import Any
 
 WINDOW = 6  # epochs over which the loss is judged
+WON, LOST = 0.95, 0.02  # of the distance between its labels: a discriminator that has won, or given up
+ALIKE = 0.3  # as much as samples differ, relative to recordings, when a generator makes one thing only
+LASTING = 5  # epochs after which one of these is said; for a while each happens
 
 
 def warnings(
@@ -44,4 +47,33 @@ def warnings(
             f"logits reach {reached:.3g}, beyond the limit of {logit_limit:.3g}; lower the learning rate or raise the "
             f"weight decay"
         )
+    return found
+
+
+def gan_warnings(history: list[dict[str, Any]], labels: tuple[float, float]) -> list[str]:
+    """Sentences about the newest epoch of a generator and its discriminator: what has been wrong for LASTING epochs,
+    said once. Empty when both still learn.
+
+    `labels` are what the discriminator was to say of recordings and of samples; a record holds the means `d_real` and
+    `d_fake` of what it said, and `spread`, how much samples differ in units of how much recordings do.
+    """
+    wrong = [_gan_wrongs(record, labels) for record in history[-LASTING - 1 :]]
+    if len(history) == LASTING:
+        wrong = [set(), *wrong]
+    if len(wrong) <= LASTING:
+        return []
+    return sorted(set.intersection(*wrong[1:]) - wrong[0])
+
+
+def _gan_wrongs(record: dict[str, Any], labels: tuple[float, float]) -> set[str]:
+    found, told, whole = set(), record["d_real"] - record["d_fake"], labels[0] - labels[1]
+    if told > WON * whole:
+        found.add(
+            "the discriminator tells all samples from recordings, so the generator has little to learn from; raise "
+            "gan.noise, or lower gan.lr"
+        )
+    if told < LOST * whole:
+        found.add("the discriminator tells nothing apart; unless samples are very good, raise gan.lr or gan.width")
+    if record["spread"] < ALIKE:
+        found.add("samples are nearly all alike, the generator has collapsed; lower gan.lr, or take fewer epochs")
     return found

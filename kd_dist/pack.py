@@ -63,6 +63,8 @@ def pack(
             f"set task.classes to {len(listing.classes)}, or name other classes in data.options if the source can"
         )
     splits = assign(listing.items, fractions)
+    if manifest.GENERATED in splits:
+        raise DataError(f"data.source {source}: a split cannot be called '{manifest.GENERATED}'; name it otherwise")
     for split in required:
         if not splits.get(split):
             raise DataError(f"data.source {source}: no example for split '{split}'; it has {sorted(splits)}")
@@ -90,6 +92,7 @@ def finished(
         splits = [split for split in required if (folder / split / manifest.FILE_NAME).is_file()]
     else:
         splits = [path.parent.name for path in sorted(folder.glob(f"*/{manifest.FILE_NAME}"))]
+        splits = [split for split in splits if split != manifest.GENERATED]
     manifests = {split: manifest.read_manifest(folder / split) for split in splits}
     for split, content in manifests.items():
         refuse_other(folder / split, {name: content.get(name) for name in identity}, identity)
@@ -173,9 +176,7 @@ def stopped(folder: Path, items: int, shard_size: int, signal: str) -> str:
     return f"pack {folder.name}: stopped by {signal} after {done} of {count} shards; the same command goes on"
 
 
-def pack_split(
-    folder: Path, items: list[Item], content: dict[str, Any], task: Task, notice: Notice
-) -> dict[str, Any]:
+def pack_split(folder: Path, items: list[Item], content: dict[str, Any], task: Task, notice: Notice) -> dict[str, Any]:
     """Write one split's shards and, last, its manifest marked complete."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / manifest.FILE_NAME).exists():
@@ -194,6 +195,11 @@ def pack_split(
                 with contextlib.closing(_checked(chunk, task, pool, notes["quarantined"], notice)) as checked:
                     write_shard(path, checked, notes)
             advance(len(chunk))
+    return finish(folder, content, paths, task)
+
+
+def finish(folder: Path, content: dict[str, Any], paths: list[Path], task: Task) -> dict[str, Any]:
+    """Write the manifest that completes a folder of example shards; returns it."""
     shards = [Shard(path) for path in paths]
     quarantined = [row for shard in shards for row in shard.note("quarantined")]
     if quarantined and not any(len(shard) for shard in shards):

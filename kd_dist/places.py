@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from kd_dist.losses import signals_needed
+from kd_dist.manifest import GENERATED
 from kd_dist.recipe import Recipe, parse_bytes
 from kd_dist.remote import LocalCache, Remote, location
 
@@ -38,13 +40,36 @@ def stage_seed(recipe: Recipe, name: str) -> int:
 
 
 def splits(recipe: Recipe) -> list[str]:
-    """The splits that a recipe needs, each once."""
+    """The splits that a recipe needs of its source, each once."""
     return list(dict.fromkeys([TRAINING_SPLIT, VALIDATION_SPLIT, recipe.evaluate.split]))
+
+
+def cached_splits(recipe: Recipe) -> list[str]:
+    """The splits that a recipe's teacher is asked about: with the generated examples, if a stage learns from them."""
+    generated = any(stage.generated for stage in recipe.stages.values())
+    return [*splits(recipe), *([GENERATED] if generated else [])]
+
+
+def is_trained_on(split: str) -> bool:
+    """Whether students learn from a split: it has V views of each example, and features. Others are judged by."""
+    return split in (TRAINING_SPLIT, GENERATED)
 
 
 def stored_views(recipe: Recipe, split: str) -> int:
     """Views of an example that the cache holds: V for training, 0 (the canonical one) elsewhere."""
-    return recipe.views.count if split == TRAINING_SPLIT else 0
+    return recipe.views.count if is_trained_on(split) else 0
+
+
+def generator_folder(recipe: Recipe) -> Path:
+    """Where `kd-dist train-gan` leaves its checkpoints and pictures."""
+    return Path(recipe.runs) / recipe.name / "generator" / f"seed-{recipe.gan.seed}"
+
+
+def without_generated(recipe: Recipe, name: str) -> str | None:
+    """The stage that differs from this one in the generated examples alone; None where there is none."""
+    stage = recipe.stages[name]
+    alike = [other for other, one in recipe.stages.items() if one == replace(stage, generated=False)]
+    return alike[0] if stage.generated and alike else None
 
 
 def weights_file(recipe: Recipe, reference: str | None) -> Path | None:

@@ -96,6 +96,24 @@ class Audio:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gan:
+    """`gan`: more spectrograms than there are recordings, from a generator; what they sound like the teacher says.
+
+    `kd-dist train-gan` trains it on the training split and packs what it makes.
+    """
+
+    share: Annotated[float, Bound(lambda number: 0 < number < 1, "between 0 and 1")] = 0.25  # of an epoch that has them
+    epochs: Count = 200  # over the training split
+    batch_size: Count = 16
+    lr: Positive = 2e-4  # of the generator; the discriminator's is half of it
+    latent: Count = 128  # numbers that a sample is made from
+    width: Annotated[int, Bound(lambda number: number >= 8 and number % 8 == 0, "a multiple of 8")] = 16  # channels
+    labels: tuple[Fraction, Fraction] = (0.9, 0.1)  # what recordings and samples are called; [0.9, 0]: one-sided
+    noise: tuple[NonNegative, NonNegative] = (0.1, 0.01)  # of full scale, on all that is judged: at first, in the end
+    seed: Natural = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Head:
     """`head` of a model: hidden layers in the place of its last layer, GELU and dropout after each."""
 
@@ -185,6 +203,7 @@ class Stage:
     init: str | None = None  # a file, `pretrained`, `stage:<name>`, or null for the network's own `weights`
     teacher: Literal["cached", "online"] = "cached"  # where signals come from, if the losses need any
     losses: dict[str, dict[str, Any]]  # name of kd_dist.losses.LOSSES -> {weight, its options}
+    generated: bool = False  # learn from generated examples, too, of which the teacher alone knows what they are
     epochs: Count
     batch_size: Count  # examples of an optimizer step: all ranks, all micro-batches
     accumulate: Count = 1  # micro-batches of each rank in a step; divides batch_size
@@ -235,6 +254,7 @@ class Recipe:
     task: Task
     data: Data
     audio: Audio | None = None  # null: examples are images
+    gan: Gan | None = None  # null: no generated examples
     teacher: Teacher
     views: Views
     cache: Cache = Cache()

@@ -80,17 +80,20 @@ def summarise(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def gains(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How far each student_kd stage is from each student_alone stage: the mean difference over the seeds of both."""
-    found = []
+    """How far each student_kd stage is from each student_alone stage, and from the one that differs from it in having
+    no generated examples: the mean difference over the seeds of both."""
+    found, twins = [], {model["stage"]: model.get("without_generated") for model in models}
     values = {role: {} for role in ROLES}
     for model in models:
         values[model["role"]].setdefault(model["stage"], {})[model["seed"]] = model["value"]
     for taught, with_kd in values["student_kd"].items():
-        for alone, without in values["student_alone"].items():
+        twin = {name: one for name, one in values["student_kd"].items() if name == twins[taught]}
+        for alone, without in {**values["student_alone"], **twin}.items():
             seeds = sorted(with_kd.keys() & without.keys())
             if seeds:
                 mean, half = interval([with_kd[seed] - without[seed] for seed in seeds])
-                found.append({"stage": taught, "against": alone, "seeds": len(seeds), "mean": mean, "interval": half})
+                pair = {"stage": taught, "against": alone, "generated": alone in twin}
+                found.append({**pair, "seeds": len(seeds), "mean": mean, "interval": half})
     return found
 
 
@@ -147,7 +150,8 @@ def part_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
 def gain_sentence(one: dict[str, Any], metric: str) -> str:
     """A row of `gains` in words."""
     spread = "one seed" if one["interval"] is None else f"± {one['interval']:.4f}, 95 % over {one['seeds']} seeds"
-    return f"`{one['stage']}` against `{one['against']}`: {one['mean']:+.4f} {metric} ({spread})."
+    what = ", which has no generated examples" if one["generated"] else ""
+    return f"`{one['stage']}` against `{one['against']}`{what}: {one['mean']:+.4f} {metric} ({spread})."
 
 
 def write(

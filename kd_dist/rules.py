@@ -9,6 +9,7 @@ from kd_dist.batch import IGNORED
 from kd_dist.choose import hint
 from kd_dist.errors import RecipeError
 from kd_dist.losses import check_losses, signals_needed
+from kd_dist.manifest import GENERATED
 from kd_dist.models import FAMILIES
 from kd_dist.recipe import Recipe, Views
 from kd_dist.remote import url_problem
@@ -34,6 +35,7 @@ def problems(recipe: Recipe) -> Problems:
     yield from _data_problems(recipe)
     yield from _view_problems(recipe.views)
     yield from _kind_problems(recipe)
+    yield from _gan_problems(recipe)
     yield from _feature_problems(recipe)
     for section, network in (("teacher", recipe.teacher), ("student", recipe.student)):
         if not MODEL.fullmatch(network.model):
@@ -103,6 +105,8 @@ def _data_problems(recipe: Recipe) -> Problems:
     source, splits = recipe.data.source, recipe.data.splits
     if source not in SOURCES and not FACTORY.fullmatch(source):
         yield ("data", "source"), f"'{source}' is neither a source nor package.module:factory{hint(source, SOURCES)}"
+    if GENERATED in splits:
+        yield ("data", "splits", GENERATED), "is the name of generated examples; take another one"
     for name in ("train", "val"):
         if name not in splits:
             yield ("data", "splits"), f"split '{name}' is missing; training needs 'train' and 'val'"
@@ -142,6 +146,26 @@ def _kind_problems(recipe: Recipe) -> Problems:
         yield ("audio", "db"), f"must begin with its lower end, not {audio.db[0]:g} before {audio.db[1]:g}"
     if (audio.fmax or audio.sample_rate / 2) > audio.sample_rate / 2 or audio.fmin >= (audio.fmax or math.inf):
         yield ("audio", "fmax"), f"the bands must lie between 0 and half the sample rate, {audio.sample_rate / 2:g} Hz"
+
+
+def _gan_problems(recipe: Recipe) -> Problems:
+    """Generated examples: spectrograms without a label."""
+    gan = recipe.gan
+    if gan is not None:
+        if recipe.audio is None or recipe.task.name != "regression":
+            yield ("gan",), "is for regression from recordings: only there an example may have no label"
+        if gan.labels[0] <= gan.labels[1]:
+            yield ("gan", "labels"), f"recordings must be called more than samples, not {list(gan.labels)}"
+        if gan.noise[0] < gan.noise[1]:
+            yield ("gan", "noise"), f"must not grow, from {gan.noise[0]:g} to {gan.noise[1]:g}"
+    for name, stage in recipe.stages.items():
+        if stage.generated and gan is None:
+            yield ("stages", name, "generated"), "needs the section `gan`, which says how examples are generated"
+        elif stage.generated and not (stage.model == "student" and signals_needed(stage.losses)):
+            yield (
+                ("stages", name, "generated"),
+                "generated examples have no labels; they are for a student whose losses learn from the teacher",
+            )
 
 
 def _weights_problems(recipe: Recipe, keys: Keys, weights: str | None, model: str, above: Sequence[str]) -> Problems:

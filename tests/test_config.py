@@ -467,7 +467,7 @@ def every_key(cls: type = sections.Recipe, keys: tuple[str, ...] = ()):
             yield from every_key(sections.Stage, (*keys, name, "distill"))
         elif dataclasses.is_dataclass(wanted):
             yield from every_key(wanted, (*keys, name))
-        elif wanted in (sections.Head | None, sections.Audio | None):
+        elif wanted in (sections.Head | None, sections.Audio | None, sections.Gan | None):
             yield from every_key(typing.get_args(wanted)[0], (*keys, name))
         else:
             yield (*keys, name), wanted
@@ -480,7 +480,7 @@ def test_every_key_refuses_a_value_of_another_type(written):
         name, wrong = ".".join(keys), "3" if free else "{no: 1}"
         assert refusal(path, [f"{name}={wrong}"]).startswith(f"command line: {name}: must be "), name
         seen += 1
-    assert seen == 95
+    assert seen == 105
 
 
 def test_every_bounded_value_refuses_what_is_below_it(written):
@@ -489,15 +489,22 @@ def test_every_bounded_value_refuses_what_is_below_it(written):
         name = ".".join(keys)
         if "Bound(" not in str(wanted) or typing.get_origin(wanted) is dict:
             continue
-        lists = {"crop_scale": "[-1, 1]", "crop_ratio": "[-1, 1]", "std": "[1, 1, -1]", "hidden": "[8, -1]"}
+        lists = {
+            "labels": "[-1, 1]",
+            "noise": "[-1, 1]",
+            "crop_scale": "[-1, 1]",
+            "crop_ratio": "[-1, 1]",
+            "std": "[1, 1, -1]",
+            "hidden": "[8, -1]",
+        }
         wrong = lists.get(keys[-1], "-1")
         assert re.fullmatch(
-            rf"command line: {name}: must be (a (whole )?number, (at least [012]|above [01]|between 0 and 1), not -1|"
-            "a text, a size such as 20GB, not '-1')",
+            rf"command line: {name}: must be (a (whole )?number, (at least [012]|above [01]|between 0 and 1|"
+            "a multiple of 8), not -1|a text, a size such as 20GB, not '-1')",
             refusal(path, [f"{name}={wrong}"]),
         ), name
         seen += 1
-    assert seen == 60
+    assert seen == 69
 
 
 def test_a_section_that_may_be_null(written):

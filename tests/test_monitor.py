@@ -2,7 +2,7 @@
 
 import pytest
 
-from kd_dist.monitor import WINDOW, warnings
+from kd_dist.monitor import LASTING, WINDOW, gan_warnings, warnings
 
 LIMITS = {"stagnation_epochs": 3, "retention_target": 0.9, "oscillation": 0.5, "logit_limit": 100.0}
 
@@ -103,3 +103,29 @@ def test_logits_at_the_limit_and_of_earlier_epochs_are_not_said():
 
 def test_all_at_once():
     assert len(said([3.0, 0.5] * 3, [0.5, 0.6, 0.7, 0.6, 0.6, 0.6], 1e6)) == 3
+
+
+BOTH = (0.9, 0.1)
+LEARNS = {"d_real": 0.6, "d_fake": 0.4, "spread": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "labels", "said"),
+    [
+        ({"d_real": 0.89, "d_fake": 0.11}, BOTH, "the discriminator tells all samples from recordings, so"),
+        ({"d_real": 0.89, "d_fake": 0.11}, (1.0, 0.0), None),
+        ({"d_real": 0.5, "d_fake": 0.5}, BOTH, "the discriminator tells nothing apart; "),
+        ({"d_real": 0.2, "d_fake": 0.6}, BOTH, "the discriminator tells nothing apart; "),
+        ({"spread": 0.1}, BOTH, "samples are nearly all alike, the generator has collapsed; "),
+        ({}, BOTH, None),
+    ],
+)
+def test_a_network_of_two_that_has_given_up_is_said_once_when_it_lasts(wrong, labels, said):
+    bad = {**LEARNS, **wrong}
+    for before in ([], [LEARNS]):
+        history = [*before, *[bad] * (LASTING + 3)]
+        found = [gan_warnings(history[:count], labels) for count in range(1, len(history) + 1)]
+        told = [number for number, sentences in enumerate(found) if sentences]
+        assert told == ([] if said is None else [len(before) + LASTING - 1])
+        assert all(sentence.startswith(said) for sentences in found for sentence in sentences)
+    assert not any(gan_warnings([bad] * (LASTING - 1) + [LEARNS] * count, labels) for count in range(5))

@@ -213,6 +213,10 @@ class Spectrograms:
         steps = self.front_end.spectrogram(waveform)
         if not steps.any():
             raise DataError(f"the recording is silent: nothing in it is above {self.front_end.db[0]:g} dB")
+        return self.members(steps)
+
+    def members(self, steps: np.ndarray) -> dict[str, bytes]:
+        """The member that holds a spectrogram (mels, frames) uint8."""
         return {MEMBER: npy_header(*steps.shape) + steps.tobytes()}
 
     def described(self) -> dict[str, Any]:
