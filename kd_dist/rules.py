@@ -8,7 +8,7 @@ from pathlib import Path
 from kd_dist.batch import IGNORED
 from kd_dist.choose import hint
 from kd_dist.errors import RecipeError
-from kd_dist.losses import check_losses, signals_needed
+from kd_dist.losses import asks_the_cache, check_losses, signals_needed
 from kd_dist.models import FAMILIES
 from kd_dist.recipe import Recipe, Views
 from kd_dist.remote import url_problem
@@ -180,3 +180,8 @@ def _stage_problems(recipe: Recipe, name: str) -> Problems:
             continue
         if stage.model == "teacher" and signals_needed({loss: options}):
             yield (*keys, "losses", loss), "needs a teacher's signals, and this stage trains the teacher"
+        elif stage.teacher == "online" and asks_the_cache(loss, options):
+            yield (*keys, "losses", loss), (
+                "needs `eta`, the teacher's largest squared error on the training set, which only a cache knows; write "
+                "it, or train with `teacher: cached`"
+            )

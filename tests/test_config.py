@@ -365,6 +365,21 @@ def test_two_classes_cannot_be_cached_as_uint8(written):
     assert refusal(path, ["task.classes=2"]) == f"configs/pets.yaml:15: {sentence}"
 
 
+def test_an_online_teacher_does_not_know_its_largest_error(written):
+    words = ["task={name: regression, outputs: [a, b]}", "stages.teach.losses={mse: {}}"]
+    words += ["stages.pretrain.losses={mse: {}}", "stages.again.losses={mse: {}}", "stages.distill.losses={ail: {}}"]
+    path = written(TEXT)
+    assert load(path, words).stages["distill"].losses == {"ail": {}}
+    assert load(path, [*words, "stages.distill.teacher=online", "stages.distill.losses.ail.eta=0.5"])
+    sentence = (
+        "stages.distill.losses.ail: needs `eta`, the teacher's largest squared error on the training set, which only a "
+        "cache knows; write it, or train with `teacher: cached`"
+    )
+    for losses in ("{ail: {}}", "{mse: {}, ail: {eta: null, weight: 0.5}}"):
+        online = [*words, "stages.distill.teacher=online", f"stages.distill.losses={losses}"]
+        assert refusal(path, online) == f"command line: {sentence}"
+
+
 def test_a_recipe_without_stages_is_refused(written):
     text = TEXT[: TEXT.index("stages:")].replace("  weights: stage:teach\n", "")
     assert refusal(written(text + "stages: {}")) == "configs/pets.yaml:18: stages: at least one stage is needed"
