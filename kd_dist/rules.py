@@ -10,6 +10,7 @@ from kd_dist.choose import hint
 from kd_dist.errors import RecipeError
 from kd_dist.losses import asks_the_cache, check_losses, signals_needed
 from kd_dist.models import FAMILIES
+from kd_dist.models.taps import reads_shares
 from kd_dist.recipe import Recipe, Views
 from kd_dist.remote import url_problem
 from kd_dist.sources import SOURCES
@@ -97,6 +98,11 @@ def _feature_problems(recipe: Recipe) -> Problems:
     for name, feature in recipe.cache.features.items():
         if feature.dither and feature.store != "int8":
             yield ("cache", "features", name, "dither"), f"is for int8, not for {feature.store}"
+        if feature.pool > 1 and reads_shares(feature.tap):
+            yield ("cache", "features", name, "pool"), (
+                f"'{feature.tap}' reads shares of places, which are none when pooled; leave `pool` out and name a "
+                f"smaller grid in the tap, as in saliency(PATH, 4x8)"
+            )
 
 
 def _data_problems(recipe: Recipe) -> Problems:

@@ -568,6 +568,16 @@ def test_a_damaged_recipe_is_read_or_refused_in_one_sentence(written, data):
             "cache.features.f.dither: is for int8, not for fp16",
         ),
         (["cache.features={f: {tap: a, pool: 0}}"], "cache.features.f.pool: must be a whole number, at least 1, not 0"),
+        (
+            ["cache.features={f: {tap: 'saliency(a.1)', pool: 2}}"],
+            "cache.features.f.pool: 'saliency(a.1)' reads shares of places, which are none when pooled; leave `pool` "
+            "out and name a smaller grid in the tap, as in saliency(PATH, 4x8)",
+        ),
+        (
+            ["cache.features={f: {tap: 'attention(a.attn, 8x16)', pool: 2}}"],
+            "cache.features.f.pool: 'attention(a.attn, 8x16)' reads shares of places, which are none when pooled; "
+            "leave `pool` out and name a smaller grid in the tap, as in saliency(PATH, 4x8)",
+        ),
         (["evaluate.metric=miou"], "evaluate.metric: unknown metric 'miou' of classification; known: accuracy, nll"),
         (
             ["task={name: segmentation, classes: 256}", "evaluate.metric=miou"],
@@ -581,3 +591,11 @@ def test_a_damaged_recipe_is_read_or_refused_in_one_sentence(written, data):
 )
 def test_features_and_metrics_that_cannot_be_are_refused(written, words, sentence):
     assert refusal(written(TEXT), words).startswith(f"command line: {sentence}")
+
+
+def test_maps_may_be_pooled(written):
+    for tap in ("a.1", "grid(a.1)", "saliency"):
+        feature = load(written(TEXT), [f"cache.features={{f: {{tap: {tap}, pool: 2}}}}"]).cache.features["f"]
+        assert (feature.tap, feature.pool) == (tap, 2)
+    shares = load(written(TEXT), ["cache.features={f: {tap: 'saliency(a.1, 4x8)', pool: 1}}"]).cache.features["f"]
+    assert shares.pool == 1
