@@ -8,10 +8,11 @@ from pathlib import Path
 from kd_dist.batch import IGNORED
 from kd_dist.choose import hint
 from kd_dist.errors import RecipeError
+from kd_dist.inputs import Images, Spectrograms
 from kd_dist.losses import asks_the_cache, check_losses, signals_needed
 from kd_dist.models import FAMILIES
 from kd_dist.models.taps import reads_shares
-from kd_dist.recipe import Recipe, Views
+from kd_dist.recipe import Network, Recipe, Views
 from kd_dist.remote import url_problem
 from kd_dist.sources import SOURCES
 from kd_dist.tasks import TASKS
@@ -40,6 +41,7 @@ def problems(recipe: Recipe) -> Problems:
         if not MODEL.fullmatch(network.model):
             forms = ", ".join(f"{family}/<name>" for family in FAMILIES)
             yield (section, "model"), f"'{network.model}' is not a model; write {forms} or package.module:factory"
+        yield from _channel_problems(recipe, section, network)
         yield from _weights_problems(recipe, (section, "weights"), network.weights, section, list(recipe.stages))
     if not recipe.stages:
         yield ("stages",), "at least one stage is needed"
@@ -148,6 +150,15 @@ def _kind_problems(recipe: Recipe) -> Problems:
         yield ("audio", "db"), f"must begin with its lower end, not {audio.db[0]:g} before {audio.db[1]:g}"
     if (audio.fmax or audio.sample_rate / 2) > audio.sample_rate / 2 or audio.fmin >= (audio.fmax or math.inf):
         yield ("audio", "fmax"), f"the bands must lie between 0 and half the sample rate, {audio.sample_rate / 2:g} Hz"
+
+
+def _channel_problems(recipe: Recipe, section: str, network: Network) -> Problems:
+    """A normalisation of another kind of input than the recipe's."""
+    channels = (Images if recipe.audio is None else Spectrograms).channels
+    wanted = "images have red, green and blue; give three" if recipe.audio is None else "spectrograms are grey; give one"
+    for name, values in (("mean", network.mean), ("std", network.std)):
+        if values is not None and len(values) != channels:
+            yield (section, name), f"has {len(values)} numbers, but {wanted}"
 
 
 def _weights_problems(recipe: Recipe, keys: Keys, weights: str | None, model: str, above: Sequence[str]) -> Problems:

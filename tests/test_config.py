@@ -380,6 +380,27 @@ def test_an_online_teacher_does_not_know_its_largest_error(written):
         assert refusal(path, online) == f"command line: {sentence}"
 
 
+IMAGES = "numbers, but images have red, green and blue; give three"
+SPECTROGRAMS = "numbers, but spectrograms are grey; give one"
+
+
+@pytest.mark.parametrize("section", ["teacher", "student"])
+@pytest.mark.parametrize(("name", "one"), [("mean", 0), ("std", 0.25)])
+def test_a_normalisation_has_a_number_for_each_channel(written, section, name, one):
+    path, key, audio = written(TEXT), f"{section}.{name}", ["audio={mels: 8}", "views.crop_scale=[1, 1]"]
+
+    def values(count):
+        return f"{key}=[{', '.join([str(one)] * count)}]"
+
+    given = load(path, [values(3)]), load(path, [*audio, values(1)])
+    assert [getattr(getattr(recipe, section), name) for recipe in given] == [(one,) * 3, (one,)]
+    assert all(type(value) is float for recipe in given for value in getattr(getattr(recipe, section), name))
+    for count in (0, 1, 4):
+        assert refusal(path, [values(count)]) == f"command line: {key}: has {count} {IMAGES}"
+    for count in (0, 2, 3):
+        assert refusal(path, [*audio, values(count)]) == f"command line: {key}: has {count} {SPECTROGRAMS}"
+
+
 def test_a_recipe_without_stages_is_refused(written):
     text = TEXT[: TEXT.index("stages:")].replace("  weights: stage:teach\n", "")
     assert refusal(written(text + "stages: {}")) == "configs/pets.yaml:18: stages: at least one stage is needed"
