@@ -154,8 +154,10 @@ def _kind_problems(recipe: Recipe) -> Problems:
 
 def _channel_problems(recipe: Recipe, section: str, network: Network) -> Problems:
     """A normalisation of another kind of input than the recipe's."""
-    channels = (Images if recipe.audio is None else Spectrograms).channels
-    wanted = "images have red, green and blue; give three" if recipe.audio is None else "spectrograms are grey; give one"
+    if recipe.audio is None:
+        channels, wanted = Images.channels, "images have red, green and blue; give three"
+    else:
+        channels, wanted = Spectrograms.channels, "spectrograms are grey; give one"
     for name, values in (("mean", network.mean), ("std", network.std)):
         if values is not None and len(values) != channels:
             yield (section, name), f"has {len(values)} numbers, but {wanted}"
