@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import CLASSES, pack_examples, picture
 
-from kd_dist import assemble, manifest, places
+from kd_dist import assemble, journey, manifest, places
 from kd_dist.config import load
 from kd_dist.data import Shards, read_examples
 from kd_dist.errors import DataError, MismatchError, ShardError, one_sentence
@@ -373,6 +373,21 @@ def test_what_is_finished_is_not_read_again(packed, experiment):
     made = pack_examples(packed)
     assert made["train"] == manifest.read_manifest(experiment / "shards/tiny/train")
     assert files(experiment / "shards") == before
+
+
+def test_it_says_which_splits_were_done_before(packed, capsys):
+    def said() -> list[str]:
+        capsys.readouterr()
+        made = journey.pack_recipe(packed)
+        lines = [line for line in capsys.readouterr().err.splitlines() if " shards" in line]
+        assert len(lines) == len(made) == 3
+        return [line.partition(", ")[0] for line in lines if "done before" in line]
+
+    assert said() == ["pack test: done before", "pack train: done before", "pack val: done before"]
+    unfinished(packed, "train")
+    assert said() == ["pack test: done before", "pack val: done before"]
+    shutil.rmtree("shards")
+    assert said() == []
 
 
 def test_committed_shards_are_kept_and_the_rest_is_made(packed, experiment):
