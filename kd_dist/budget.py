@@ -15,6 +15,7 @@ from kd_dist.calibrate import heard, measure, measure_moments, probed, size
 from kd_dist.compress import FeatureCodec
 from kd_dist.errors import RecipeError
 from kd_dist.extract import Extraction
+from kd_dist.models.taps import reads_shares
 from kd_dist.pack import refuse_writing
 from kd_dist.recipe import Feature, Recipe
 from kd_dist.shards import BLOCK
@@ -155,7 +156,11 @@ def measure_ladder(
     if not wanted:
         raise RecipeError("cache.features names no feature; a budget chooses how features are stored")
     shapes = {name: work.features[name].shape for name in wanted}
-    rungs = {name: [rung for rung in LADDER if fits(shape, *rung[:2])] for name, shape in shapes.items()}
+    whole = {name for name, one in wanted.items() if reads_shares(one.tap)}  # a recipe may not pool these
+    rungs = {
+        name: [rung for rung in LADDER if fits(shape, *rung[:2]) and (rung[0] == 1 or name not in whole)]
+        for name, shape in shapes.items()
+    }
     pools = {(name, pool) for name, tried in rungs.items() for pool, part, _ in tried if part}
     moments = measure_moments(work, sorted(pools), teacher, device, SAMPLE_ROWS)
     heard_rows = list(heard(work, *probed(work, SAMPLE_ROWS), teacher, device))

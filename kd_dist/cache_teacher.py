@@ -27,7 +27,7 @@ from kd_dist.disk import published
 from kd_dist.errors import ContactError, ModelError, Preempted, ShardError, cause, is_out_of_memory, one_sentence
 from kd_dist.extract import STEM, Extraction, extract
 from kd_dist.loader import on_device
-from kd_dist.losses import LOSSES
+from kd_dist.losses import LOSSES, suits
 from kd_dist.pack import refuse_other, refuse_writing
 from kd_dist.preempt import Notice, noticed
 from kd_dist.progress import progress
@@ -45,13 +45,7 @@ LONGEST_LOOK = 2.0  # seconds between two looks for the files of others
 def identity(work: Extraction, recipe: Recipe, split: str, teacher: Teacher, device: torch.device) -> dict[str, Any]:
     """What the manifest must say for the shards in the folder to be this extraction's."""
     classes, wanted = work.codec.classes, assemble.codec_identity(recipe, split)
-    fits = [
-        name
-        for name, loss in LOSSES.items()
-        if work.task.name in loss.tasks
-        and loss.classes[0] <= classes <= (loss.classes[1] or classes)
-        and loss.against != "features"
-    ]
+    exact = [name for name, row in LOSSES.items() if row.against != "features" and suits(row, work.task.name, classes)]
     features = {name: {**one, "shape": work.features[name].shape} for name, one in wanted["features"].items()}
     return manifest.plain(
         {
@@ -69,7 +63,7 @@ def identity(work: Extraction, recipe: Recipe, split: str, teacher: Teacher, dev
                 "dtype": "float32",
                 "tf32": False,
             },
-            "exact_losses": sorted(fits),
+            "exact_losses": sorted(exact),
         }
     )
 

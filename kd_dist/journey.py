@@ -69,8 +69,12 @@ def train(recipe: Recipe, path: Path, name: str, overrides: Sequence[str], optio
 
 def pack_recipe(recipe: Recipe) -> dict[str, Any]:
     """Pack what the recipe needs and say what came of it."""
+    folder = places.shards_folder(recipe)
+    remote = isinstance(folder, Remote)  # what is there has been finished elsewhere
+    there = [] if remote else [path.parent for path in folder.glob(f"*/{manifest.FILE_NAME}")]
+    before = {path.name for path in there if manifest.finished(path) is not None}
     manifests = pack(
-        places.shards_folder(recipe),
+        folder,
         source=recipe.data.source,
         root=recipe.data.root,
         options=recipe.data.options,
@@ -80,7 +84,8 @@ def pack_recipe(recipe: Recipe) -> dict[str, Any]:
         shard_size=recipe.data.shard_size,
     )
     for split, made in manifests.items():
-        print(f"pack {split}: {made['examples']:,} examples in {len(made['shards'])} shards", file=sys.stderr)
+        done = "done before, " if remote or split in before else ""
+        print(f"pack {split}: {done}{made['examples']:,} examples in {len(made['shards'])} shards", file=sys.stderr)
         for row in made["quarantined"]:
             print(f"  quarantined '{row['name']}': {row['reason']}", file=sys.stderr)
     return manifests

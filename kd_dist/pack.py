@@ -146,11 +146,15 @@ def choose_split(name: str, fractions: dict[str, float]) -> str:
 
 
 def listing_digest(items: Iterable[Item]) -> str:
-    """sha256 over the names and labels of a split in order: a data set that changed half-way is noticed."""
+    """sha256 over the names and labels of a split in order, and over the groups and spans of those that have one: a
+    data set that changed half-way is noticed."""
     digest = hashlib.sha256()
     for item in items:
         label = "" if callable(item.label) else item.label  # a function has an address, not a value
-        digest.update(f"{item.name}\t{item.extension}\t{label}\n".encode("utf-8", "surrogateescape"))
+        group = "" if item.group is None else f"\tgroup {item.group}"
+        span = "" if item.span is None else f"\tspan {list(map(float, item.span))}"
+        line = f"{item.name}\t{item.extension}\t{label}{group}{span}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

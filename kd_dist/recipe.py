@@ -129,8 +129,8 @@ class Network:
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of the model
     weights: str | None = None  # a file, `pretrained`, `stage:<name>`, or null for random ones
     image_size: Count | None = None  # pixels, height and width of its input; null: the size of the view
-    mean: tuple[float, float, float] | None = None  # of the RGB channels in [0, 1]; null: the model's own
-    std: tuple[Positive, Positive, Positive] | None = None  # likewise
+    mean: tuple[float, ...] | None = None  # of each channel in [0, 1]: RGB, or a spectrogram's one; null: the model's
+    std: tuple[Positive, ...] | None = None  # likewise
     head: Head | None = None  # hidden layers in the place of the model's last layer; null: none
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from kd_dist.batch import IGNORED
 from kd_dist.choose import hint
 from kd_dist.errors import RecipeError
-from kd_dist.losses import check_losses, signals_needed
+from kd_dist.inputs import Images, Spectrograms
+from kd_dist.losses import asks_the_cache, check_losses, signals_needed
 from kd_dist.manifest import GENERATED
 from kd_dist.models import FAMILIES
-from kd_dist.recipe import Recipe, Views
+from kd_dist.models.taps import reads_shares
+from kd_dist.recipe import Network, Recipe, Views
 from kd_dist.remote import url_problem
 from kd_dist.sources import SOURCES
 from kd_dist.tasks import TASKS
@@ -41,6 +43,7 @@ def problems(recipe: Recipe) -> Problems:
         if not MODEL.fullmatch(network.model):
             forms = ", ".join(f"{family}/<name>" for family in FAMILIES)
             yield (section, "model"), f"'{network.model}' is not a model; write {forms} or package.module:factory"
+        yield from _channel_problems(recipe, section, network)
         yield from _weights_problems(recipe, (section, "weights"), network.weights, section, list(recipe.stages))
     if not recipe.stages:
         yield ("stages",), "at least one stage is needed"
@@ -99,6 +102,11 @@ def _feature_problems(recipe: Recipe) -> Problems:
     for name, feature in recipe.cache.features.items():
         if feature.dither and feature.store != "int8":
             yield ("cache", "features", name, "dither"), f"is for int8, not for {feature.store}"
+        if feature.pool > 1 and reads_shares(feature.tap):
+            yield ("cache", "features", name, "pool"), (
+                f"'{feature.tap}' reads shares of places, which are none when pooled; leave `pool` out and name a "
+                f"smaller grid in the tap, as in saliency(PATH, 4x8)"
+            )
 
 
 def _data_problems(recipe: Recipe) -> Problems:
@@ -168,6 +176,17 @@ def _gan_problems(recipe: Recipe) -> Problems:
             )
 
 
+def _channel_problems(recipe: Recipe, section: str, network: Network) -> Problems:
+    """A normalisation of another kind of input than the recipe's."""
+    if recipe.audio is None:
+        channels, wanted = Images.channels, "images have red, green and blue; give three"
+    else:
+        channels, wanted = Spectrograms.channels, "spectrograms are grey; give one"
+    for name, values in (("mean", network.mean), ("std", network.std)):
+        if values is not None and len(values) != channels:
+            yield (section, name), f"has {len(values)} numbers, but {wanted}"
+
+
 def _weights_problems(recipe: Recipe, keys: Keys, weights: str | None, model: str, above: Sequence[str]) -> Problems:
     """First weights for `model`, "teacher" or "student"; they may come from the stages `above`."""
     if weights is None or weights == "pretrained":
@@ -204,3 +223,8 @@ def _stage_problems(recipe: Recipe, name: str) -> Problems:
             continue
         if stage.model == "teacher" and signals_needed({loss: options}):
             yield (*keys, "losses", loss), "needs a teacher's signals, and this stage trains the teacher"
+        elif stage.teacher == "online" and asks_the_cache(loss, options):
+            yield (*keys, "losses", loss), (
+                "needs `eta`, the teacher's largest squared error on the training set, which only a cache knows; write "
+                "it, or train with `teacher: cached`"
+            )

@@ -189,6 +189,16 @@ def test_a_tap_with_a_selector_can_be_pasted(scenery):
     assert section["cache"]["features"]["high"]["tap"] == "high.0[1]"
 
 
+def test_what_may_not_be_pooled_is_not_proposed_pooled(scenery):
+    words = ["cache.features={s: {tap: 'saliency(low)'}, m: {tap: low}}", "student.taps={m: low}"]
+    recipe = load("scenes.yaml", words)
+    teacher = assemble.teacher(recipe, recipe.cache.features)
+    work = cache_teacher.extraction(recipe, "train", teacher)
+    rungs = budget.measure_ladder(work, recipe.cache.features, teacher, teacher.network.mean.device)
+    pools = {name: {rung["recipe"]["pool"] for rung in tried} for name, tried in rungs.items()}
+    assert pools == {"s": {1}, "m": {1, 2}}
+
+
 def test_a_vector_with_more_channels_than_the_sample_has_rows_is_planned(scenery):
     """96 channels, 20 views: their 24 strongest components cannot be found."""
     Path("scene_model.py").write_text(

@@ -365,6 +365,42 @@ def test_two_classes_cannot_be_cached_as_uint8(written):
     assert refusal(path, ["task.classes=2"]) == f"configs/pets.yaml:15: {sentence}"
 
 
+def test_an_online_teacher_does_not_know_its_largest_error(written):
+    words = ["task={name: regression, outputs: [a, b]}", "stages.teach.losses={mse: {}}"]
+    words += ["stages.pretrain.losses={mse: {}}", "stages.again.losses={mse: {}}", "stages.distill.losses={ail: {}}"]
+    path = written(TEXT)
+    assert load(path, words).stages["distill"].losses == {"ail": {}}
+    assert load(path, [*words, "stages.distill.teacher=online", "stages.distill.losses.ail.eta=0.5"])
+    sentence = (
+        "stages.distill.losses.ail: needs `eta`, the teacher's largest squared error on the training set, which only a "
+        "cache knows; write it, or train with `teacher: cached`"
+    )
+    for losses in ("{ail: {}}", "{mse: {}, ail: {eta: null, weight: 0.5}}"):
+        online = [*words, "stages.distill.teacher=online", f"stages.distill.losses={losses}"]
+        assert refusal(path, online) == f"command line: {sentence}"
+
+
+IMAGES = "numbers, but images have red, green and blue; give three"
+SPECTROGRAMS = "numbers, but spectrograms are grey; give one"
+
+
+@pytest.mark.parametrize("section", ["teacher", "student"])
+@pytest.mark.parametrize(("name", "one"), [("mean", 0), ("std", 0.25)])
+def test_a_normalisation_has_a_number_for_each_channel(written, section, name, one):
+    path, key, audio = written(TEXT), f"{section}.{name}", ["audio={mels: 8}", "views.crop_scale=[1, 1]"]
+
+    def values(count):
+        return f"{key}=[{', '.join([str(one)] * count)}]"
+
+    given = load(path, [values(3)]), load(path, [*audio, values(1)])
+    assert [getattr(getattr(recipe, section), name) for recipe in given] == [(one,) * 3, (one,)]
+    assert all(type(value) is float for recipe in given for value in getattr(getattr(recipe, section), name))
+    for count in (0, 1, 4):
+        assert refusal(path, [values(count)]) == f"command line: {key}: has {count} {IMAGES}"
+    for count in (0, 2, 3):
+        assert refusal(path, [*audio, values(count)]) == f"command line: {key}: has {count} {SPECTROGRAMS}"
+
+
 def test_a_recipe_without_stages_is_refused(written):
     text = TEXT[: TEXT.index("stages:")].replace("  weights: stage:teach\n", "")
     assert refusal(written(text + "stages: {}")) == "configs/pets.yaml:18: stages: at least one stage is needed"
@@ -560,6 +596,16 @@ def test_a_damaged_recipe_is_read_or_refused_in_one_sentence(written, data):
             "cache.features.f.dither: is for int8, not for fp16",
         ),
         (["cache.features={f: {tap: a, pool: 0}}"], "cache.features.f.pool: must be a whole number, at least 1, not 0"),
+        (
+            ["cache.features={f: {tap: 'saliency(a.1)', pool: 2}}"],
+            "cache.features.f.pool: 'saliency(a.1)' reads shares of places, which are none when pooled; leave `pool` "
+            "out and name a smaller grid in the tap, as in saliency(PATH, 4x8)",
+        ),
+        (
+            ["cache.features={f: {tap: 'attention(a.attn, 8x16)', pool: 2}}"],
+            "cache.features.f.pool: 'attention(a.attn, 8x16)' reads shares of places, which are none when pooled; "
+            "leave `pool` out and name a smaller grid in the tap, as in saliency(PATH, 4x8)",
+        ),
         (["evaluate.metric=miou"], "evaluate.metric: unknown metric 'miou' of classification; known: accuracy, nll"),
         (
             ["task={name: segmentation, classes: 256}", "evaluate.metric=miou"],
@@ -573,3 +619,11 @@ def test_a_damaged_recipe_is_read_or_refused_in_one_sentence(written, data):
 )
 def test_features_and_metrics_that_cannot_be_are_refused(written, words, sentence):
     assert refusal(written(TEXT), words).startswith(f"command line: {sentence}")
+
+
+def test_maps_may_be_pooled(written):
+    for tap in ("a.1", "grid(a.1)", "saliency"):
+        feature = load(written(TEXT), [f"cache.features={{f: {{tap: {tap}, pool: 2}}}}"]).cache.features["f"]
+        assert (feature.tap, feature.pool) == (tap, 2)
+    shares = load(written(TEXT), ["cache.features={f: {tap: 'saliency(a.1, 4x8)', pool: 1}}"]).cache.features["f"]
+    assert shares.pool == 1

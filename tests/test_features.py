@@ -357,6 +357,14 @@ def test_a_missing_feature_is_one_sentence(losses, had, message):
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize("grid", [(4, 6), (9,), ()])
+def test_one_channel_has_no_direction(grid):
+    student, teacher = torch.randn(2, 3, 1, *grid, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ModelError, match="^has one channel, whose cosine is a sign; name others in `features`, or use"):
+        cosine(student, teacher)
+    assert LOSSES["hint"].function(student, teacher).shape == (3,)
+
+
 def test_a_feature_that_does_not_fit_is_named():
     output, batch = lesson()
     output.projected["cosine"]["middle"] = output.projected["cosine"]["middle"][:, :2]

@@ -163,7 +163,7 @@ def test_a_second_run_does_nothing(whole):
     files = [path for path in files if "__pycache__" not in path.parts]
     before, first = {path: path.stat().st_mtime_ns for path in files}, reported(folder)
     said = done(run(kd_dist, "run", "tiny.yaml", "--seeds", "2", folder=folder))
-    assert said.count("done before") == 6  # five stages and the cache
+    assert said.count("done before") == 9  # three splits, five stages and the cache
     assert {path: path.stat().st_mtime_ns for path in files} == before and len(files) > 50
     assert reported(folder) == first
 
@@ -239,7 +239,7 @@ def test_segmentation_from_raw_pictures_to_a_report_with_classes_and_examples(tm
     before = (made / "report.json").read_text()
     again = run(kd_dist, "run", "scenes.yaml", folder=folder)
     done(again)
-    assert again.output.count("done before") == 4  # two splits of the cache, two stages
+    assert again.output.count("done before") == 6  # two splits, two of the cache, two stages
     assert json.loads((made / "report.json").read_text())["summary"] == json.loads(before)["summary"]
 
 

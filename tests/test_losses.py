@@ -13,7 +13,7 @@ from oracles import CASES, NEEDED, ORACLES, cases, function_of, inputs, rounding
 
 from kd_dist.batch import Batch, StudentOutput, TeacherSignal
 from kd_dist.errors import ModelError, RecipeError
-from kd_dist.losses import LOSSES, Objective, check_losses, signals_needed
+from kd_dist.losses import LOSSES, Objective, check_losses, signals_needed, suits
 from kd_dist.losses.logits import cross_entropy, kd, kd_binary
 from kd_dist.losses.table import Loss
 
@@ -61,6 +61,23 @@ def test_every_row_names_fields_that_exist(name):
     assert row.function.__name__ == name
     assert not row.with_teacher or (row.against == "targets" and not row.relational)
     assert row.relational or not row.gather
+
+
+@pytest.mark.parametrize(
+    ("task", "classes", "names"),
+    [
+        ("classification", 2, "cross_entropy kd kd_binary"),
+        ("classification", 3, "cross_entropy kd"),
+        ("segmentation", 21, "cross_entropy cwd kd_pixel"),
+        ("regression", 1, "ail ccc huber kd_ccc kd_huber kd_mse mse teacher_bounded"),
+        ("sound", 2, ""),
+    ],
+)
+def test_which_losses_on_outputs_suit_a_task(task, classes, names):
+    suited = [name for name, row in LOSSES.items() if suits(row, task, classes)]
+    assert sorted(name for name in suited if LOSSES[name].against != "features") == names.split()
+    for name in suited:
+        check_losses({name: {}}, task, classes, ["f"])
 
 
 # ------------------------------------------------------------------------------------------ properties of each loss

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from conftest import CLASSES, pack_examples, picture
 
-from kd_dist import assemble, manifest, places
+from kd_dist import assemble, journey, manifest, places
 from kd_dist.config import load
 from kd_dist.data import Shards, read_examples
 from kd_dist.errors import DataError, MismatchError, ShardError, one_sentence
-from kd_dist.pack import assign, choose_split, item_key, pack
+from kd_dist.pack import assign, choose_split, item_key, listing_digest, pack
 from kd_dist.shards import index_tar
 from kd_dist.sources import Item
 from kd_dist.tasks import Classification
@@ -351,6 +351,19 @@ def test_a_listing_that_changed_half_way(packed, experiment):
         pack_examples(packed)
 
 
+def test_other_windows_are_another_listing():
+    """And the digests of what has no windows are those that are on disks by now."""
+    plain = [Item("a.png", None, "png", 3, bytes), Item("b.png", "val", "png", None, bytes)]
+    assert listing_digest(plain) == "26102a49fdb9fba68ce6da059797ae4fa33b84acaa44da0631b6cc8adf948f35"
+    one = Item("2/15000ms", None, "mp3", (0.5, -1.0), bytes, "2", (15.0, 25.0))
+    others = [one._replace(group=group) for group in (None, "3")]
+    others += [one._replace(span=span) for span in (None, (15.0, 25.0000001), (15.5, 25.0), (5.0, 15.0))]
+    others += [one._replace(name="2/0ms"), one._replace(label=(0.5, -0.5)), one._replace(extension="wav")]
+    digests = [listing_digest([item]) for item in (one, *others)]
+    assert len(set(digests)) == len(digests) == 10
+    assert listing_digest([one._replace(span=(15, 25), split="val")]) == digests[0]  # the same part, and its own folder
+
+
 # ------------------------------------------------------------------------------------------------ a second run
 
 
@@ -360,6 +373,21 @@ def test_what_is_finished_is_not_read_again(packed, experiment):
     made = pack_examples(packed)
     assert made["train"] == manifest.read_manifest(experiment / "shards/tiny/train")
     assert files(experiment / "shards") == before
+
+
+def test_it_says_which_splits_were_done_before(packed, capsys):
+    def said() -> list[str]:
+        capsys.readouterr()
+        made = journey.pack_recipe(packed)
+        lines = [line for line in capsys.readouterr().err.splitlines() if " shards" in line]
+        assert len(lines) == len(made) == 3
+        return [line.partition(", ")[0] for line in lines if "done before" in line]
+
+    assert said() == ["pack test: done before", "pack train: done before", "pack val: done before"]
+    unfinished(packed, "train")
+    assert said() == ["pack test: done before", "pack val: done before"]
+    shutil.rmtree("shards")
+    assert said() == []
 
 
 def test_committed_shards_are_kept_and_the_rest_is_made(packed, experiment):

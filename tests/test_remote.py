@@ -598,7 +598,8 @@ def test_training_from_a_store_leaves_the_same_weights(trained, away, tmp_path, 
 def test_finished_shards_under_a_url_are_done_before_and_all_commands_read_them(trained, away):
     there = f"data.shards={away.url}"
     before = contents(trained / "shards")
-    assert "pack train: 21 examples in 3 shards" in done(run(kd_dist, "pack", "tiny.yaml", there, folder=trained))
+    packed = done(run(kd_dist, "pack", "tiny.yaml", there, folder=trained))
+    assert "pack train: done before, 21 examples in 3 shards" in packed
     assert done(run(kd_dist, "cache-teacher", "tiny.yaml", there, folder=trained)) == "cache teacher: done before\n"
     launched = done(run(cache_teacher.main, ["tiny.yaml", there], folder=trained))
     assert launched.count("done before") == 3

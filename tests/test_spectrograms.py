@@ -8,6 +8,8 @@ import pickle
 import librosa
 import numpy as np
 import pytest
+import soundfile
+import soxr
 import torch
 from recordings import KINDS, encoded, tones
 
@@ -215,6 +217,20 @@ def test_the_golden_signal_as_a_file():
     found = golden(LogMel())
     picture = Spectrograms(LogMel()).decode(Spectrograms(LogMel()).encode(encoded(found["waveform"], 22050), "wav"))
     assert np.array_equal(picture[..., 0], found["mel"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["flac", "mp3"])
+def test_a_recording_by_the_recipe_of_the_format(kind):
+    """All of the format's five steps, on a part of a stereo recording at another rate."""
+    left, right = tones(6, 44_100, 330.0), tones(6, 44_100, 1470.0)
+    payload = encoded(np.stack([left, 0.3 * right], axis=1), 44_100, kind)
+    decoded, rate = soundfile.read(io.BytesIO(payload), dtype="float64")
+    assert rate == 44_100 and decoded.shape[1] == 2
+    waveform = soxr.resample(decoded.mean(axis=1)[66_150:198_450], rate, 22_050, quality="HQ")
+    packed = Spectrograms(LogMel()).encode(payload, kind, (1.5, 4.5))["mel.npy"]
+    off = np.abs(np.rint(written(LogMel(), waveform)) - np.frombuffer(packed, np.uint8, offset=128).reshape(128, -1))
+    assert off.shape == (128, 130) and off.max() <= 1 and (off > 0).mean() < 1e-3
 
 
 @pytest.mark.slow

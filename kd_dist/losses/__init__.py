@@ -43,16 +43,27 @@ def check_losses(
             raise RecipeError(f"loss '{name}': {error}") from error
 
 
+def suits(row: Loss, task: str, classes: int) -> bool:
+    """Whether a loss makes sense for `task` with so many classes, or outputs."""
+    least, most = row.classes
+    return task in row.tasks and least <= classes and (most is None or classes <= most)
+
+
 def signals_needed(losses: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """The TeacherSignal fields that these losses read; empty when no teacher is needed."""
     return {"logits" if LOSSES[name].with_teacher else LOSSES[name].against for name in losses} - {"targets"}
+
+
+def asks_the_cache(name: str, written: Mapping[str, Any]) -> bool:
+    """Whether a loss, as a recipe writes it, lacks what only a cache of the whole training set knows: see `filled`."""
+    return name == "ail" and written.get("eta") is None
 
 
 def filled(losses: Mapping[str, Mapping[str, Any]], largest_error: float) -> dict[str, Mapping[str, Any]]:
     """These losses, with the `eta` of `ail` where it is left out: `largest_error`, the largest `outputs.mse` of the
     teacher with the targets over every training example, in every view that the teacher has seen."""
     return {
-        name: {**written, "eta": largest_error} if name == "ail" and written.get("eta") is None else written
+        name: {**written, "eta": largest_error} if asks_the_cache(name, written) else written
         for name, written in losses.items()
     }
 
@@ -148,9 +159,9 @@ def _feature_pairs(
 
 def _check_place(row: Loss, task: str, classes: int) -> None:
     """RecipeError unless the loss makes sense for the task and its number of classes."""
-    if _fits(row, task, classes):
+    if suits(row, task, classes):
         return
-    others = ", ".join(name for name, other in LOSSES.items() if _fits(other, task, classes)) or "none"
+    others = ", ".join(name for name, other in LOSSES.items() if suits(other, task, classes)) or "none"
     if task == "regression" and row.student == "logits" and task not in row.tasks:
         raise RecipeError(
             "its softmax compares classes, or the places of a map, with each other, and the outputs of a regression "
@@ -161,11 +172,6 @@ def _check_place(row: Loss, task: str, classes: int) -> None:
     limit = f"exactly {least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
     where = f" with {limit} classes, not for {task} with {classes}" if row.classes != (1, None) else f", not for {task}"
     raise RecipeError(f"is for {' and '.join(row.tasks)}{where}; losses that fit: {others}")
-
-
-def _fits(row: Loss, task: str, classes: int) -> bool:
-    least, most = row.classes
-    return task in row.tasks and least <= classes and (most is None or classes <= most)
 
 
 def _check_options(row: Loss, written: Mapping[str, Any]) -> None:

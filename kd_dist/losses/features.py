@@ -26,8 +26,11 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     [0, 2]. Every position counts alike. Source: the usual feature cosine of self-supervised distillation, without
     options; a weight of 0.3 is common. Deviation: computed as |u_s - u_t|^2 / 2 of the unit vectors u, which is exactly
     0 for a match; a vector of zeros has u = 0 and no gradient, so that one beside a real vector costs 1/2.
+    ModelError: a single channel, as saliency() and attention() read, has no direction that a gradient could turn.
     """
     student, teacher = matched(student, teacher)
+    if teacher.shape[1] == 1:
+        raise ModelError("has one channel, whose cosine is a sign; name others in `features`, or use saliency or hint")
     return (_unit(student, 1) - _unit(teacher, 1)).square().sum(dim=1).mean(dim=1) / 2
 
 

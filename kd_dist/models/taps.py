@@ -18,6 +18,13 @@ SYNTAX = re.compile(r"([^\s\[\]]+)(?:\[([^\s\[\]]+)\])?")
 READING = re.compile(r"(grid|saliency|attention)\(([^()]+?)(?:, *([1-9][0-9]{0,3})x([1-9][0-9]{0,3}))?\)")
 
 
+def reads_shares(text: str) -> bool:
+    """Whether a tap reads the places' shares of a whole, as saliency() and attention() do: pooled, they would no longer
+    be shares. The grid that the tap names is what makes them fewer."""
+    reading = READING.fullmatch(text)
+    return reading is not None and reading[1] != "grid"
+
+
 class Tap(NamedTuple):
     """Where a feature comes from."""
 
