@@ -4,13 +4,19 @@ import math
 import pickle
 from pathlib import Path
 
+import librosa
+import numpy as np
 import pytest
 from recordings import encoded, tones
 
+from kd_dist import assemble, journey
+from kd_dist.config import load
+from kd_dist.data import read_examples
 from kd_dist.errors import DataError, RecipeError
 from kd_dist.inputs.spectrograms import LogMel, Spectrograms
 from kd_dist.sources import list_items
 
+DEAM = Path(__file__).parent.parent / "configs" / "emotion_deam.yaml"
 RATE = 8000
 TIMES = range(15_000, 45_000, 500)
 AVERAGED = "annotations/annotations averaged per song"
@@ -117,6 +123,48 @@ def test_items_are_what_the_input_packs(tree):
             shapes.append(spectrograms.decode(members).shape)
     assert shapes[4:] == [(32, 401, 1)] * 9
     assert [shape[1] // 40 for shape in shapes[:4]] == [45, 30, 45, 45]
+
+
+@pytest.mark.slow
+def test_windows_of_the_full_scale_recipe(tree, tmp_path):
+    """30 s at 22,050 Hz, out of clips and of a whole song of 100 s, each of whose windows is two octaves higher."""
+    parts = ((45, 220.0), (30, 880.0), (25, 3520.0))
+    wave = np.concatenate([tones(seconds, RATE, pitch) for seconds, pitch in parts])
+    (tree / "MEMD_audio/2001.mp3").write_bytes(encoded(wave, RATE, "mp3"))
+    times = range(15_000, 100_000, 500)
+    header = ",".join(["song_id", *(f"sample_{time}ms" for time in times)])
+    whole = ",".join(["2001", *(f"{time / 200_000}" for time in times)])
+    for name in ("valence", "arousal"):
+        rows = [one + "," * (len(times) - 60) for one in (dynamic(2, 0), dynamic(3, 0, 29), dynamic(10, 0))]
+        (tree / DYNAMIC / f"{name}.csv").write_text("\n".join([header, *rows, whole]) + "\n")
+    words = [f"data.root={tree}", f"data.shards={tmp_path}/shards", "data.options.windows=30"]
+    recipe = load(DEAM, [*words, "data.splits={train: 0.5, val: 0.5}", "evaluate.split=val"])
+    manifests = journey.pack_recipe(recipe)
+    assert {split: one["quarantined"] for split, one in manifests.items()} == {"train": [], "val": []}
+    task, policy, found = assemble.task(recipe), assemble.view_policy(recipe), {}
+    for split in manifests:
+        packed = assemble.examples(recipe, split)
+        found[split] = {one.key: one for one in read_examples(packed, np.arange(len(packed)), task.decode)}
+    assert {split: sorted(held) for split, held in found.items()} == {
+        "train": ["10/15000ms", "2001/15000ms", "2001/45000ms", "2001/75000ms"],
+        "val": ["2/15000ms"],  # song 3 has 29 annotations, too few for 30 s
+    }
+    assert found["val"]["2/15000ms"].image.shape == (128, 1292, 1)
+    bands = []
+    for number, (seconds, frames) in enumerate([(30, 1292), (30, 1292), (25, 1077)]):
+        example = found["train"][f"2001/{15 + 30 * number}000ms"]
+        middle = 15 + 30 * number + seconds / 2 - 0.25  # of the window's annotations, in s
+        assert example.target == pytest.approx([middle / 200] * 2, abs=1e-6)
+        assert example.image.shape == (128, frames, 1)
+        loudest = example.image[:, 20:-20, 0].argmax(axis=0)  # but where a window ends
+        assert np.ptp(loudest) <= 1
+        bands.append(int(np.median(loudest)))
+        size = example.image.shape[:2]
+        view = policy.replay(example.image, policy.canonical(size))
+        assert view.shape == (128, 1280, 1)
+        assert [bool(column.any()) for column in (view[:, 0], view[:, -1])] == [True, frames > 1280]
+    pitches = librosa.mel_frequencies(130, fmin=20.0, fmax=11025.0)[1:-1]  # the middles of the bands
+    assert bands == [int(np.abs(pitches - pitch).argmin()) for _, pitch in parts]
 
 
 @pytest.mark.parametrize("spelling", ["underscores", "archives", "both"])

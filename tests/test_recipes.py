@@ -1,16 +1,19 @@
 """The recipes that are shipped: each can be read, and the full-scale ones run as they are, but for data and steps."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import done, kd_dist
+from processes import done, inside, kd_dist
 from processes import run as start_run
 from recordings import encoded, tones
+from safetensors.torch import load_file, save_file
 
+from kd_dist import assemble, cache_teacher, train
 from kd_dist.config import load
 from kd_dist.models import build_network
 from kd_dist.sources.voc import VOC_CLASSES
@@ -21,7 +24,7 @@ STEPS = 2
 
 
 def test_every_shipped_recipe_is_found():
-    assert [path.stem for path in RECIPES] == ["camvid", "digits", "emotion_vgmidi", "voc_fcn_resnet50"]
+    assert [path.stem for path in RECIPES] == ["camvid", "digits", "emotion_deam", "emotion_vgmidi", "voc_fcn_resnet50"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -90,6 +93,7 @@ def test_the_voc_recipe_runs_at_full_scale(tmp_path):
 
 AVERAGES = "annotations/annotations averaged per song/song_level"
 SONGS = 24
+PARTS = {f"{metric}/{output}" for metric in ("ccc", "mae") for output in ("valence", "arousal")}
 
 
 def deam_tree(root: Path) -> None:
@@ -140,6 +144,102 @@ def test_the_emotion_recipe_runs_from_recordings_to_a_report(tmp_path):
     assert proof.stdout.count("the cache is this teacher's") == 2 and "mean squared difference" in proof.stdout
     report = json.loads((tmp_path / "runs/emotion_vgmidi/report.json").read_text())
     assert [row["stage"] for row in report["summary"]] == ["teacher", "pretrain", "distill"]
-    parts = {name for name, _ in report["summary"][0]["parts"]}
-    assert parts == {f"{metric}/{output}" for metric in ("ccc", "mae") for output in ("valence", "arousal")}
+    assert {name for name, _ in report["summary"][0]["parts"]} == PARTS
     assert (tmp_path / "runs/emotion_vgmidi/examples.png").stat().st_size > 10_000
+
+
+PER_SECOND = "annotations/annotations averaged per song/dynamic (per second annotations)"
+PUBLISHED = {"train": ("2", "7", "10", "2001"), "val": ("3", "14"), "test": ("5", "2003")}  # by the recipe's own splits
+BROKEN = "4"
+WEIGHT = "blocks.{}.mlp.fc1.weight"
+
+
+def published_deam(root: Path) -> None:
+    """DEAM as it is published, both pairs of lists with their own columns: clips of 31 s and a song of 50 s, and a
+    recording that is none."""
+    lists, dynamic = root / AVERAGES, root / PER_SECOND
+    for folder in (root / "MEMD_audio", lists, dynamic):
+        folder.mkdir(parents=True)
+    short = "song_id, valence_mean, valence_std, arousal_mean, arousal_std"
+    more = ", {0}_mean, {0}_std, {0}_max_mean, {0}_max_std, {0}_min_mean, {0}_min_std"
+    static = {"1_2000": [short], "2000_2058": ["song_id" + more.format("valence") + more.format("arousal")]}
+    header = ",".join(["song_id", *(f"sample_{time}ms" for time in range(15_000, 50_000, 500))])
+    by_second = {"valence": [header], "arousal": [header]}
+    for song in sorted(map(int, [*sum(PUBLISHED.values(), ()), BROKEN])):
+        levels = {"valence": 1 + song % 7, "arousal": 2 + song % 6}
+        seconds = 50.0 if song == 2001 else 31.0
+        wave = tones(seconds, 44100, 110.0 * levels["arousal"]) * (0.1 * levels["valence"])
+        (root / f"MEMD_audio/{song}.mp3").write_bytes(encoded(wave, 44100, "mp3"))
+        if song <= 2000:
+            static["1_2000"].append(f"{song},{levels['valence']},1.0,{levels['arousal']},1.0")
+        else:  # the largest and the smallest of a song stand beside its mean
+            row = [f"{level},1,{level + 1},1,{level - 1},1" for level in levels.values()]
+            static["2000_2058"].append(f"{song},{','.join(row)}")
+        count = round(2 * (seconds - 15))
+        for name, level in levels.items():
+            by_second[name].append(",".join([str(song), *[f"{(level - 5) / 4}"] * count, *[""] * (70 - count)]))
+    (root / f"MEMD_audio/{BROKEN}.mp3").write_bytes(b"<html>404 Not Found</html>" * 400)
+    for name, rows in static.items():
+        (lists / f"static_annotations_averaged_songs_{name}.csv").write_text("\n".join(rows) + "\n")
+    for name, rows in by_second.items():
+        (dynamic / f"{name}.csv").write_text("\n".join(rows) + "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_deam_recipe_runs_at_full_scale(tmp_path):
+    """ViT-B/16 at 128 x 1280, the student, all three stages. The pretrained weights are a file of random ones, of
+    timm's own ViT-B/16: 3 channels, 224 pixels, 1,000 classes. One view a song instead of sixteen, for time."""
+    published_deam(tmp_path / "DEAM")
+    torch.manual_seed(1)
+    given = build_network("timm/vit_base_patch16_224", 1000, options={}).backbone.state_dict()
+    save_file(given, tmp_path / "imagenet.safetensors")
+    words = [str(CONFIGS / "emotion_deam.yaml"), f"data.root={tmp_path}/DEAM", "views.count=1"]
+    words += [f"teacher.options.pretrained_cfg_overlay.file={tmp_path}/imagenet.safetensors"]
+    stages = ("teacher", "pretrain", "distill")
+    words += [f"stages.{stage}.max_steps={STEPS}" for stage in stages]
+
+    def run(function: Callable, *arguments) -> str:
+        ended = start_run(function, *arguments, folder=tmp_path)
+        done(ended)
+        return ended.stdout
+
+    run(kd_dist, "pack", *words)
+    folder = tmp_path / "shards/emotion_deam"
+    packed = {split: json.loads((folder / split / "manifest.json").read_text()) for split in PUBLISHED}
+    assert {split: one["examples"] for split, one in packed.items()} == {"train": 4, "val": 2, "test": 2}
+    quarantined = [row for one in packed.values() for row in one["quarantined"]]
+    assert [row["name"] for row in quarantined] == [BROKEN] and "cannot be decoded" in quarantined[0]["reason"]
+    run(train.main, [*words, "--stage", "teacher"])
+    kept = load_file(tmp_path / "runs/emotion_deam/teacher/seed-0/best.safetensors")
+    assert kept["pos_embed"].shape == (1, 1 + 8 * 80, 768) and kept["patch_embed.proj.weight"].shape == (768, 1, 16, 16)
+    same = {block: torch.equal(kept[name], given[name]) for block in range(12) if (name := WEIGHT.format(block))}
+    assert [block for block, equal in same.items() if equal] == list(range(8))  # the last four have learnt
+    assert [kept[f"head.{layer}.weight"].shape for layer in (0, 3, 6)] == [(512, 768), (128, 512), (2, 128)]
+    run(cache_teacher.main, words)
+    about = json.loads((folder / "train/teacher/manifest.json").read_text())
+    features = sum(one["bytes"] for one in about["feature_report"].values())
+    assert 0 < about["row_bytes"] - features <= 56
+    assert about["teacher"]["head"] == {"hidden": [512, 128], "dropout": 0.3} and about["quarantined"] == []
+    assert about["feature_report"]["tokens"]["bytes"] * 64 <= about["feature_report"]["tokens"]["fp16_bytes"]
+    assert about["feature_report"]["attention"]["bytes"] == 2 * 8 * 16
+    assert run(kd_dist, "verify", *words, "--examples", "1").count("the cache is this teacher's") == 3
+    for stage in ("pretrain", "distill"):
+        run(train.main, [*words, "--stage", stage])
+    for stage in stages:
+        result = json.loads((tmp_path / f"runs/emotion_deam/{stage}/seed-0/result.json").read_text())
+        assert result["steps"] == STEPS and result["skipped"] == 0 and result["metric"] == "ccc"
+        assert len(result["history"]) == STEPS  # four songs fit into a step
+        for epoch in result["history"]:
+            assert np.isfinite([epoch[name] for name in ("loss", "grad_norm", "val_ccc", "val_mae")]).all()
+            assert 0 < epoch["logit_max"] <= 1
+    recipe = load(*words[:1], words[1:])
+    with inside(tmp_path):
+        cached = assemble.signals(recipe, "train", assemble.examples(recipe, "train"))
+        said = cached.codec.decode(cached.rows(np.arange(4), np.zeros(4, int)))
+    assert said.shape == (4, 2) and 0 < np.abs(said).max() <= 1
+    rows = json.loads(run(kd_dist, "evaluate", *words, "--json"))
+    assert [row["stage"] for row in rows] == list(stages)
+    assert all(np.isfinite([row["value"], *dict(row["parts"]).values()]).all() for row in rows)
+    assert {name for name, _ in rows[0]["parts"]} == PARTS
+    assert 85e6 < rows[0]["parameters"] < 87e6 and all(1e6 < row["parameters"] < 8e6 for row in rows[1:])

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from kd_dist.models import Built, Network
 from kd_dist.report import (
     LATENCY_RUNS,
+    LATENCY_SECONDS,
     gain_sentence,
     gains,
     headings,
@@ -68,6 +70,18 @@ def test_parameters_and_macs_of_known_layers():
     assert 0 < cost["latency_ms"] < 1000
     assert len(backbone.seen) == 1 + LATENCY_RUNS
     assert set(backbone.seen) == {(torch.Size((1, 3, 8, 6)), False, 1, True)}
+
+
+@pytest.mark.slow
+def test_a_slow_model_is_timed_three_times():
+    class Slow(Calls):
+        def forward(self, images):
+            time.sleep(LATENCY_SECONDS / 2)
+            return super().forward(images)
+
+    backbone = Slow()
+    measure(Network(Built(backbone, (0.5,) * 3, (0.5,) * 3), 5, None, "slow"), (8, 6))
+    assert len(backbone.seen) == 1 + 3
 
 
 def test_measuring_gives_the_threads_back():
