@@ -1,11 +1,12 @@
 """A generator of spectrograms and the discriminator that it learns from: convolutions from grid to grid."""
 
+from itertools import pairwise
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 SMALLEST, WIDEST = 4, 8  # the least side of the coarsest grid; its channels, in units of the finest one's
+SLOPE = 0.2  # of LeakyReLU
 GROUPS = 8  # of the generator's norms
 POOLED = (4, 4)  # what the discriminator's last layer sees: it keeps apart low bands from high ones
 
@@ -26,34 +27,41 @@ def channels(width: int, count: int) -> list[int]:
 class Generator(nn.Module):
     """Vectors (B, latent) of normal noise -> levels (B, 1, mels, frames) in [-1, 1], `size` is (mels, frames).
 
-    `width`, a multiple of GROUPS, is the number of channels at full size. From grid to grid the nearest cell is
-    repeated, then convolved: transposed convolutions leave a checkerboard (Odena et al., Distill 2016).
+    `width`, a multiple of GROUPS, is the number of channels at full size. From grid to grid by transposed convolutions
+    of 4 with stride 2: a kernel that the stride divides leaves no checkerboard (Odena et al., Distill 2016).
     """
 
     def __init__(self, latent: int, width: int, size: tuple[int, int]) -> None:
         super().__init__()
         self.grids = grids(size)
-        self.first = channels(width, len(self.grids))[0]
         (height, wide), counts = self.grids[0], channels(width, len(self.grids))
-        self.begin = nn.Linear(latent, self.first * height * wide)
+        self.begin = nn.Sequential(
+            nn.Linear(latent, counts[0] * height * wide),
+            nn.Unflatten(1, (counts[0], height, wide)),
+            *_active(counts[0]),
+        )
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(GROUPS, b), nn.LeakyReLU(0.2))
-            for a, b in zip([self.first, *counts[:-1]], counts, strict=True)
+            nn.Sequential(nn.ConvTranspose2d(a, b, 4, stride=2, padding=1), *_active(b)) for a, b in pairwise(counts)
         )
         self.end = nn.Conv2d(width, 1, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
-        maps = self.begin(latent).unflatten(1, (self.first, *self.grids[0]))
-        for grid, block in zip(self.grids, self.blocks, strict=True):
-            maps = block(F.interpolate(maps, grid))
+        maps = self.begin(latent)
+        for (height, wide), block in zip(self.grids[1:], self.blocks, strict=True):
+            maps = block(maps)[..., :height, :wide]  # a half that was rounded up doubles to one more
         return self.end(maps).tanh()
+
+
+def _active(count: int) -> tuple[nn.Module, nn.Module]:
+    return nn.GroupNorm(GROUPS, count), nn.LeakyReLU(SLOPE)
 
 
 class Discriminator(nn.Module):
     """Levels (B, 1, mels, frames) in [-1, 1] -> logits (B,), the higher the more like a recording.
 
-    Spectral norms bound its slope (1802.05957). Its last maps are joined by how far the batch is spread at each place,
-    which tells samples that are all alike (minibatch standard deviation, 1710.10196, section 3).
+    It has no norms: how loud a recording is, and how alike those of a batch are, are signs that it may go by. Its last
+    maps are joined by how far the batch is spread at each place, which tells samples that are all alike (minibatch
+    standard deviation, 1710.10196, section 3).
     """
 
     def __init__(self, width: int, size: tuple[int, int]) -> None:
@@ -61,12 +69,12 @@ class Discriminator(nn.Module):
         counts = channels(width, len(grids(size)))[::-1]
         self.blocks = nn.Sequential(
             *(
-                nn.Sequential(spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)), nn.LeakyReLU(0.2))
-                for a, b in zip([1, *counts[:-1]], counts, strict=True)
+                nn.Sequential(nn.Conv2d(a, b, 4, stride=2, padding=1), nn.LeakyReLU(SLOPE))
+                for a, b in pairwise([1, *counts])
             )
         )
         self.pool = nn.AdaptiveAvgPool2d(POOLED)
-        self.end = spectral_norm(nn.Linear((counts[-1] + 1) * POOLED[0] * POOLED[1], 1))
+        self.end = nn.Linear((counts[-1] + 1) * POOLED[0] * POOLED[1], 1)
 
     def forward(self, levels: Tensor) -> Tensor:
         maps = self.pool(self.blocks(levels))
@@ -82,3 +90,11 @@ class Gan(nn.Module):
         self.latent = latent
         self.generator = Generator(latent, width, size)
         self.discriminator = Discriminator(width, size)
+        self.apply(_first_weights)
+
+
+def _first_weights(module: nn.Module) -> None:
+    """As large as keeps a signal as strong through every layer (1502.01852); PyTorch's own fade it out."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        nn.init.kaiming_normal_(module.weight, SLOPE, nonlinearity="leaky_relu")
+        nn.init.zeros_(module.bias)
