@@ -93,6 +93,7 @@ def test_the_voc_recipe_runs_at_full_scale(tmp_path):
 
 AVERAGES = "annotations/annotations averaged per song/song_level"
 SONGS = 24
+STUDIED = ["teacher", "pretrain", "response", "features", "distill", "distill_generated"]
 PARTS = {f"{metric}/{output}" for metric in ("ccc", "mae") for output in ("valence", "arousal")}
 
 
@@ -118,7 +119,7 @@ def test_the_emotion_recipe_runs_from_recordings_to_a_report(tmp_path):
     words = [str(CONFIGS / "emotion_vgmidi.yaml"), f"data.root={tmp_path}/deam", "views.count=2", "evaluate.split=val"]
     words += ["data.splits={train: 0.6, val: 0.4}"]
     short = ("epochs=2", f"max_steps={STEPS}", "warmup_epochs=1")
-    words += [f"stages.{stage}.{option}" for stage in ("teacher", "pretrain", "distill") for option in short]
+    words += [f"stages.{stage}.{option}" for stage in STUDIED for option in short] + ["gan.epochs=1"]
     said = start_run(kd_dist, "run", *words, folder=tmp_path)
     done(said)
     folder = tmp_path / "shards/emotion_vgmidi"
@@ -134,16 +135,17 @@ def test_the_emotion_recipe_runs_from_recordings_to_a_report(tmp_path):
     rows = about["teacher_report"]["rows"]
     assert about["codec_error"]["logits"] == {"count": rows, "max_abs": 0.0, "mean_square": 0.0}
     assert 0 < about["teacher_report"]["largest_error"] < 4
-    for stage in ("teacher", "pretrain", "distill"):
+    for stage in STUDIED:
         [path] = (tmp_path / f"runs/emotion_vgmidi/{stage}").glob("seed-*/result.json")
         result = json.loads(path.read_text())
         assert result["steps"] == STEPS and result["skipped"] == 0
         assert np.isfinite([one["loss"] for one in result["history"]]).all()
     proof = start_run(kd_dist, "verify", *words, "--examples", "4", folder=tmp_path)
     done(proof)
-    assert proof.stdout.count("the cache is this teacher's") == 2 and "mean squared difference" in proof.stdout
+    assert proof.stdout.count("the cache is this teacher's") == 3 and "mean squared difference" in proof.stdout
     report = json.loads((tmp_path / "runs/emotion_vgmidi/report.json").read_text())
-    assert [row["stage"] for row in report["summary"]] == ["teacher", "pretrain", "distill"]
+    assert [row["stage"] for row in report["summary"]] == STUDIED
+    assert [one["against"] for one in report["gains"] if one["generated"]] == ["distill"]
     assert {name for name, _ in report["summary"][0]["parts"]} == PARTS
     assert (tmp_path / "runs/emotion_vgmidi/examples.png").stat().st_size > 10_000
 
