@@ -57,9 +57,9 @@ class LoaderError(KdError):
 
     def __init__(self, cause: str) -> None:
         super().__init__(
-            f"a loader process has died ({cause}), most often for lack of memory, or of room in /dev/shm after a bus "
-            f"error; lower data.workers (0 needs neither), or run the same command where there is more: it goes on "
-            f"from the last checkpoint"
+            f"a loader process has died ({cause}), most often for lack of memory, or of room in /dev/shm; lower "
+            f"data.workers (0 needs neither), or run the same command where there is more: it goes on from the last "
+            f"checkpoint"
         )
 
 
