@@ -88,13 +88,15 @@ def cache(recipe: Recipe, path: Path, overrides: Sequence[str], options: Sequenc
     folders = [places.signals_folder(recipe, split) for split in places.splits(recipe)]
     # Weights that are no file are known by the network alone, which the launched command builds.
     from_file = places.weights_file(recipe, recipe.teacher.weights) is not None
-    if from_file and all(manifest.finished(folder) is not None for folder in folders):
+    finished = all(manifest.finished(folder) is not None for folder in folders)
+    if from_file and finished:
         for split in places.splits(recipe):
             assemble.signals(recipe, split, assemble.examples(recipe, split))  # refuses another teacher's
         print(f"cache {recipe.teacher.name}: done before", file=sys.stderr)
         return
     folder = places.shards_folder(recipe)
-    with contextlib.nullcontext() if isinstance(folder, Remote) else alone(folder):  # nobody writes under a URL
+    # Nobody writes under a URL, nor where all is finished: that may lie where no lock can be written.
+    with contextlib.nullcontext() if finished or isinstance(folder, Remote) else alone(folder):
         came = launch(["-m", "kd_dist.cache_teacher", str(path), *overrides], options)
     if came or any(manifest.finished(folder) is None for folder in folders):
         raise stopped(f"cache {recipe.teacher.name}", came)
@@ -141,7 +143,7 @@ def launch(arguments: list[str], options: Sequence[str]) -> str | None:
         raise SystemExit(1)
     if status > 0:
         raise SystemExit(status)  # it has said why
-    return told
+    return notice.name  # not `told`: the last may have come when there was nobody left to tell
 
 
 def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
