@@ -164,10 +164,9 @@ def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         rows.append({**where, **measured(recipe, folder, "teacher", weights, lambda: built)})
     for name in trained:
         folder, which = places.stage_folder(recipe, name), recipe.stages[name].model
-        best = folder / places.BEST
         where = {"role": places.role(recipe, name), "stage": name, "seed": places.stage_seed(recipe, name)}
-        build = functools.partial(assemble.network, recipe, which, str(best), recipe.seed)
-        rows.append({**where, **measured(recipe, folder, which, places.file_digest(best), build)})
+        build = functools.partial(assemble.network, recipe, which, places.STAGE_REFERENCE + name, recipe.seed)
+        rows.append({**where, **measured(recipe, folder, which, assemble.best_sha256(recipe, name), build)})
     return rows
 
 
@@ -224,8 +223,8 @@ def draw(recipe: Recipe) -> np.ndarray | None:
     networks = {"teacher": assemble.teacher(recipe).network}
     for name, stage in recipe.stages.items():
         if stage.model == "student":
-            weights = places.stage_folder(recipe, name) / places.BEST
-            networks[name] = assemble.network(recipe, "student", str(weights), recipe.seed).eval()
+            reference = places.STAGE_REFERENCE + name
+            networks[name] = assemble.network(recipe, "student", reference, recipe.seed).eval()
     with torch.inference_mode():
         said = {
             name: torch.cat([network(images) for images in batch.images.split(DRAWN_AT_ONCE)])
