@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,16 @@ class Preempted(Exception):
         self.status = status
 
 
+def check_mark() -> None:
+    """Raise a KdError when `mark_stopped` could not make its file: when the signal has come it is too late to say so."""
+    path = os.environ.get(STOPPED)
+    if path:
+        try:
+            tempfile.TemporaryFile(dir=Path(path).parent).close()
+        except OSError as error:
+            raise KdError(f"{STOPPED}={path}: {error.strerror}; name a file that can be written") from error
+
+
 def mark_stopped() -> None:
     """Make the file by which a job script learns that its command was stopped: the exit status does not say it."""
     path = os.environ.get(STOPPED)
@@ -122,6 +133,7 @@ def one_sentence() -> Iterator[None]:
     rank = os.environ.get("RANK", "0")
     label = "error" if rank == "0" else f"error (rank {rank})"
     try:
+        check_mark()
         yield
     except KeyboardInterrupt:
         if rank == "0":  # a terminal interrupts all
