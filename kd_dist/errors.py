@@ -74,7 +74,7 @@ class Preempted(Exception):
 
 
 def check_mark() -> None:
-    """Raise a KdError when `mark_stopped` could not make its file: when the signal has come it is too late to say so."""
+    """Raise a KdError when `mark_stopped` could not make its file, and not only when the signal has come."""
     path = os.environ.get(STOPPED)
     if path:
         try:

@@ -421,7 +421,7 @@ def test_a_mark_that_cannot_be_made_is_a_failure_of_the_launcher(probe):
     """At once, or, as its folder vanishes then, when it is stopped before anything was started."""
     process = launcher(probe, *WORLDS[1], "probe.py", KD_DIST_STOPPED="there/stopped")
     assert status(process) == 1 and not list(probe.glob("mark-*"))
-    assert (probe / "said").read_text().startswith("error: KD_DIST_STOPPED=there/stopped: No such file or directory; name")
+    assert (probe / "said").read_text().startswith("error: KD_DIST_STOPPED=there/stopped: No such file or directory;")
     (probe / "there").mkdir()
     process = launcher(probe, *WORLDS[1], "probe.py", KD_DIST_STOPPED="there/stopped")
     blocked = f"/proc/{process.pid}/status"
