@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kd_dist import manifest, places
-from kd_dist.checkpoint import read_record, refuse_other_run
+from kd_dist.checkpoint import best_digest, read_record, refuse_other_run
 from kd_dist.compress import FeatureCodec
 from kd_dist.config import to_dict
 from kd_dist.data import Corridor, Shards, SignalShards
@@ -136,6 +136,8 @@ def network(recipe: Recipe, which: str, reference: str | None, seed: int) -> Net
             f"{reference}: the stage has not been trained to its end; run `kd-dist train RECIPE "
             f"--stage {reference.removeprefix(places.STAGE_REFERENCE)}` first"
         )
+    if reference is not None and reference.startswith(places.STAGE_REFERENCE):
+        best_sha256(recipe, reference.removeprefix(places.STAGE_REFERENCE))  # refuses what is lost or damaged
     torch.manual_seed(seed)
     built = build_network(
         section.model,
@@ -154,6 +156,24 @@ def network(recipe: Recipe, which: str, reference: str | None, seed: int) -> Net
     if file is not None:
         load_weights(built, file)
     return built
+
+
+def best_sha256(recipe: Recipe, name: str) -> str:
+    """The digest of the best weights of a stage that has ended. Raises TrainingError when they are lost, or not those
+    that its result tells of."""
+    folder = places.stage_folder(recipe, name)
+    return best_digest(folder / places.BEST, read_record(folder / places.RESULT).get("best_sha256"))
+
+
+def weights_sha256(recipe: Recipe, reference: str | None) -> str | None:
+    """The digest of the file that `reference` means; None when there is none. Raises TrainingError for weights that are
+    not those that their stage ended with."""
+    file = places.weights_file(recipe, reference)
+    if file is None or not file.is_file():
+        return None
+    if reference.startswith(places.STAGE_REFERENCE) and places.weights_ready(recipe, reference):
+        return best_sha256(recipe, reference.removeprefix(places.STAGE_REFERENCE))
+    return places.file_digest(file)
 
 
 def feature_codecs(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FeatureCodec]:
@@ -232,10 +252,8 @@ def teacher_identity(recipe: Recipe, built: Network | None = None) -> dict[str, 
     None when neither is at hand (a machine that only trains)."""
     t = recipe.teacher
     file = places.weights_file(recipe, t.weights)
-    digest = None
-    if file is not None and file.is_file():
-        digest = places.file_digest(file)
-    elif file is None and built is not None:
+    digest = weights_sha256(recipe, t.weights)
+    if file is None and built is not None:
         digest = weights_digest(built)
     kind = "file" if file is not None else t.weights or f"random, seed {t.seed}"
     described = {name: getattr(t, name) for name in ("name", "model", "options", "image_size", "mean", "std")}
@@ -356,7 +374,7 @@ def stage_identity(recipe: Recipe, name: str, corridor: Corridor) -> dict[str, A
     return manifest.plain(
         {
             "stage": {key: value for key, value in to_dict(stage).items() if key not in free},
-            "start": start if file is None else places.file_digest(file) if file.is_file() else str(file),
+            "start": start if file is None else weights_sha256(recipe, start) or str(file),
             stage.model: section,
             "task": to_dict(recipe.task),
             "metric": recipe.evaluate.metric,
@@ -381,7 +399,7 @@ def planned_steps(stage: Stage, corridor: Corridor) -> int:
 def stage_result(recipe: Recipe, name: str) -> dict[str, Any] | None:
     """The result of a stage that this recipe has trained to its end; None when it has yet to.
 
-    Raises TrainingError when the folder holds the result of another recipe, or a damaged one.
+    Raises TrainingError when the folder holds the result of another recipe, or what is damaged.
     """
     path = places.stage_folder(recipe, name) / places.RESULT
     if not path.is_file():
@@ -389,4 +407,7 @@ def stage_result(recipe: Recipe, name: str) -> dict[str, Any] | None:
     result = read_record(path, "identity", "steps")
     corridor = training_corridor(recipe, name, rank=0, world=1)
     refuse_other_run(path.parent, result["identity"], stage_identity(recipe, name, corridor))
-    return result if result["steps"] == planned_steps(recipe.stages[name], corridor) else None
+    if result["steps"] != planned_steps(recipe.stages[name], corridor):
+        return None
+    best_sha256(recipe, name)
+    return result

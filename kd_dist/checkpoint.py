@@ -49,6 +49,7 @@ class Progress:
     recent: list[float] = field(default_factory=list)  # losses of the steps taken last, where spikes are looked for
     best: float | None = None  # best validation metric
     best_epoch: int = -1
+    best_sha256: str | None = None  # of the file of best weights; None before there is one, and where it was not noted
     so_far: dict | None = None  # what the meter of an epoch holds that is not over
     history: list[dict] = field(default_factory=list)  # one record an epoch
 
@@ -71,10 +72,52 @@ def read_record(path: Path, *names: str) -> dict[str, Any]:
     return record
 
 
-def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Weights by name as one safetensors file, replaced atomically."""
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> str:
+    """Weights by name as one safetensors file, replaced atomically; returns its sha256."""
+    payload = _serialized(weights)
     with published(path) as file:
-        file.write(_serialized(weights))  # not save_file: on a full disk it raises no OSError
+        file.write(payload)  # not save_file: on a full disk it raises no OSError
+    return hashlib.sha256(payload).hexdigest()
+
+
+def save_best(weights: Mapping[str, Tensor], best: Path) -> str:
+    """Write better weights beside those at `best`, whose place they take by `settle_best`; returns their sha256.
+
+    A run that is killed before its next checkpoint goes on from one that tells of the older weights, and need not find
+    the better ones again: on other processes the metric may differ in its last bits.
+    """
+    return save_weights(weights, _waiting(best))
+
+
+def settle_best(best: Path, sha256: str | None) -> None:
+    """Put the weights of `save_best` at `best` when they are those that a durable checkpoint tells of, else delete
+    them."""
+    waiting = _waiting(best)
+    if waiting.is_file():
+        if _sha256(waiting) == sha256:
+            os.replace(waiting, best)
+        else:
+            waiting.unlink()
+        sync(best.parent)
+
+
+def best_digest(best: Path, sha256: str | None) -> str:
+    """The sha256 of a stage's best weights. Raises TrainingError when they are lost, or not those of `sha256`; None is
+    what runs have that did not note it."""
+    if not best.is_file():
+        raise TrainingError(f"{best}: is lost; delete its folder and train the stage again")
+    found = _sha256(best)
+    if sha256 not in (None, found):
+        raise TrainingError(f"{best}: is damaged, its sha256 has changed; delete its folder and train the stage again")
+    return found
+
+
+def _waiting(best: Path) -> Path:
+    return best.with_stem(f"{best.stem}-next")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _serialized(tensors: Mapping[str, Tensor]) -> bytes:

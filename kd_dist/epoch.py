@@ -45,7 +45,7 @@ def end_epoch(run: Run, progress: Progress, means: dict[str, float]) -> None:
         if checkpoint.unsound(weights) is None:  # a model that says nothing may still be right by chance
             progress.best, progress.best_epoch = values[metric], len(progress.history) - 1
             if accelerator.is_main_process:
-                checkpoint.save_weights(backbone(weights), run.folder / places.BEST)
+                progress.best_sha256 = checkpoint.save_best(backbone(weights), run.folder / places.BEST)
     run.log("epoch", {name: value for name, value in record.items() if value is not None}, progress.step)
     draw(run, progress.step)
     who = f"{run.name}, seed {run.seed}"

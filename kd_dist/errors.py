@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,9 +58,9 @@ class LoaderError(KdError):
 
     def __init__(self, cause: str) -> None:
         super().__init__(
-            f"a loader process has died ({cause}), most often for lack of memory, or of room in /dev/shm after a bus "
-            f"error; lower data.workers (0 needs neither), or run the same command where there is more: it goes on "
-            f"from the last checkpoint"
+            f"a loader process has died ({cause}), most often for lack of memory, or of room in /dev/shm; lower "
+            f"data.workers (0 needs neither), or run the same command where there is more: it goes on from the last "
+            f"checkpoint"
         )
 
 
@@ -70,6 +71,16 @@ class Preempted(Exception):
     def __init__(self, said: str = "", status: int = 0) -> None:
         super().__init__(said)
         self.status = status
+
+
+def check_mark() -> None:
+    """Raise a KdError when `mark_stopped` could not make its file, and not only when the signal has come."""
+    path = os.environ.get(STOPPED)
+    if path:
+        try:
+            tempfile.TemporaryFile(dir=Path(path).parent).close()
+        except OSError as error:
+            raise KdError(f"{STOPPED}={path}: {error.strerror}; name a file that can be written") from error
 
 
 def mark_stopped() -> None:
@@ -122,6 +133,7 @@ def one_sentence() -> Iterator[None]:
     rank = os.environ.get("RANK", "0")
     label = "error" if rank == "0" else f"error (rank {rank})"
     try:
+        check_mark()
         yield
     except KeyboardInterrupt:
         if rank == "0":  # a terminal interrupts all

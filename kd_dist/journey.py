@@ -97,13 +97,15 @@ def cache(recipe: Recipe, path: Path, overrides: Sequence[str], options: Sequenc
     folders = [places.signals_folder(recipe, split) for split in splits]
     # Weights that are no file are known by the network alone, which the launched command builds.
     from_file = places.weights_file(recipe, recipe.teacher.weights) is not None
-    if from_file and all(manifest.finished(folder) is not None for folder in folders):
+    finished = all(manifest.finished(folder) is not None for folder in folders)
+    if from_file and finished:
         for split in splits:
             assemble.signals(recipe, split, assemble.examples(recipe, split))  # refuses another teacher's
         print(f"cache {recipe.teacher.name}: done before", file=sys.stderr)
         return
     folder = places.shards_folder(recipe)
-    with contextlib.nullcontext() if isinstance(folder, Remote) else alone(folder):  # nobody writes under a URL
+    # Nobody writes under a URL, nor where all is finished: that may lie where no lock can be written.
+    with contextlib.nullcontext() if finished or isinstance(folder, Remote) else alone(folder):
         came = launch(["-m", "kd_dist.cache_teacher", str(path), *overrides], options)
     if came or any(manifest.finished(folder) is None for folder in folders):
         raise stopped(f"cache {recipe.teacher.name}", came)
@@ -150,7 +152,7 @@ def launch(arguments: list[str], options: Sequence[str]) -> str | None:
         raise SystemExit(1)
     if status > 0:
         raise SystemExit(status)  # it has said why
-    return told
+    return notice.name  # not `told`: the last may have come when there was nobody left to tell
 
 
 def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
@@ -171,11 +173,10 @@ def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         rows.append({**where, **measured(recipe, folder, "teacher", weights, lambda: built)})
     for name in trained:
         folder, which = places.stage_folder(recipe, name), recipe.stages[name].model
-        best = folder / places.BEST
         where = {"role": places.role(recipe, name), "stage": name, "seed": places.stage_seed(recipe, name)}
         where["without_generated"] = places.without_generated(recipe, name)
-        build = functools.partial(assemble.network, recipe, which, str(best), recipe.seed)
-        rows.append({**where, **measured(recipe, folder, which, places.file_digest(best), build)})
+        build = functools.partial(assemble.network, recipe, which, places.STAGE_REFERENCE + name, recipe.seed)
+        rows.append({**where, **measured(recipe, folder, which, assemble.best_sha256(recipe, name), build)})
     return rows
 
 
@@ -232,8 +233,8 @@ def draw(recipe: Recipe) -> np.ndarray | None:
     networks = {"teacher": assemble.teacher(recipe).network}
     for name, stage in recipe.stages.items():
         if stage.model == "student":
-            weights = places.stage_folder(recipe, name) / places.BEST
-            networks[name] = assemble.network(recipe, "student", str(weights), recipe.seed).eval()
+            reference = places.STAGE_REFERENCE + name
+            networks[name] = assemble.network(recipe, "student", reference, recipe.seed).eval()
     with torch.inference_mode():
         said = {
             name: torch.cat([network(images) for images in batch.images.split(DRAWN_AT_ONCE)])

@@ -16,7 +16,7 @@ import threading
 from argparse import Namespace
 from typing import NoReturn
 
-from kd_dist.errors import INTERRUPTED, mark_stopped
+from kd_dist.errors import INTERRUPTED, KdError, check_mark, mark_stopped
 from kd_dist.preempt import SIGNALS
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
@@ -53,7 +53,11 @@ def hand_on() -> NoReturn:
     number, told = signal.sigwait(SIGNALS), set()
     launcher = psutil.Process()
     if not launcher.children():
-        mark_stopped()
+        try:
+            mark_stopped()
+        except SystemExit as error:  # it would end this thread alone
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
         os._exit(0)
     while True:
         for child in set(launcher.children()) - told:  # a process may be started after it came
@@ -116,6 +120,10 @@ def main() -> None:
     SIGNALS, and that one of them ended, did not fail."""
     if sys.argv[1:2] == [TIED]:
         become(int(sys.argv[2]), sys.argv[3:])
+    try:
+        check_mark()
+    except KdError as error:
+        sys.exit(f"error: {error}")
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=hand_on, daemon=True).start()
     import psutil

@@ -1,7 +1,9 @@
 """The way of a batch from the corridor to the step: worker processes, prefetching, the device."""
 
+import multiprocessing.queues
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -72,7 +74,15 @@ def _started(loader: DataLoader) -> Iterator[Batch | KdError]:
 def _begin_worker(parent: int, worker: int) -> None:
     """What a loader process does first. It ends with `parent`, its training process, and when that asks for it."""
     tie(parent)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_give_up)
     threading.Thread(target=_heed, args=(parent,), daemon=True).start()
+
+
+def _give_up(error: BaseException, delivered: Batch | KdError) -> NoReturn:
+    """End this loader process when a batch cannot be handed over, as without room in /dev/shm: multiprocessing would
+    drop the batch, and the training process would wait for it for ever."""
+    print(f"a loader process could not hand over a batch: {cause(error)}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _heed(parent: int) -> NoReturn:

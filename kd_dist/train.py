@@ -258,6 +258,7 @@ def save(run: Run, progress: Progress) -> bool:
         run.warn(f"step {progress.step}: no checkpoint, since '{wrong}' is not finite; the last one is kept")
     elif run.accelerator.is_main_process:
         checkpoint.save(run.folder, weights, moments, progress, run.identity)
+        checkpoint.settle_best(run.folder / places.BEST, progress.best_sha256)
     run.accelerator.wait_for_everyone()
     return wrong is None
 
@@ -268,6 +269,7 @@ def resume(run: Run) -> Progress:
     if last is None:
         return Progress(scale=guard.first_scale(run.fp16), precision=run.precision)
     progress = take_over(run, last)
+    check_best(run, progress)
     if run.accelerator.is_main_process:
         checkpoint.keep_only(last)  # a run that was killed may have left an older one
     run.accelerator.print(f"{run.name}: goes on from {last}", flush=True)
@@ -275,6 +277,21 @@ def resume(run: Run) -> Progress:
         run.warn(f"warning: {run.name}: was trained in {progress.precision} so far and goes on in {run.precision}")
         progress.precision, progress.scale, progress.calm = run.precision, guard.first_scale(run.fp16), 0
     return progress
+
+
+def check_best(run: Run, progress: Progress) -> None:
+    """Raise a TrainingError when the best weights are not those that the checkpoint tells of. Every rank calls it."""
+    best, said = run.folder / places.BEST, None
+    if run.accelerator.is_main_process:
+        checkpoint.settle_best(best, progress.best_sha256)
+        try:
+            if progress.best is not None:
+                checkpoint.best_digest(best, progress.best_sha256)
+        except TrainingError as error:
+            said = str(error)
+    said = gather_object([said])[0]
+    if said is not None:
+        raise TrainingError(said)
 
 
 def take_over(run: Run, last: Path) -> Progress:

@@ -17,7 +17,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kd_dist import checkpoint
-from kd_dist.checkpoint import Progress, latest, load, read_record, save, save_weights, write_atomic
+from kd_dist.checkpoint import (
+    Progress,
+    best_digest,
+    latest,
+    load,
+    read_record,
+    save,
+    save_best,
+    save_weights,
+    settle_best,
+    write_atomic,
+)
 from kd_dist.errors import TrainingError
 
 IDENTITY = {"stage": {"lr": 0.1, "losses": {"kd": {"temperature": 4}}}, "seed": 0}
@@ -161,6 +172,48 @@ def test_weights_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["best.safetensors"]
 
 
+def test_better_weights_take_their_place_once_a_checkpoint_tells_of_them(tmp_path):
+    best, (one, other) = tmp_path / "best.safetensors", (model(seed).state_dict() for seed in (0, 1))
+    first = save_best(one, best)
+    settle_best(best, first)
+    assert best_digest(best, first) == best_digest(best, None) == hashlib.sha256(best.read_bytes()).hexdigest() == first
+    second = save_best(other, best)
+    assert best_digest(best, first) == first != second  # the run is killed now: its checkpoint tells of the first
+    settle_best(best, first)
+    assert best_digest(best, first) == first
+    assert save_best(other, best) == second  # the run is killed after its next checkpoint
+    settle_best(best, second)
+    assert best_digest(best, second) == second
+    assert [path.name for path in tmp_path.iterdir()] == ["best.safetensors"]
+
+
+def test_best_weights_that_are_lost_or_changed_are_refused(tmp_path):
+    best = tmp_path / "best.safetensors"
+    digest = save_best(model().state_dict(), best)
+    settle_best(best, digest)
+    content = bytearray(best.read_bytes())
+    content[-1] ^= 1
+    best.write_bytes(content)
+    with pytest.raises(TrainingError) as caught:
+        best_digest(best, digest)
+    assert str(caught.value) == (
+        f"{best}: is damaged, its sha256 has changed; delete its folder and train the stage again"
+    )
+    best.unlink()
+    for wanted in (digest, None):
+        with pytest.raises(TrainingError) as caught:
+            best_digest(best, wanted)
+        assert str(caught.value) == f"{best}: is lost; delete its folder and train the stage again"
+
+
+def test_a_checkpoint_of_before_the_best_weights_had_a_digest(tmp_path):
+    path, _, _ = saved(tmp_path)
+    record = json.loads((path / "state.json").read_text())
+    del record["digest"], record["progress"]["best_sha256"]
+    (path / "state.json").write_text(json.dumps({**record, "digest": checkpoint.digest(record)}))
+    assert loaded(path) == PROGRESS and PROGRESS.best_sha256 is None
+
+
 def test_a_small_text_is_replaced_whole(tmp_path):
     path = tmp_path / "result.json"
     for text in ("first", "ä"):
@@ -251,6 +304,7 @@ NONSENSE = [
     ("progress__precision", "bogus"),
     ("progress__history", [3]),
     ("progress__so_far", 3),
+    ("progress__best_sha256", 3),
 ]
 
 

@@ -245,6 +245,8 @@ def test_a_cache_of_another_teacher(home):
     there = json.loads(Path("shards/tiny/train/teacher/manifest.json").read_text())["teacher"]["weights_sha256"]
     save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
     here = places.file_digest(weights)
+    result = weights.with_name("result.json")
+    result.write_text(json.dumps({**json.loads(result.read_text()), "best_sha256": here}))  # as if it were trained so
     shutil.rmtree("runs/tiny/distill")
     for function, words in (
         (kd_dist, ["cache-teacher", "tiny.yaml"]),
@@ -252,6 +254,23 @@ def test_a_cache_of_another_teacher(home):
     ):
         said = sentence(run(function, *words, folder=home))
         assert f"was made with teacher.weights_sha256 = '{there}', the recipe has '{here}'; restore the recipe" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["is damaged, its sha256 has changed", "is lost"])
+def test_best_weights_that_are_lost_or_changed_are_one_sentence(home, fault):
+    best = home / "runs/tiny/teacher/seed-0/best.safetensors"
+    content = best.read_bytes()
+    best.unlink()
+    if fault != "is lost":
+        best.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    expected = f"{best.relative_to(home)}: {fault}; delete its folder and train the stage again"
+    for words in (["train", "tiny.yaml", "--stage", "teacher"], ["evaluate", "tiny.yaml"], ["verify", "tiny.yaml"]):
+        assert sentence(run(kd_dist, *words, folder=home)) == expected
+    if fault == "is lost":  # what is cached needs no teacher any more
+        assert "done before" in done(run(kd_dist, "cache-teacher", "tiny.yaml", folder=home))
+    else:
+        assert sentence(run(kd_dist, "cache-teacher", "tiny.yaml", folder=home)) == expected
 
 
 def train_stage(recipe: str, stage: str) -> None:

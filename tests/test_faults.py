@@ -18,6 +18,7 @@ from trainings import PLAIN, TRAIN, arguments, launched, result, scalars, state,
 
 from kd_dist import train
 from kd_dist.guard import LIMIT
+from kd_dist.places import file_digest
 from kd_dist.shards import Shard
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
@@ -134,6 +135,38 @@ def test_a_rank_that_dies_ends_the_others_with_a_sentence(lab, tmp_path):
     said = sentence(started[0].wait())
     assert said.startswith("lost contact with the other processes")
     assert "goes on from" in done(run(train.main, *arguments(tmp_path, *SLOW), folder=lab))
+
+
+def test_a_run_that_ends_before_its_checkpoint_keeps_the_best_weights_that_the_last_one_tells_of(lab, tmp_path):
+    """The second epoch's weights are better and written, its checkpoint cannot be."""
+    words = [*PLAIN, "evaluate.metric=nll"]
+    whole = trained(lab, tmp_path / "whole", *words)
+    assert result(whole)["best_epoch"] == 1
+    folder = trained(lab, tmp_path, *words, "train.max_steps=3")
+    first = file_digest(folder / "best.safetensors")
+    (folder / "checkpoint-00000006.tmp").touch()
+    assert "is in the way of a checkpoint" in sentence(run(train.main, *arguments(tmp_path, *words), folder=lab))
+    state_file = folder / "checkpoint-00000003" / "state.json"
+    assert json.loads(state_file.read_text())["progress"]["best_sha256"] == first
+    assert file_digest(folder / "best.safetensors") == first
+    assert file_digest(folder / "best-next.safetensors") == result(whole)["best_sha256"] != first
+    (folder / "checkpoint-00000006.tmp").unlink()
+    done(run(train.main, *arguments(tmp_path, *words), folder=lab))
+    assert state(folder) == state(whole)
+    assert [path.name for path in folder.glob("best*")] == ["best.safetensors"]
+
+
+@pytest.mark.parametrize("fault", ["is damaged, its sha256 has changed", "is lost"])
+def test_a_run_does_not_go_on_without_its_best_weights(lab, tmp_path, fault):
+    best = trained(lab, tmp_path, *PLAIN, "train.max_steps=3") / "best.safetensors"
+    content = best.read_bytes()
+    best.unlink()
+    if fault != "is lost":
+        best.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for ended in ranks(train.main, arguments(tmp_path, *PLAIN) * 2, lab):
+        assert sentence(ended) == f"{best}: {fault}; delete its folder and train the stage again"
+    best.write_bytes(content)
+    assert result(trained(lab, tmp_path, *PLAIN))["step"] == 6
 
 
 # ---------------------------------------------------------------------------------------------- bad steps
@@ -389,9 +422,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(lab, tmp_path):
     words = [*PLAIN, "evaluate.metric=nll"]
     trained(lab, tmp_path, *words, "train.max_steps=3")
     folder = stage_folder(tmp_path)
-    (folder / "best.safetensors.00000000.tmp").symlink_to("/dev/full")
+    (folder / "best-next.safetensors.00000000.tmp").symlink_to("/dev/full")
     said = sentence(run(without_chance, *arguments(tmp_path, *words), folder=lab))
-    assert said.startswith(f"{folder}/best.safetensors: No space left on device; make room or choose another folder")
+    assert said.startswith(f"{folder}/best-next.safetensors: No space left on device; make room or choose another")
     assert checkpoints(folder) == {"checkpoint-00000003"}
     done(run(train.main, *arguments(tmp_path, *words), folder=lab))
     assert result(folder)["step"] == 6

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import statistics
+import sys
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,7 @@ from PIL import Image
 from processes import Ended, contents, done, kd_dist, laboratory, run, sentence, start, wait_until
 from scenes import scenes
 
-from kd_dist import places
+from kd_dist import journey, places
 
 pytestmark = pytest.mark.slow
 
@@ -289,6 +290,26 @@ def test_a_run_is_stopped_between_launches_too(tmp_path):
     who = r"pack (train|val|test): stopped by SIGTERM after \d of \d shards|kd-dist: stopped by SIGTERM"
     assert ended.status == 0 and re.fullmatch(f"({who}); the same command goes on", said)
     assert not (folder / "runs").exists()
+
+
+def test_a_signal_that_comes_as_the_launcher_ends_is_not_lost(tmp_path, monkeypatch):
+    """What stands for the launcher has nothing left to do when it sends it."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nkill -USR1 $PPID\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    assert journey.launch(["script.py"], []) == "SIGUSR1"
+
+
+def test_a_finished_cache_needs_no_lock(tmp_path):
+    """It may be read-only: here no lock can be opened, even by root. Its teacher's weights are no file."""
+    folder, words = make(tmp_path / "home"), ["cache-teacher", "tiny.yaml", "teacher.weights=null"]
+    done(run(kd_dist, "pack", "tiny.yaml", folder=folder))
+    done(run(kd_dist, *words, folder=folder))
+    lock = folder / "shards/tiny/.lock"
+    lock.unlink()
+    lock.mkdir()
+    assert done(run(kd_dist, *words, folder=folder)).count("done before") == 3  # splits
 
 
 def test_two_at_once_in_one_folder_are_refused_and_nothing_outlives_a_kill(tmp_path):

@@ -416,6 +416,22 @@ def test_a_signal_before_anything_was_started_ends_the_launcher_well(probe):
     assert status(process) == 0 and not list(probe.glob("mark-*")) and (probe / "stopped").exists()
 
 
+@pytest.mark.slow
+def test_a_mark_that_cannot_be_made_is_a_failure_of_the_launcher(probe):
+    """At once, or, as its folder vanishes then, when it is stopped before anything was started."""
+    process = launcher(probe, *WORLDS[1], "probe.py", KD_DIST_STOPPED="there/stopped")
+    assert status(process) == 1 and not list(probe.glob("mark-*"))
+    assert (probe / "said").read_text().startswith("error: KD_DIST_STOPPED=there/stopped: No such file or directory;")
+    (probe / "there").mkdir()
+    process = launcher(probe, *WORLDS[1], "probe.py", KD_DIST_STOPPED="there/stopped")
+    blocked = f"/proc/{process.pid}/status"
+    wait_until(lambda: mask(blocked) & (1 << signal.SIGTERM - 1), "that the launcher keeps signals to itself")
+    (probe / "there").rmdir()
+    process.terminate()
+    assert status(process) == 1 and not list(probe.glob("mark-*"))
+    assert "error: KD_DIST_STOPPED=there/stopped: No such file or directory; name" in (probe / "said").read_text()
+
+
 def mask(path: str) -> int:
     return int(re.search(r"SigBlk:\s*(\w+)", Path(path).read_text())[1], 16)
 

@@ -1,13 +1,14 @@
 """Loader processes: what ends them, and what the training process says when one has ended."""
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from processes import Started, start, wait_until
+from processes import Started, run, sentence, start, wait_until
 
 from kd_dist import assemble
 from kd_dist.config import load
@@ -70,3 +71,19 @@ def test_a_loader_that_is_killed_is_a_sentence_and_keeps_nobody(lab, tmp_path, n
     assert said.lstrip("\0 ").startswith("error: a loader process has died (")
     assert "; lower data.workers (0 needs neither), or run the same command where there is more: " in said
     wait_for_the_end(loaders)
+
+
+def read_without_room(mark: str) -> None:
+    """Read as a training process whose shared memory takes no more than a kilobyte: a batch has one and a half."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+    read(mark)
+
+
+def test_a_batch_that_cannot_be_handed_over_is_a_sentence_and_keeps_nobody(lab, tmp_path):
+    ended = run(read_without_room, str(tmp_path / "read"), folder=lab)
+    assert sentence(ended).startswith("a loader process has died (")
+    *causes, _ = ended.stderr.splitlines()
+    assert 1 <= len(causes) <= 2  # of two loaders
+    for said in causes:
+        assert said.startswith("a loader process could not hand over a batch: unable to ") and "File too large" in said
+    assert (tmp_path / "read").stat().st_size == 0

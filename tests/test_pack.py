@@ -390,6 +390,30 @@ def test_it_says_which_splits_were_done_before(packed, capsys):
     assert said() == []
 
 
+def test_what_another_command_has_finished_meanwhile_is_left_as_it_is(own):
+    """The other one packs while this one lists its items."""
+    (own / "own_late.py").write_text(
+        "from own_pictures import listing as early\n\nmeanwhile = []\n\n\n"
+        "def listing():\n    for do in list(meanwhile):\n        do()\n    return early()\n"
+    )
+    import own_late
+
+    def pack_late() -> dict:
+        given = {"source": "own_late:listing", "root": None, "options": {}, "fractions": FRACTIONS, "shard_size": 4}
+        return pack(own / "out", **given, required=["train"], task=Classification(2))
+
+    def other() -> None:
+        own_late.meanwhile.clear()
+        made.append(pack_late())
+        times.update({path: path.stat().st_mtime_ns for path in (own / "out/train").iterdir()})
+
+    made, times = [], {}
+    own_late.meanwhile.append(other)
+    assert pack_late() == made[0] and len(made) == 1
+    assert len(times) == 2 * 5 + 1
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
 def test_committed_shards_are_kept_and_the_rest_is_made(packed, experiment):
     before = files(experiment / "shards")
     train = experiment / "shards/tiny/train"

@@ -1,6 +1,7 @@
 """A signal of the scheduler is noted, by the process that it is meant for."""
 
 import os
+import re
 import signal
 
 import pytest
@@ -48,7 +49,20 @@ def test_being_preempted_is_no_failure_and_a_job_script_learns_of_it(capsys, tmp
         assert end.value.code == 0
         assert capsys.readouterr().err == "saved at step 3; the same command goes on\n"
         assert list(tmp_path.iterdir()) == ([] if path is None else [path])
+    (tmp_path / "absent").mkdir()
     monkeypatch.setenv(STOPPED, str(tmp_path / "absent" / "stopped"))
     with pytest.raises(SystemExit) as end, one_sentence():
+        (tmp_path / "absent").rmdir()
         raise Preempted
     assert end.value.code.endswith("absent/stopped: No such file or directory; name a file that can be written")
+
+
+@pytest.mark.parametrize("place", ["absent/stopped", "file/stopped", "/proc/stopped"])
+def test_a_mark_that_could_not_be_made_is_found_before_anything_is_begun(tmp_path, monkeypatch, place):
+    (tmp_path / "file").touch()
+    path, begun = str(tmp_path / place), []
+    monkeypatch.setenv(STOPPED, path)
+    with pytest.raises(SystemExit) as end, one_sentence():
+        begun.append(True)
+    assert re.fullmatch(rf"error: {STOPPED}={path}: [\w ]+; name a file that can be written", end.value.code)
+    assert not begun and [one.name for one in tmp_path.iterdir()] == ["file"]
