@@ -111,23 +111,6 @@ def generated_content(recipe: Recipe) -> dict[str, Any]:
     )
 
 
-def gan_corridor(recipe: Recipe) -> Corridor:
-    """What a generator learns from: a fresh stretch of each packed recording an epoch, as it is."""
-    packed, gan, d = examples(recipe, places.TRAINING_SPLIT), recipe.gan, recipe.data
-    order = Order.default(len(packed), packed.example_bytes(), gan.seed, d.block, d.lanes, d.window)
-    return Corridor(
-        examples=packed,
-        signals=None,
-        task=task(recipe),
-        policy=SpectrogramViews(recipe.views.shape, seed=gan.seed),
-        plan=Plan(order, gan.batch_size, 1, 1),
-        rank=0,
-        views=None,
-        epochs=gan.epochs,
-        on_error=d.on_error,
-    )
-
-
 def network(recipe: Recipe, which: str, reference: str | None, seed: int) -> Network:
     """The `teacher` or `student` of the recipe with the weights that `reference` means; random ones follow `seed`."""
     section = getattr(recipe, which)

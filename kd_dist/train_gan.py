@@ -18,19 +18,21 @@ from torch.utils.tensorboard import SummaryWriter
 from kd_dist import assemble, checkpoint, manifest, places
 from kd_dist.batch import Batch, valid_rows
 from kd_dist.checkpoint import Progress
+from kd_dist.data import Corridor
 from kd_dist.disk import alone
 from kd_dist.errors import Preempted, RecipeError, TrainingError
 from kd_dist.loader import batches
 from kd_dist.models.gan import Gan
 from kd_dist.monitor import gan_warnings
 from kd_dist.pack import STEM, finish, refuse_other, refuse_writing
-from kd_dist.plan import mix
+from kd_dist.plan import Order, Plan, mix
 from kd_dist.preempt import Notice, noticed
 from kd_dist.progress import progress as bar
 from kd_dist.recipe import Gan as Settings
 from kd_dist.recipe import Recipe
 from kd_dist.shards import is_committed, shard_path, write_shard
 from kd_dist.tasks import records
+from kd_dist.views import SpectrogramViews
 
 # The generator takes two steps for a batch, the discriminator a shorter one for every other batch: else it wins.
 GENERATOR_STEPS, DISCRIMINATOR_EVERY, DISCRIMINATOR_LR = 2, 2, 0.5
@@ -80,6 +82,23 @@ def train_gan(recipe: Recipe) -> None:
     print(f"train-gan: {made['examples']:,} examples in {target}; cache the teacher's signals for them next")
 
 
+def training_corridor(recipe: Recipe) -> Corridor:
+    """What a generator learns from: a fresh stretch of each packed recording an epoch, as it is."""
+    packed, gan, d = assemble.examples(recipe, places.TRAINING_SPLIT), recipe.gan, recipe.data
+    order = Order.default(len(packed), packed.example_bytes(), gan.seed, d.block, d.lanes, d.window)
+    return Corridor(
+        examples=packed,
+        signals=None,
+        task=assemble.task(recipe),
+        policy=SpectrogramViews(recipe.views.shape, seed=gan.seed),
+        plan=Plan(order, gan.batch_size, 1, 1),
+        rank=0,
+        views=None,
+        epochs=gan.epochs,
+        on_error=d.on_error,
+    )
+
+
 def optimizer_of(gan: Gan, lr: float) -> torch.optim.Optimizer:
     """One optimizer of both; a network without gradients is left alone by its steps."""
     slower = {"params": list(gan.discriminator.parameters()), "lr": lr * DISCRIMINATOR_LR}
@@ -88,7 +107,7 @@ def optimizer_of(gan: Gan, lr: float) -> torch.optim.Optimizer:
 
 def train(recipe: Recipe, folder: Path, content: dict[str, Any], device: torch.device, notice: Notice) -> Gan:
     """The trained networks. Raises TrainingError when a gradient is not finite."""
-    settings, corridor = recipe.gan, assemble.gan_corridor(recipe)
+    settings, corridor = recipe.gan, training_corridor(recipe)
     torch.manual_seed(settings.seed)
     gan = Gan(settings.latent, settings.width, recipe.views.shape).to(device)
     optimizer, state = optimizer_of(gan, settings.lr), Progress()
