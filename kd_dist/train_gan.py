@@ -34,8 +34,8 @@ from kd_dist.shards import is_committed, shard_path, write_shard
 from kd_dist.tasks import records
 from kd_dist.views import SpectrogramViews
 
-# The generator takes two steps for a batch, the discriminator a shorter one for every other batch: else it wins.
-GENERATOR_STEPS, DISCRIMINATOR_EVERY, DISCRIMINATOR_LR = 2, 2, 0.5
+# Two steps of the generator for each of the discriminator, which are half as long: else it wins.
+DISCRIMINATOR_EVERY, DISCRIMINATOR_LR = 2, 0.5
 BETAS = (0.5, 0.999)  # of Adam; with more momentum the two chase each other in circles (1511.06434)
 CLIP = 1.0  # largest norm of either's gradient
 DECAY = 0.5  # share of the training in which the instance noise falls to its floor
@@ -174,9 +174,8 @@ def learn(
         found |= {"loss_d": loss, "d_real": said_real.sigmoid().mean(), "d_fake": said_fake.sigmoid().mean()}
         found["spread"] = fake.std(0).mean() / real.std(0).mean().clamp(min=1e-6) if len(real) > 1 else torch.ones(())
     gan.discriminator.requires_grad_(False)
-    for _ in range(GENERATOR_STEPS):
-        loss = against(judged(made()), is_real)
-        take(gan.generator, optimizer, loss, step)
+    loss = against(judged(made()), is_real)
+    take(gan.generator, optimizer, loss, step)
     gan.discriminator.requires_grad_(True)
     return {**found, "loss_g": loss}
 
