@@ -16,7 +16,19 @@ from kd_dist import cache_teacher, places, train
 from kd_dist.cli import app
 from kd_dist.config import load
 
-ROW = {"role", "stage", "seed", "name", "metric", "value", "parts", "parameters", "macs", "latency_ms"}
+ROW = {
+    "without_generated",
+    "role",
+    "stage",
+    "seed",
+    "name",
+    "metric",
+    "value",
+    "parts",
+    "parameters",
+    "macs",
+    "latency_ms",
+}
 
 SOURCE = '''\
 """A user's own source: eight pictures a split, some with a label that is no number."""
