@@ -188,6 +188,7 @@ def published_deam(root: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_the_deam_recipe_runs_at_full_scale(tmp_path):
     """ViT-B/16 at 128 x 1280, the student, all three stages. The pretrained weights are a file of random ones, of
