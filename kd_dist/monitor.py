@@ -55,14 +55,15 @@ def gan_warnings(history: list[dict[str, Any]], labels: tuple[float, float]) -> 
     said once. Empty when both still learn.
 
     `labels` are what the discriminator was to say of recordings and of samples; a record holds the means `d_real` and
-    `d_fake` of what it said, and `spread`, how much samples differ in units of how much recordings do.
+    `d_fake` of what it said, and `spread`, how much samples differ in units of how much recordings do. An epoch in
+    which the discriminator took no step has none of these, and does not count.
     """
-    wrong = [_gan_wrongs(record, labels) for record in history[-LASTING - 1 :]]
-    if len(history) == LASTING:
-        wrong = [set(), *wrong]
-    if len(wrong) <= LASTING:
+    judged = [record for record in history if "d_real" in record]
+    if len(judged) < LASTING or judged[-1] is not history[-1]:
         return []
-    return sorted(set.intersection(*wrong[1:]) - wrong[0])
+    wrong = [_gan_wrongs(record, labels) for record in judged[-LASTING - 1 :]]
+    before = wrong[0] if len(judged) > LASTING else set()
+    return sorted(set.intersection(*wrong[-LASTING:]) - before)
 
 
 def _gan_wrongs(record: dict[str, Any], labels: tuple[float, float]) -> set[str]:

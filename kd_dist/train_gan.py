@@ -4,6 +4,7 @@ Nobody has labelled these examples: their only targets are what the teacher says
 on one device; a step is a function of the seed and its number, so a run that was stopped goes on as if it had not been.
 """
 
+import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -49,14 +50,18 @@ _SAMPLES, _STEPS = range(2)  # what a seed is for
 class Sums:
     """Running means of an epoch, by name; tensors stay on the device until they are asked for."""
 
-    values: dict[str, list[Tensor]] = field(default_factory=dict)
+    values: dict[str, list[Tensor | float]] = field(default_factory=dict)
 
     def add(self, found: dict[str, Tensor]) -> None:
         for name, value in found.items():
             self.values.setdefault(name, []).append(value.detach())
 
     def means(self) -> dict[str, float]:
-        return {name: float(torch.stack(values).mean()) for name, values in self.values.items()}
+        return {name: statistics.fmean(values) for name, values in self.state().items()}
+
+    def state(self) -> dict[str, list[float]]:
+        """What a checkpoint keeps of an epoch that is not over."""
+        return {name: [float(value) for value in values] for name, values in self.values.items()}
 
 
 def train_gan(recipe: Recipe) -> None:
@@ -119,17 +124,18 @@ def train(recipe: Recipe, folder: Path, content: dict[str, Any], device: torch.d
         print(f"train-gan: goes on from {last}", flush=True)
     each = corridor.plan.steps_per_epoch
     part = max(1, settings.epochs // PARTS) * each
-    sums, writer = Sums(), SummaryWriter(folder / "tensorboard")
+    sums, writer = Sums(state.so_far or {}), SummaryWriter(folder / "tensorboard")
     for batch in batches(corridor, state.step, len(corridor), recipe.data.workers, pin=device.type == "cuda"):
         sums.add(learn(gan, optimizer, settings, batch, state.step / len(corridor), state.step))
         state.step += 1
-        over = state.step % each == 0
-        if over:
+        if state.step % each == 0:
             end_epoch(state, sums.means(), settings, writer)
             sums = Sums()
-        if state.step % part == 0 or state.step == len(corridor):
+        part_over = state.step % part == 0 or state.step == len(corridor)
+        if part_over:
             draw(gan, settings, device, folder / f"samples-{state.step:08d}.png", writer, state.step)
-        if state.step % part == 0 or state.step == len(corridor) or notice.name is not None:
+        if part_over or notice.name is not None:
+            state.so_far = sums.state()
             checkpoint.save(folder, gan.state_dict(), optimizer.state_dict(), state, content)
         if notice.name is not None and state.step < len(corridor):
             raise Preempted(f"train-gan: stopped by {notice.name} after step {state.step}; the same command goes on")

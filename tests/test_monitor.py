@@ -129,3 +129,10 @@ def test_a_network_of_two_that_has_given_up_is_said_once_when_it_lasts(wrong, la
         assert told == ([] if said is None else [len(before) + LASTING - 1])
         assert all(sentence.startswith(said) for sentences in found for sentence in sentences)
     assert not any(gan_warnings([bad] * (LASTING - 1) + [LEARNS] * count, labels) for count in range(5))
+
+
+def test_epochs_without_a_step_of_the_discriminator_do_not_count():
+    collapsed, silent = {**LEARNS, "spread": 0.1}, {"loss_g": 0.7}
+    history = [silent, collapsed] * (LASTING + 1)
+    found = [gan_warnings(history[:count], BOTH) for count in range(1, len(history) + 1)]
+    assert [number for number, sentences in enumerate(found) if sentences] == [2 * LASTING - 1]

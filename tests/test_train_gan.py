@@ -83,6 +83,17 @@ def test_instance_noise_falls_to_its_floor():
     assert train_gan.noise_at(0.1, (0.0, 0.0)) == 0
 
 
+def test_an_epoch_that_was_stopped_has_the_means_of_all_its_steps():
+    steps = [{"loss_g": torch.tensor(1.0), "d_real": torch.tensor(0.5)}, {"loss_g": torch.tensor(4.0)}]
+    whole, first = train_gan.Sums(), train_gan.Sums()
+    first.add(steps[0])
+    rest = train_gan.Sums(json.loads(json.dumps(first.state())))
+    rest.add(steps[1])
+    for one in steps:
+        whole.add(one)
+    assert rest.means() == whole.means() == {"loss_g": 2.5, "d_real": 0.5}
+
+
 def test_a_step_of_one_network_leaves_the_other_alone():
     torch.manual_seed(0)
     gan = Gan(8, 8, (MELS, FRAMES))
