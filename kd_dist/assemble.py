@@ -83,8 +83,7 @@ def examples(recipe: Recipe, split: str) -> Shards:
                 f"recipe, or give it another name and pack again"
             )
     if split == manifest.GENERATED:
-        wanted = generated_content(recipe)
-        refuse_other(folder, {name: shards.manifest.get(name) for name in wanted}, wanted)
+        refuse_other(folder, shards.manifest, generated_content(recipe))
     return shards
 
 

@@ -175,7 +175,7 @@ def cache_split(
         codec = there["codec"] = {name: value for name, value in there["codec"].items() if name != "bases_sha256"}
         if done is not None:  # more features than the recipe names do no harm
             codec["features"] = {name: one for name, one in codec["features"].items() if name in work.features}
-        refuse_other(work.folder, {name: there.get(name) for name in content}, content)
+        refuse_other(work.folder, there, content)
     if done is not None:
         feature_codecs(work.folder, done["codec"])  # refuses a folder that has lost its bases
         accelerator.print(f"cache {split}: done before, {done['examples']:,} examples x {work.rows} views")

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from kd_dist.sources import Item, list_items
 from kd_dist.tasks import Regression, Task, packed_for
 
 STEM = "data"
+Members = Generator[tuple[str, dict[str, bytes]], None, None]  # key, {extension: content}
 
 
 def pack(
@@ -98,7 +99,7 @@ def finished(
         splits = [split for split in splits if split != manifest.GENERATED]
     manifests = {split: manifest.read_manifest(folder / split) for split in splits}
     for split, content in manifests.items():
-        refuse_other(folder / split, {name: content.get(name) for name in identity}, identity)
+        refuse_other(folder / split, content, identity)
     complete = all(manifest.finished(folder / split) is not None for split in manifests)
     return manifests if complete and set(required) <= manifests.keys() else None
 
@@ -113,8 +114,9 @@ def refuse_writing(folder: Path | Remote) -> None:
 
 
 def refuse_other(folder: Path | Remote, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise a MismatchError that names the first value in which a folder's manifest and the recipe differ."""
-    difference = manifest.first_difference(here, there)
+    """Raise a MismatchError that names the first value of `here`, what the recipe says, that a folder's manifest has
+    otherwise."""
+    difference = manifest.first_difference(here, {name: there.get(name) for name in here})
     if difference is not None:
         place, ours, theirs = difference
         raise MismatchError(
@@ -185,27 +187,47 @@ def stopped(folder: Path, items: int, shard_size: int, signal: str) -> str:
 
 def pack_split(folder: Path, items: list[Item], content: dict[str, Any], task: Task, notice: Notice) -> dict[str, Any]:
     """Write one split's shards and, last, its manifest marked complete."""
+    workers = min(8, os.cpu_count() or 1)  # decoding releases the interpreter lock
+    with ThreadPoolExecutor(workers) as pool:
+
+        def checked(numbers: range, quarantined: list[dict[str, str]]) -> Members:
+            return _checked(items[numbers.start : numbers.stop], task, pool, quarantined, notice)
+
+        return write_folder(folder, len(items), content, task, f"pack {folder.name}", checked)
+
+
+def write_folder(
+    folder: Path,
+    count: int,
+    content: dict[str, Any],
+    task: Task,
+    title: str,
+    examples: Callable[[range, list[dict[str, str]]], Members],
+) -> dict[str, Any]:
+    """Write `count` examples as shards and, last, the manifest marked complete, which is returned. Shards that are
+    there already are kept.
+
+    `examples` is asked for those with the numbers of one shard, and lists what it leaves out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / manifest.FILE_NAME).exists():
-        there = manifest.read_manifest(folder)
-        refuse_other(folder, {name: there.get(name) for name in content}, content)
+        refuse_other(folder, manifest.read_manifest(folder), content)
     manifest.write_manifest(folder, {**content, "complete": False})
     size = content["shard_size"]
-    paths = [shard_path(folder, STEM, number) for number in range(-(-len(items) // size))]
-    workers = min(8, os.cpu_count() or 1)  # decoding releases the interpreter lock
-    with progress(f"pack {folder.name}", len(items), "examples") as advance, ThreadPoolExecutor(workers) as pool:
+    paths = [shard_path(folder, STEM, number) for number in range(-(-count // size))]
+    with progress(title, count, "examples") as advance:
         for number, path in enumerate(paths):
-            chunk = items[number * size : (number + 1) * size]
+            numbers = range(number * size, min((number + 1) * size, count))
             if not is_committed(path):
                 notes: dict[str, Any] = {"quarantined": []}
-                # Closed when writing fails: what has not been decoded by then is left alone.
-                with contextlib.closing(_checked(chunk, task, pool, notes["quarantined"], notice)) as checked:
-                    write_shard(path, checked, notes)
-            advance(len(chunk))
-    return finish(folder, content, paths, task)
+                # Closed when writing fails: what has not been made by then is left alone.
+                with contextlib.closing(examples(numbers, notes["quarantined"])) as made:
+                    write_shard(path, made, notes)
+            advance(len(numbers))
+    return _finish(folder, content, paths, task)
 
 
-def finish(folder: Path, content: dict[str, Any], paths: list[Path], task: Task) -> dict[str, Any]:
+def _finish(folder: Path, content: dict[str, Any], paths: list[Path], task: Task) -> dict[str, Any]:
     """Write the manifest that completes a folder of example shards; returns it."""
     shards = [Shard(path) for path in paths]
     quarantined = [row for shard in shards for row in shard.note("quarantined")]
@@ -230,7 +252,7 @@ def finish(folder: Path, content: dict[str, Any], paths: list[Path], task: Task)
 
 def _checked(
     items: list[Item], task: Task, pool: ThreadPoolExecutor, quarantined: list[dict[str, str]], notice: Notice
-) -> Iterator[tuple[str, dict[str, bytes]]]:
+) -> Members:
     def read(item: Item) -> dict[str, bytes] | str:
         try:
             return task.encode(item.read(), item.extension, item.label, {"name": item.name}, item.span)

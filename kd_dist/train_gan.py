@@ -6,7 +6,6 @@ on one device; a step is a function of the seed and its number, so a run that wa
 
 import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,11 @@ from kd_dist.errors import Preempted, RecipeError, TrainingError
 from kd_dist.loader import batches
 from kd_dist.models.gan import Gan
 from kd_dist.monitor import gan_warnings
-from kd_dist.pack import STEM, finish, refuse_other, refuse_writing
+from kd_dist.pack import Members, refuse_writing, write_folder
 from kd_dist.plan import Order, Plan, mix
 from kd_dist.preempt import Notice, noticed
-from kd_dist.progress import progress as bar
 from kd_dist.recipe import Gan as Settings
 from kd_dist.recipe import Recipe
-from kd_dist.shards import is_committed, shard_path, write_shard
 from kd_dist.tasks import records
 from kd_dist.views import SpectrogramViews
 
@@ -239,26 +236,14 @@ def write(
     recipe: Recipe, folder: Path, content: dict[str, Any], gan: Gan, device: torch.device, notice: Notice
 ) -> dict[str, Any]:
     """Pack the generator's share of examples, without labels; returns their manifest."""
-    count, size = assemble.generated_count(recipe), recipe.data.shard_size
-    if (folder / manifest.FILE_NAME).is_file():
-        there = manifest.read_manifest(folder)
-        refuse_other(folder, {name: there.get(name) for name in content}, content)
-    manifest.write_manifest(folder, {**content, "complete": False})
-    spectrograms, record = assemble.task(recipe).input, records.encoded({"label": None, "metadata": {}})
+    task, record = assemble.task(recipe), records.encoded({"label": None, "metadata": {}})
 
-    def examples(numbers: range) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def examples(numbers: range, quarantined: list[dict[str, str]]) -> Members:
         for begin in range(numbers.start, numbers.stop, AT_ONCE):
             some = range(begin, min(begin + AT_ONCE, numbers.stop))
             for number, levels in zip(some, samples(gan, recipe.gan, some, device), strict=True):
                 if notice.name is not None:
                     raise Preempted(f"train-gan: stopped by {notice.name}; the same command goes on")
-                yield f"generated-{number:08d}", {**spectrograms.members(levels.numpy()), **record}
+                yield f"generated-{number:08d}", {**task.input.members(levels.numpy()), **record}
 
-    paths = [shard_path(folder, STEM, number) for number in range(-(-count // size))]
-    with bar("train-gan: pack", count, "examples") as advance:
-        for number, path in enumerate(paths):
-            numbers = range(number * size, min((number + 1) * size, count))
-            if not is_committed(path):
-                write_shard(path, examples(numbers), {"quarantined": []})
-            advance(len(numbers))
-    return finish(folder, content, paths, assemble.task(recipe))
+    return write_folder(folder, assemble.generated_count(recipe), content, task, "train-gan: pack", examples)
