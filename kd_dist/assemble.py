@@ -12,6 +12,7 @@ from kd_dist.checkpoint import best_digest, read_record, refuse_other_run
 from kd_dist.compress import FeatureCodec
 from kd_dist.config import to_dict
 from kd_dist.data import Corridor, Shards, SignalShards
+from kd_dist.disk import file_digest
 from kd_dist.errors import DataError, MismatchError, ModelError, RecipeError
 from kd_dist.inputs import Images, Input, Spectrograms
 from kd_dist.inputs.spectrograms import LogMel
@@ -155,7 +156,7 @@ def weights_sha256(recipe: Recipe, reference: str | None) -> str | None:
         return None
     if reference.startswith(places.STAGE_REFERENCE) and places.weights_ready(recipe, reference):
         return best_sha256(recipe, reference.removeprefix(places.STAGE_REFERENCE))
-    return places.file_digest(file)
+    return file_digest(file)
 
 
 def feature_codecs(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FeatureCodec]:

@@ -21,7 +21,7 @@ from safetensors.torch import save as serialized
 from torch import Tensor
 
 from kd_dist.choose import fits
-from kd_dist.disk import published, sync
+from kd_dist.disk import file_digest, published, sync
 from kd_dist.errors import TrainingError
 from kd_dist.manifest import digest, first_difference
 
@@ -94,7 +94,7 @@ def settle_best(best: Path, sha256: str | None) -> None:
     them."""
     waiting = _waiting(best)
     if waiting.is_file():
-        if _sha256(waiting) == sha256:
+        if file_digest(waiting) == sha256:
             os.replace(waiting, best)
         else:
             waiting.unlink()
@@ -106,7 +106,7 @@ def best_digest(best: Path, sha256: str | None) -> str:
     what runs have that did not note it."""
     if not best.is_file():
         raise TrainingError(f"{best}: is lost; delete its folder and train the stage again")
-    found = _sha256(best)
+    found = file_digest(best)
     if sha256 not in (None, found):
         raise TrainingError(f"{best}: is damaged, its sha256 has changed; delete its folder and train the stage again")
     return found
@@ -114,10 +114,6 @@ def best_digest(best: Path, sha256: str | None) -> str:
 
 def _waiting(best: Path) -> Path:
     return best.with_stem(f"{best.stem}-next")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _serialized(tensors: Mapping[str, Tensor]) -> bytes:

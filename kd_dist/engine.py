@@ -266,7 +266,9 @@ class DeepSpeed(Engine):
         base.state.clear()
         if states:
             divided = sorted({name for one in states.values() for name, value in one.items() if value.ndim})
-            shared = {name: value for name, value in next(iter(states.values())).items() if name not in divided}
+            # A parameter that has had no gradient for a while lags behind, and ZeRO counts one step for all.
+            counted = {name for one in states.values() for name in one} - set(divided)
+            shared = {name: max(one[name] for one in states.values() if name in one) for name in sorted(counted)}
             for flat in self._flat():
                 base.state[flat] = {name: value.clone() for name, value in shared.items()}
                 base.state[flat] |= {name: torch.zeros_like(flat) for name in divided}

@@ -1,6 +1,5 @@
 """Where a recipe's files lie, and what its weights are called."""
 
-import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -92,11 +91,6 @@ def first_weights(recipe: Recipe, name: str) -> str | None:
     """What a stage starts from. `teacher.weights` are what teacher stages lead to, so these start from `init` alone."""
     stage = recipe.stages[name]
     return stage.init or (recipe.student.weights if stage.model == "student" else None)
-
-
-def file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def role(recipe: Recipe, name: str) -> str:

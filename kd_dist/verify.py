@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd_dist import assemble, places
+from kd_dist import assemble
 from kd_dist.calibrate import stored
 from kd_dist.compress import feature_error, feature_report
 from kd_dist.data import Shards, read_examples
+from kd_dist.disk import file_digest
 from kd_dist.errors import ShardError
 from kd_dist.loader import on_device
 from kd_dist.plan import mix, permute
@@ -79,7 +80,7 @@ def refuse_damaged(shards: Shards) -> None:
     for number, (path, row) in enumerate(zip(shards.paths, shards.manifest["shards"], strict=True)):
         if isinstance(path, Remote):
             path.fetch(shards.shard(number).tar_bytes, row["sha256"])
-        elif not path.is_file() or places.file_digest(path) != row["sha256"]:
+        elif not path.is_file() or file_digest(path) != row["sha256"]:
             raise ShardError(
                 f"{path}: is missing or damaged, its sha256 is not the manifest's; delete it and run the command that "
                 f"wrote it again (kd-dist pack or kd-dist cache-teacher)"

@@ -26,6 +26,7 @@ from kd_dist import assemble, cache_teacher, journey, manifest, places, train
 from kd_dist.cli import app
 from kd_dist.config import load
 from kd_dist.data import BASES
+from kd_dist.disk import file_digest
 from kd_dist.errors import MismatchError, ShardError, one_sentence
 from kd_dist.recipe import Recipe
 from kd_dist.shards import Shard, index_tar
@@ -251,7 +252,7 @@ def test_a_cache_of_other_weights_is_refused_and_names_both_digests(home):
     for seed in (1, 2):
         recipe = load("tiny.yaml", [RANDOM, f"teacher.seed={seed}"])
         save_file(assemble.teacher(recipe).network.backbone.state_dict(), f"{seed}.safetensors")
-        digests[seed] = places.file_digest(Path(f"{seed}.safetensors"))
+        digests[seed] = file_digest(Path(f"{seed}.safetensors"))
     cached(load("tiny.yaml", ["teacher.weights=1.safetensors"]))
     other = load("tiny.yaml", ["teacher.weights=2.safetensors"])
     sentence = f"was made with teacher.weights_sha256 = '{digests[1]}', the recipe says '{digests[2]}'"
@@ -634,7 +635,7 @@ def test_half_a_cache_is_not_continued_with_other_weights(ward, struck):
     for seed in (2, 1):
         recipe = load("tiny.yaml", [*STRUCK, f"teacher.seed={seed}"])
         save_file(assemble.teacher(recipe).network.backbone.state_dict(), f"{seed}.safetensors")
-        digests.append(places.file_digest(Path(f"{seed}.safetensors")))
+        digests.append(file_digest(Path(f"{seed}.safetensors")))
     shutil.copy("1.safetensors", "own.safetensors")
     whole = undisturbed(ward, *words)
     struck(20, lambda: os.kill(os.getpid(), signal.SIGTERM))

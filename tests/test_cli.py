@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from kd_dist import cache_teacher, places, train
 from kd_dist.cli import app
 from kd_dist.config import load
+from kd_dist.disk import file_digest
 
 ROW = {
     "without_generated",
@@ -256,7 +257,7 @@ def test_a_cache_of_another_teacher(home):
     weights = places.weights_file(recipe, recipe.teacher.weights)
     there = json.loads(Path("shards/tiny/train/teacher/manifest.json").read_text())["teacher"]["weights_sha256"]
     save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
-    here = places.file_digest(weights)
+    here = file_digest(weights)
     result = weights.with_name("result.json")
     result.write_text(json.dumps({**json.loads(result.read_text()), "best_sha256": here}))  # as if it were trained so
     shutil.rmtree("runs/tiny/distill")

@@ -111,7 +111,7 @@ def test_a_run_with_an_idle_layer_goes_on_under_another_engine(lab, tmp_path, op
     compared = [name for name in mine if ".idle." not in name]  # ZeRO decays it
     assert len(compared) == 4 and mine.keys() == other.keys()
     for name in compared:
-        torch.testing.assert_close(other[name], mine[name], rtol=0, atol=2e-5, msg=name)
+        torch.testing.assert_close(other[name], mine[name], rtol=0, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
 # The first norm and the convolution rest, so no rank's statistics are another's; the head learns faster than the rest.

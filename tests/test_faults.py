@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from trainings import PLAIN, TRAIN, arguments, launched, result, scalars, state, trained, weights
 
 from kd_dist import train
+from kd_dist.disk import file_digest
 from kd_dist.guard import LIMIT
-from kd_dist.places import file_digest
 from kd_dist.shards import Shard
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]

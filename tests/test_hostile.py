@@ -26,9 +26,10 @@ from processes import contents, done, inside, laboratory, run
 from test_index import DEEP, EXAMPLES, INDEXES, LONG, resealed
 from torch import nn
 
-from kd_dist import assemble, cache_teacher, checkpoint, journey, manifest, places
+from kd_dist import assemble, cache_teacher, checkpoint, journey, manifest
 from kd_dist.config import load
 from kd_dist.data import Shards, SignalShards, feature_codecs
+from kd_dist.disk import file_digest
 from kd_dist.errors import KdError
 from kd_dist.models import Built, Network, load_weights
 from kd_dist.shards import Shard, index_tar, write_shard
@@ -267,7 +268,7 @@ def read_examples(folder: Path) -> None:
 
 def read_bases(folder: Path) -> None:
     low = {"shape": [4, 2, 2], "store": "fp16", "pool": 1, "dither": False}
-    digest = places.file_digest(folder / "bases.safetensors")
+    digest = file_digest(folder / "bases.safetensors")
     feature_codecs(folder, {"bases_sha256": digest, "features": {"x": low}})
 
 

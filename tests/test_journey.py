@@ -17,7 +17,8 @@ from PIL import Image
 from processes import Ended, contents, done, kd_dist, laboratory, run, sentence, start, wait_until
 from scenes import scenes
 
-from kd_dist import journey, places
+from kd_dist import journey
+from kd_dist.disk import file_digest
 
 pytestmark = pytest.mark.slow
 
@@ -128,7 +129,7 @@ def test_values_are_those_of_the_best_weights_on_the_test_split(whole, monkeypat
     for row in reported(folder)["models"]:
         weights = folder / RUNS.format(row["stage"], row["seed"]) / "best.safetensors"
         record = json.loads((weights.parent / "evaluation-test.json").read_text())
-        assert record["identity"]["weights"] == places.file_digest(weights)
+        assert record["identity"]["weights"] == file_digest(weights)
         assert record["metrics"]["accuracy"] == row["value"]
         assert row["value"] * 12 == pytest.approx(round(row["value"] * 12))  # of 12 pictures
 
