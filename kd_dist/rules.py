@@ -152,8 +152,9 @@ def _kind_problems(recipe: Recipe) -> Problems:
             yield ("views", name), f"{getattr(views, name)} is more than the {most} of views.size"
     if audio.db[0] >= audio.db[1]:
         yield ("audio", "db"), f"must begin with its lower end, not {audio.db[0]:g} before {audio.db[1]:g}"
-    if (audio.fmax or audio.sample_rate / 2) > audio.sample_rate / 2 or audio.fmin >= (audio.fmax or math.inf):
-        yield ("audio", "fmax"), f"the bands must lie between 0 and half the sample rate, {audio.sample_rate / 2:g} Hz"
+    most = audio.sample_rate / 2
+    if not audio.fmin < (audio.fmax or most) <= most:
+        yield ("audio", "fmax"), f"the bands must lie between 0 and half the sample rate, {most:g} Hz"
 
 
 def _gan_problems(recipe: Recipe) -> Problems:

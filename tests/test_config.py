@@ -401,6 +401,51 @@ def test_a_normalisation_has_a_number_for_each_channel(written, section, name, o
         assert refusal(path, [*audio, values(count)]) == f"command line: {key}: has {count} {SPECTROGRAMS}"
 
 
+OF_AUDIO = ["audio={sample_rate: 8000, mels: 8}", "views.size=[8, 16]", "views.crop_scale=[1, 1]"]
+ANOTHER_KIND = {  # of views: option -> a value, for recordings
+    **{"gain": ("6", False), "time_mask": ("4", False), "band_mask": ("2", False)},
+    **{"crop_scale": ("[0.5, 1]", True), "crop_ratio": ("[0.5, 2]", True), "flip": ("0.5", True)},
+    **{"brightness": ("0.1", True), "contrast": ("0.1", True), "saturation": ("0.1", True)},
+}
+
+
+@pytest.mark.parametrize("option", ANOTHER_KIND)
+def test_views_of_another_kind_of_input_are_refused(written, option):
+    value, of_images = ANOTHER_KIND[option]
+    path, word = written(TEXT), f"views.{option}={value}"
+    own, other = ([], OF_AUDIO) if of_images else (OF_AUDIO, [])
+    load(path, [*own, word])
+    what = "of images; this recipe has `audio`" if of_images else "of audio; this recipe has no `audio`"
+    assert refusal(path, [*other, word]) == f"command line: views.{option}: is an option of views {what}"
+
+
+def test_every_option_of_views_is_of_images_or_of_audio_or_of_both():
+    assert {one.name for one in dataclasses.fields(sections.Views)} == {*ANOTHER_KIND, "count", "size", "seed"}
+
+
+BANDS = "audio.fmax: the bands must lie between 0 and half the sample rate, 4000 Hz"
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["views.size=[16, 8]"], "views.size: the first number, 16, must be audio.mels, 8: [mels, frames]"),
+        (["views.size=16"], "views.size: the first number, 16, must be audio.mels, 8: [mels, frames]"),
+        (["views.time_mask=17"], "views.time_mask: 17 is more than the 16 of views.size"),
+        (["views.band_mask=9"], "views.band_mask: 9 is more than the 8 of views.size"),
+        (["audio.db=[40, -60]"], "audio.db: must begin with its lower end, not 40 before -60"),
+        (["audio.db=[40, 40]"], "audio.db: must begin with its lower end, not 40 before 40"),
+        (["audio.fmax=4001"], BANDS),
+        (["audio.fmin=4000"], BANDS),
+        (["audio.fmin=500", "audio.fmax=500"], BANDS),
+    ],
+)
+def test_a_front_end_that_cannot_be_is_refused(written, words, sentence):
+    path = written(TEXT)
+    load(path, [*OF_AUDIO, "views.time_mask=16", "views.band_mask=8", "audio.fmax=4000", "audio.fmin=3999"])
+    assert refusal(path, [*OF_AUDIO, *words]) == f"command line: {sentence}"
+
+
 def test_a_recipe_without_stages_is_refused(written):
     text = TEXT[: TEXT.index("stages:")].replace("  weights: stage:teach\n", "")
     assert refusal(written(text + "stages: {}")) == "configs/pets.yaml:18: stages: at least one stage is needed"

@@ -151,7 +151,7 @@ def test_the_emotion_recipe_runs_from_recordings_to_a_report(tmp_path):
 
 
 PER_SECOND = "annotations/annotations averaged per song/dynamic (per second annotations)"
-PUBLISHED = {"train": ("2", "7", "10", "2001"), "val": ("3", "14"), "test": ("5", "2003")}  # by the recipe's own splits
+PUBLISHED = {"train": ("2", "2001"), "val": ("3", "14"), "test": ("5", "2003")}  # by the recipe's own splits
 BROKEN = "4"
 WEIGHT = "blocks.{}.mlp.fc1.weight"
 
@@ -188,7 +188,6 @@ def published_deam(root: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_the_deam_recipe_runs_at_full_scale(tmp_path):
     """ViT-B/16 at 128 x 1280, the student, all three stages. The pretrained weights are a file of random ones, of
@@ -210,7 +209,7 @@ def test_the_deam_recipe_runs_at_full_scale(tmp_path):
     run(kd_dist, "pack", *words)
     folder = tmp_path / "shards/emotion_deam"
     packed = {split: json.loads((folder / split / "manifest.json").read_text()) for split in PUBLISHED}
-    assert {split: one["examples"] for split, one in packed.items()} == {"train": 4, "val": 2, "test": 2}
+    assert {split: one["examples"] for split, one in packed.items()} == {"train": 2, "val": 2, "test": 2}
     quarantined = [row for one in packed.values() for row in one["quarantined"]]
     assert [row["name"] for row in quarantined] == [BROKEN] and "cannot be decoded" in quarantined[0]["reason"]
     run(train.main, [*words, "--stage", "teacher"])
@@ -232,15 +231,15 @@ def test_the_deam_recipe_runs_at_full_scale(tmp_path):
     for stage in stages:
         result = json.loads((tmp_path / f"runs/emotion_deam/{stage}/seed-0/result.json").read_text())
         assert result["steps"] == STEPS and result["skipped"] == 0 and result["metric"] == "ccc"
-        assert len(result["history"]) == STEPS  # four songs fit into a step
+        assert len(result["history"]) == STEPS  # both songs fit into a step
         for epoch in result["history"]:
             assert np.isfinite([epoch[name] for name in ("loss", "grad_norm", "val_ccc", "val_mae")]).all()
             assert 0 < epoch["logit_max"] <= 1
     recipe = load(*words[:1], words[1:])
     with inside(tmp_path):
         cached = assemble.signals(recipe, "train", assemble.examples(recipe, "train"))
-        said = cached.codec.decode(cached.rows(np.arange(4), np.zeros(4, int)))
-    assert said.shape == (4, 2) and 0 < np.abs(said).max() <= 1
+        said = cached.codec.decode(cached.rows(np.arange(2), np.zeros(2, int)))
+    assert said.shape == (2, 2) and 0 < np.abs(said).max() <= 1
     rows = json.loads(run(kd_dist, "evaluate", *words, "--json"))
     assert [row["stage"] for row in rows] == list(stages)
     assert all(np.isfinite([row["value"], *dict(row["parts"]).values()]).all() for row in rows)

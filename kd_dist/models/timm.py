@@ -27,7 +27,8 @@ def build(name: str, classes: int, pretrained: bool, options: dict[str, Any], ma
         raise ModelError(f"timm/{name}: cannot be built with {options}: {error}") from error
     except OSError as error:  # every kind of failed download is one
         raise ModelError(
-            f"timm/{name}: its pretrained weights cannot be fetched ({error}); give a local file"
+            f"timm/{name}: its pretrained weights cannot be fetched ({error}); give a file of them as "
+            f"`options.pretrained_cfg_overlay.file`"
         ) from error
     config = resolve_model_data_config(backbone)
     mean, std = config["mean"], config["std"]
