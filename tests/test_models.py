@@ -292,7 +292,7 @@ def test_pretrained_weights_without_a_network(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match="^timm/resnet10t: its pretrained weights cannot be fetched .*; give a file of them"):
+    with pytest.raises(ModelError, match="^timm/resnet10t: its pretrained weights cannot be fetched .*; give a file"):
         build_network("timm/resnet10t", 3, options={}, pretrained=True)
 
 
