@@ -17,7 +17,7 @@ from kd_dist.errors import DataError, MismatchError, ModelError, RecipeError
 from kd_dist.inputs import Images, Input, Spectrograms
 from kd_dist.inputs.spectrograms import LogMel
 from kd_dist.joined import JoinedShards, JoinedSignals
-from kd_dist.losses import features_read, filled, projections, signals_needed
+from kd_dist.losses import LOSSES, features_read, filled, projections, signals_needed
 from kd_dist.models import Network, build_network, load_weights, weights_digest
 from kd_dist.models.blocks import freeze
 from kd_dist.pack import refuse_other
@@ -347,7 +347,9 @@ def stage_identity(recipe: Recipe, name: str, corridor: Corridor) -> dict[str, A
     """All that decides the result of a stage, for its checkpoints: another value is another run."""
     stage: Stage = recipe.stages[name]
     # What may change between a stop and its resume; the plan gives a step the same examples for every `accumulate`.
-    free = {"max_steps", "log_every", "checkpoint_every", "accumulate", "find_batch_size"}
+    free = {"max_steps", "log_every", "checkpoint_every", "find_batch_size"}
+    if not any(LOSSES[loss].relational for loss in stage.losses):  # those compare the rows of a micro-batch
+        free.add("accumulate")
     section = to_dict(getattr(recipe, stage.model))
     section.pop("weights")
     taps = section.pop("taps", {})  # those that the losses read stand under `features`

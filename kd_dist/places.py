@@ -65,9 +65,15 @@ def generator_folder(recipe: Recipe) -> Path:
 
 
 def without_generated(recipe: Recipe, name: str) -> str | None:
-    """The stage that differs from this one in the generated examples alone; None where there is none."""
+    """The stage that differs from this one in having no generated examples, and at most in its length; None where there
+    is none."""
     stage = recipe.stages[name]
-    alike = [other for other, one in recipe.stages.items() if one == replace(stage, generated=False)]
+    without = replace(stage, generated=False)
+    alike = [
+        other
+        for other, one in recipe.stages.items()
+        if replace(one, epochs=stage.epochs, max_steps=stage.max_steps) == without
+    ]
     return alike[0] if stage.generated and alike else None
 
 

@@ -231,8 +231,9 @@ class Plan:
 
     Step s, counted from 0 over the whole run, takes the next `batch_size` positions of epoch s // steps_per_epoch; the
     last step of an epoch takes what is left. Its examples are sorted by lane and cut into world * accumulate shares of
-    equal size, give or take one. A rank's shares are neighbours, so that ranks read different blocks. Put end to end,
-    the shares of a step are the same sequence for every world and accumulate.
+    equal size, give or take one: those of all ranks' first micro-batch, then those of the second. So what the ranks
+    have together in a micro-batch does not depend on their number, and put end to end the shares of a step are the same
+    sequence for every world and accumulate.
     """
 
     order: Order | Sequential
@@ -265,7 +266,7 @@ class Plan:
         if not (0 <= rank < self.world and 0 <= micro < self.accumulate):
             raise IndexError(f"plan: no rank {rank} of {self.world}, micro-batch {micro} of {self.accumulate}")
         run = self._positions(step)
-        number, parts = rank * self.accumulate + micro, self.world * self.accumulate
+        number, parts = micro * self.world + rank, self.world * self.accumulate
         start, stop = (len(run) * edge // parts for edge in (number, number + 1))
         if start == stop:
             return np.empty(0, np.int64)

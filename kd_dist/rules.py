@@ -9,7 +9,7 @@ from kd_dist.batch import IGNORED
 from kd_dist.choose import hint
 from kd_dist.errors import RecipeError
 from kd_dist.inputs import Images, Spectrograms
-from kd_dist.losses import asks_the_cache, check_losses, signals_needed
+from kd_dist.losses import LOSSES, asks_the_cache, check_losses, signals_needed
 from kd_dist.manifest import GENERATED
 from kd_dist.models import FAMILIES
 from kd_dist.models.taps import reads_shares
@@ -216,6 +216,12 @@ def _stage_problems(recipe: Recipe, name: str) -> Problems:
         yield (*keys, "min_lr"), f"{stage.min_lr:g} is above lr, {stage.lr:g}"
     if not stage.losses:
         yield (*keys, "losses"), "at least one loss is needed"
+    related = [loss for loss in stage.losses if loss in LOSSES and LOSSES[loss].relational]
+    if stage.find_batch_size and related:
+        yield (*keys, "find_batch_size"), (
+            f"would change the result: '{related[0]}' compares the rows of a micro-batch; leave it out, and give "
+            f"`accumulate`"
+        )
     for loss, options in stage.losses.items():
         try:
             check_losses({loss: options}, recipe.task.name, recipe.task.width, recipe.shared_features)

@@ -657,6 +657,16 @@ def test_a_damaged_recipe_is_read_or_refused_in_one_sentence(written, data):
             "task.classes: a mask has room for 255 classes, not for 256",
         ),
         (
+            [
+                "stages.distill.losses={sp: {}}",
+                "stages.distill.find_batch_size=true",
+                "cache.features={f: {tap: a}}",
+                "student.taps={f: b}",
+            ],
+            "stages.distill.find_batch_size: would change the result: 'sp' compares the rows of a micro-batch; leave "
+            "it out, and give `accumulate`",
+        ),
+        (
             ["stages.distill.losses={cosine: {}}"],
             "stages.distill.losses.cosine: needs features: name them in cache.features and student.taps alike",
         ),

@@ -434,7 +434,7 @@ def test_sequential_is_the_identity():
 
 def step_of(plan, step):
     """The shares of a step, end to end."""
-    shares = [plan.share(step, rank, micro) for rank in range(plan.world) for micro in range(plan.accumulate)]
+    shares = [plan.share(step, rank, micro) for micro in range(plan.accumulate) for rank in range(plan.world)]
     return np.concatenate(shares).tolist()
 
 
@@ -454,6 +454,10 @@ def test_every_topology_takes_the_same_steps(order, batch_size, world, accumulat
     assert plan.steps_per_epoch == alone.steps_per_epoch
     sizes = [len(plan.share(step, rank, micro)) for rank in range(world) for micro in range(accumulate)]
     assert max(sizes) - min(sizes) <= 1
+    one = Plan(order, batch_size, 1, accumulate)
+    for micro in range(accumulate):
+        together = np.concatenate([plan.share(step, rank, micro) for rank in range(world)])
+        assert together.tolist() == one.share(step, 0, micro).tolist()
 
 
 @settings(max_examples=30, deadline=None)
