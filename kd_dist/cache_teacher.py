@@ -9,7 +9,7 @@ import argparse
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from kd_dist import assemble, guard, manifest, places
 from kd_dist.calibrate import calibrate
-from kd_dist.compress import save_bases
+from kd_dist.compress import Basis, save_bases
 from kd_dist.config import load
 from kd_dist.data import BASES, feature_codecs
 from kd_dist.disk import published
@@ -128,7 +128,8 @@ def prepare_codecs(
     torch.set_num_threads(work.threads)  # as for the rows: the last bits of the bases depend on it
     bases, report = {}, {}
     if work.features and work.folder == places.signals_folder(recipe, manifest.GENERATED):
-        bases, report = calibrated(work, places.signals_folder(recipe, places.TRAINING_SPLIT))
+        given = bases_of(places.signals_folder(recipe, places.TRAINING_SPLIT), work.features)
+        bases, report = calibrate(work, recipe.cache.features, teacher, device, given)
     elif work.features:
         bases, report = calibrate(work, recipe.cache.features, teacher, device)
     work.folder.mkdir(parents=True, exist_ok=True)
@@ -148,12 +149,10 @@ def prepare_codecs(
     manifest.write_manifest(work.folder, {**begun, "complete": False})
 
 
-def calibrated(work: Extraction, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What `calibrate` found for the features of this extraction when it began another folder."""
-    about = manifest.read_manifest(folder)
-    codecs, report = feature_codecs(folder, about["codec"]), about["feature_report"]
-    bases = {name: codecs[name].basis for name in work.features if codecs[name].basis is not None}
-    return bases, {name: report[name] for name in work.features}
+def bases_of(folder: Path, features: Iterable[str]) -> dict[str, Basis]:
+    """What these features, or those of them that are reduced, are reduced with in another folder."""
+    codecs = feature_codecs(folder, manifest.read_manifest(folder)["codec"])
+    return {name: codecs[name].basis for name in features if codecs[name].basis is not None}
 
 
 def cache_split(

@@ -26,19 +26,25 @@ PROBE_ROWS = 16  # further views that the codecs are measured on
 
 
 def calibrate(
-    work: Extraction, wanted: Mapping[str, Feature], teacher: Teacher, device: torch.device
+    work: Extraction,
+    wanted: Mapping[str, Feature],
+    teacher: Teacher,
+    device: torch.device,
+    given: dict[str, Basis] | None = None,
 ) -> tuple[dict[str, Basis], dict[str, dict[str, Any]]]:
-    """The bases of the features that are reduced, on the CPU, and by feature what its codec keeps.
+    """The bases of the features that are reduced, on the CPU, and by feature what its codec keeps. `given` bases, of
+    other examples, are not fitted again.
 
     A report states the bytes of a row and those of the whole feature in fp16, and on views that the basis has not seen
     the relative error, the cosine and the gradient cosine of a probe student, against the feature as the teacher gave
-    it; for a reduced feature also the share of its variance that is kept.
+    it; for a feature that was reduced here also the share of its variance that is kept.
     """
-    bases, kept = fit(work, wanted, teacher, device)
+    bases, kept = fit(work, wanted, teacher, device) if given is None else (given, {})
+    fitted = BASIS_ROWS if given is None else 0
     codecs = {name: replace(codec, basis=bases.get(name)) for name, codec in work.features.items()}
     codecs = on_device(codecs, device)
     errors, cosines, count = dict.fromkeys(codecs), dict.fromkeys(codecs, 0.0), 0
-    for rows, features in heard(work, *probed(work, BASIS_ROWS), teacher, device):
+    for rows, features in heard(work, *probed(work, fitted), teacher, device):
         count += len(rows.keys)
         for name, codec in codecs.items():
             error, cosine = measure(codec, rows, features[name])

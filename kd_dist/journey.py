@@ -175,6 +175,7 @@ def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         folder, which = places.stage_folder(recipe, name), recipe.stages[name].model
         where = {"role": places.role(recipe, name), "stage": name, "seed": places.stage_seed(recipe, name)}
         where["without_generated"] = places.without_generated(recipe, name)
+        where["steps"] = read_record(folder / places.RESULT, "steps")["steps"]
         build = functools.partial(assemble.network, recipe, which, places.STAGE_REFERENCE + name, recipe.seed)
         rows.append({**where, **measured(recipe, folder, which, assemble.best_sha256(recipe, name), build)})
     return rows

@@ -20,6 +20,7 @@ FORMAT = "kd_dist"
 FORMAT_VERSION = 2  # 1 knew neither tasks nor features
 FILE_NAME = "manifest.json"
 GENERATED = "generated"  # the folder, beside those of the splits, of examples that no source lists
+GENERATOR = "generator"  # the folder, beside those of the stages, of what makes them
 ABSENT = "(absent)"  # what `first_difference` shows for a value that one side does not have
 
 # What readers rely on in the manifest of a finished folder, by its kind.

@@ -56,9 +56,9 @@ def gan_warnings(history: list[dict[str, Any]], labels: tuple[float, float]) -> 
 
     `labels` are what the discriminator was to say of recordings and of samples; a record holds the means `d_real` and
     `d_fake` of what it said, and `spread`, how much samples differ in units of how much recordings do. An epoch in
-    which the discriminator took no step has none of these, and does not count.
+    which the discriminator saw no two recordings at once lacks some of these, and does not count.
     """
-    judged = [record for record in history if "d_real" in record]
+    judged = [record for record in history if "spread" in record]
     if len(judged) < LASTING or judged[-1] is not history[-1]:
         return []
     wrong = [_gan_wrongs(record, labels) for record in judged[-LASTING - 1 :]]

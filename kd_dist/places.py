@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kd_dist.losses import signals_needed
-from kd_dist.manifest import GENERATED
+from kd_dist.manifest import GENERATED, GENERATOR
 from kd_dist.recipe import Recipe, parse_bytes
 from kd_dist.remote import LocalCache, Remote, location
 
@@ -61,7 +61,7 @@ def stored_views(recipe: Recipe, split: str) -> int:
 
 def generator_folder(recipe: Recipe) -> Path:
     """Where `kd-dist train-gan` leaves its checkpoints and pictures."""
-    return Path(recipe.runs) / recipe.name / "generator" / f"seed-{recipe.gan.seed}"
+    return Path(recipe.runs) / recipe.name / GENERATOR / f"seed-{recipe.gan.seed}"
 
 
 def without_generated(recipe: Recipe, name: str) -> str | None:

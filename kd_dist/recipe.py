@@ -104,7 +104,7 @@ class Gan:
 
     share: Annotated[float, Bound(lambda number: 0 < number < 1, "between 0 and 1")] = 0.25  # of an epoch that has them
     epochs: Count = 200  # over the training split
-    batch_size: Count = 16
+    batch_size: Annotated[int, Bound(lambda number: number >= 2, "at least 2")] = 16
     lr: Positive = 2e-4  # of the generator; the discriminator's is half of it
     latent: Count = 128  # numbers that a sample is made from
     width: Annotated[int, Bound(lambda number: number >= 8 and number % 8 == 0, "a multiple of 8")] = 16  # channels

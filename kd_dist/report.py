@@ -59,7 +59,8 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
 def summarise(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a stage, over its seeds, in the order of first appearance; retention is against the mean teacher.
 
-    `parts` of a model are what its metric is made of, such as each class's IoU, as (name, value).
+    `parts` of a model are what its metric is made of, such as each class's IoU, as (name, value); those of a row
+    are (name, mean, interval).
     """
     stages = list(dict.fromkeys((model["role"], model["stage"]) for model in models))
     rows = []
@@ -72,7 +73,7 @@ def summarise(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         rows[-1]["latency_ms"] = latency
         parts = list(dict.fromkeys(part for model in group for part, _ in model["parts"]))
         values = {part: [value for model in group for name, value in model["parts"] if name == part] for part in parts}
-        rows[-1]["parts"] = [(part, statistics.fmean(values[part])) for part in parts]
+        rows[-1]["parts"] = [(part, *interval(values[part])) for part in parts]
     teachers = [row["mean"] for row in rows if row["role"] == "teacher"]
     for row in rows:
         row["retention"] = retention(row["metric"], row["mean"], statistics.fmean(teachers)) if teachers else None
@@ -81,7 +82,8 @@ def summarise(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def gains(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """How far each student_kd stage is from each student_alone stage, and from the one that differs from it in having
-    no generated examples: the mean difference over the seeds of both."""
+    no generated examples: the mean difference over the seeds of both, and the steps that each took."""
+    steps = {model["stage"]: model.get("steps") for model in models}
     found, twins = [], {model["stage"]: model.get("without_generated") for model in models}
     values = {role: {} for role in ROLES}
     for model in models:
@@ -93,13 +95,19 @@ def gains(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if seeds:
                 mean, half = interval([with_kd[seed] - without[seed] for seed in seeds])
                 pair = {"stage": taught, "against": alone, "generated": alone in twin}
+                pair["steps"] = [steps[taught], steps[alone]]
                 found.append({**pair, "seeds": len(seeds), "mean": mean, "interval": half})
     return found
 
 
+def spread(mean: float, half: float | None) -> str:
+    """A mean and its interval as a table shows them."""
+    return f"{mean:.4f}" + ("" if half is None else f" ± {half:.4f}")
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """A summary row as a table shows it."""
-    value = f"{row['mean']:.4f}" + ("" if row["interval"] is None else f" ± {row['interval']:.4f}")
+    value = spread(row["mean"], row["interval"])
     kept = "" if row["retention"] is None else f"{row['retention']:.1%}"
     label = row["role"].replace("_kd", " + KD").replace("_", " ")
     size, macs = f"{row['parameters'] / 1e6:.3f} M", f"{row['macs'] / 1e6:.2f} M"
@@ -136,22 +144,23 @@ def markdown(
 
 def part_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A table of what the metric is made of, one column a stage; empty where it has no parts."""
-    names = list(dict.fromkeys(name for row in rows for name, _ in row["parts"]))
+    names = list(dict.fromkeys(name for row in rows for name, *_ in row["parts"]))
     if not names:
         return []
-    columns = [dict(row["parts"]) for row in rows]
-    lines = ["", "| class | " + " | ".join(row["stage"] for row in rows) + " |", "|" + " --- |" * (len(rows) + 1)]
+    columns = [{name: spread(*one) for name, *one in row["parts"]} for row in rows]
+    lines = ["", "| part | " + " | ".join(row["stage"] for row in rows) + " |", "|" + " --- |" * (len(rows) + 1)]
     for name in names:
-        shown = [f"{column[name]:.4f}" if name in column else "" for column in columns]
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+        lines.append(f"| {name} | " + " | ".join(column.get(name, "") for column in columns) + " |")
     return lines
 
 
 def gain_sentence(one: dict[str, Any], metric: str) -> str:
     """A row of `gains` in words."""
-    spread = "one seed" if one["interval"] is None else f"± {one['interval']:.4f}, 95 % over {one['seeds']} seeds"
-    what = ", which has no generated examples" if one["generated"] else ""
-    return f"`{one['stage']}` against `{one['against']}`{what}: {one['mean']:+.4f} {metric} ({spread})."
+    sure = "one seed" if one["interval"] is None else f"± {one['interval']:.4f}, 95 % over {one['seeds']} seeds"
+    mine, others = one["steps"]
+    taken = f", {others} steps" if mine == others else f", {mine} steps against {others}"
+    what = f", which has no generated examples{taken}" if one["generated"] else ""
+    return f"`{one['stage']}` against `{one['against']}`{what}: {one['mean']:+.4f} {metric} ({sure})."
 
 
 def write(

@@ -9,8 +9,8 @@ from kd_dist.batch import IGNORED
 from kd_dist.choose import hint
 from kd_dist.errors import RecipeError
 from kd_dist.inputs import Images, Spectrograms
-from kd_dist.losses import LOSSES, asks_the_cache, check_losses, signals_needed
-from kd_dist.manifest import GENERATED
+from kd_dist.losses import LOSSES, asks_the_cache, check_losses, imitates, signals_needed
+from kd_dist.manifest import GENERATED, GENERATOR
 from kd_dist.models import FAMILIES
 from kd_dist.models.taps import reads_shares
 from kd_dist.recipe import Network, Recipe, Views
@@ -167,13 +167,18 @@ def _gan_problems(recipe: Recipe) -> Problems:
             yield ("gan", "labels"), f"recordings must be called more than samples, not {list(gan.labels)}"
         if gan.noise[0] < gan.noise[1]:
             yield ("gan", "noise"), f"must not grow, from {gan.noise[0]:g} to {gan.noise[1]:g}"
+        if min(recipe.views.shape) < 2:
+            yield ("gan",), "needs views of two bands and two frames at least"
+        if GENERATOR in recipe.stages:
+            yield ("stages", GENERATOR), "is the name of the generator's folder; take another one"
     for name, stage in recipe.stages.items():
         if stage.generated and gan is None:
             yield ("stages", name, "generated"), "needs the section `gan`, which says how examples are generated"
-        elif stage.generated and not (stage.model == "student" and signals_needed(stage.losses)):
+        elif stage.generated and not (stage.model == "student" and imitates(stage.losses)):
             yield (
                 ("stages", name, "generated"),
-                "generated examples have no labels; they are for a student whose losses learn from the teacher",
+                "generated examples have no labels; they are for a student with a loss that compares it with the "
+                "teacher alone, such as kd_huber",
             )
 
 

@@ -20,7 +20,7 @@ from kd_dist.batch import Batch, valid_rows
 from kd_dist.checkpoint import Progress
 from kd_dist.data import Corridor
 from kd_dist.disk import alone
-from kd_dist.errors import Preempted, RecipeError, TrainingError
+from kd_dist.errors import DataError, Preempted, RecipeError, TrainingError
 from kd_dist.loader import batches
 from kd_dist.models.gan import Gan
 from kd_dist.monitor import gan_warnings
@@ -109,7 +109,7 @@ def optimizer_of(gan: Gan, lr: float) -> torch.optim.Optimizer:
 
 def train(recipe: Recipe, folder: Path, content: dict[str, Any], device: torch.device, notice: Notice) -> Gan:
     """The trained networks. Raises TrainingError when a gradient is not finite."""
-    settings, corridor = recipe.gan, training_corridor(recipe)
+    settings, corridor, content = recipe.gan, training_corridor(recipe), learnt_from(content)
     torch.manual_seed(settings.seed)
     gan = Gan(settings.latent, settings.width, recipe.views.shape).to(device)
     optimizer, state = optimizer_of(gan, settings.lr), Progress()
@@ -123,7 +123,9 @@ def train(recipe: Recipe, folder: Path, content: dict[str, Any], device: torch.d
     part = max(1, settings.epochs // PARTS) * each
     sums, writer = Sums(state.so_far or {}), SummaryWriter(folder / "tensorboard")
     for batch in batches(corridor, state.step, len(corridor), recipe.data.workers, pin=device.type == "cuda"):
-        sums.add(learn(gan, optimizer, settings, batch, state.step / len(corridor), state.step))
+        tell_failed(state, batch, recipe.data.error_limit)
+        if batch.valid.any():
+            sums.add(learn(gan, optimizer, settings, batch, state.step / len(corridor), state.step))
         state.step += 1
         if state.step % each == 0:
             end_epoch(state, sums.means(), settings, writer)
@@ -138,6 +140,27 @@ def train(recipe: Recipe, folder: Path, content: dict[str, Any], device: torch.d
             raise Preempted(f"train-gan: stopped by {notice.name} after step {state.step}; the same command goes on")
     writer.close()
     return gan
+
+
+def learnt_from(content: dict[str, Any]) -> dict[str, Any]:
+    """What decides the trained networks, for their checkpoints: all but how many samples are packed, and how."""
+    source = content["source"]
+    options = {name: value for name, value in source["options"].items() if name != "share"}
+    kept = {name: value for name, value in content.items() if name != "shard_size"}
+    return {**kept, "source": {**source, "options": options}}
+
+
+def tell_failed(state: Progress, batch: Batch, limit: int) -> None:
+    """Name the recordings that could not be read. Raises DataError for more than `limit` of them in an epoch."""
+    for sentence in batch.failed:
+        print(f"warning: train-gan: step {state.step} goes without an example: {sentence}", file=sys.stderr, flush=True)
+    state.failed += len(batch.failed)
+    state.failed_now += len(batch.failed)
+    if state.failed_now > limit:
+        raise DataError(
+            f"train-gan: {state.failed_now} recordings of an epoch could not be read, more than data.error_limit "
+            f"{limit}; the last: {batch.failed[-1]}"
+        )
 
 
 def levels_of(batch: Batch, device: torch.device) -> Tensor:
@@ -175,7 +198,8 @@ def learn(
         loss = against(said_real, is_real) + against(said_fake, is_fake)
         take(gan.discriminator, optimizer, loss, step)
         found |= {"loss_d": loss, "d_real": said_real.sigmoid().mean(), "d_fake": said_fake.sigmoid().mean()}
-        found["spread"] = fake.std(0).mean() / real.std(0).mean().clamp(min=1e-6) if len(real) > 1 else torch.ones(())
+        if len(real) > 1:  # the last batch of an epoch may be a single one
+            found["spread"] = fake.std(0).mean() / real.std(0).mean().clamp(min=1e-6)
     gan.discriminator.requires_grad_(False)
     loss = against(judged(made()), is_real)
     take(gan.generator, optimizer, loss, step)
@@ -201,6 +225,7 @@ def take(network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, ste
 
 def end_epoch(state: Progress, means: dict[str, float], settings: Settings, writer: SummaryWriter) -> None:
     """Record and print an epoch, and warn when one of the two has given up."""
+    state.failed_now = 0
     state.history.append({"epoch": len(state.history), "step": state.step, **means})
     for name, value in means.items():
         writer.add_scalar(f"gan/{name}", value, state.step)

@@ -19,6 +19,7 @@ from kd_dist.disk import file_digest
 
 ROW = {
     "without_generated",
+    "steps",
     "role",
     "stage",
     "seed",

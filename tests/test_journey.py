@@ -232,10 +232,10 @@ def test_segmentation_from_raw_pictures_to_a_report_with_classes_and_examples(tm
         ("student_kd", "distill"),
     ]
     for row in report["summary"]:
-        assert row["metric"] == "miou" and [name for name, _ in row["parts"]] == ["ground", "left", "right"]
-        assert row["mean"] == pytest.approx(statistics.fmean(value for _, value in row["parts"]))
+        assert row["metric"] == "miou" and [name for name, *_ in row["parts"]] == ["ground", "left", "right"]
+        assert row["mean"] == pytest.approx(statistics.fmean(value for _, value, _ in row["parts"]))
     page = (made / "report.md").read_text()
-    assert "| class | given | pretrain | distill |" in page and "| left | " in page and "(examples.png)" in page
+    assert "| part | given | pretrain | distill |" in page and "| left | " in page and "(examples.png)" in page
     with Image.open(made / "examples.png") as picture:  # image, truth and three models; four pictures of 16 x 24
         assert picture.mode == "RGB" and picture.width >= 5 * 24 and picture.height >= 4 * 16
     before = (made / "report.json").read_text()

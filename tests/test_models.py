@@ -287,6 +287,19 @@ def test_timm_models_bring_their_own_normalisation():
     assert (vit.mean.flatten().tolist(), vit.std.flatten().tolist()) == ([0.5] * 3, [1.0, 2.0, 4.0])
 
 
+def test_a_timm_model_of_one_size_refuses_another():
+    vit = build_network("timm/vit_tiny_patch16_224", 2, channels=1, options={"img_size": [32, 48], "depth": 1})
+    assert vit(torch.rand(2, 1, 32, 48)).shape == (2, 2)
+    with pytest.raises(ModelError) as caught:
+        vit(torch.rand(2, 1, 32, 64))
+    assert str(caught.value) == (
+        "timm/vit_tiny_patch16_224: takes inputs of 32 x 48, and views.size is [32, 64]; give it `options: {img_size: "
+        "[32, 64]}`"
+    )
+    free = {"img_size": [32, 48], "depth": 1, "dynamic_img_size": True}
+    assert build_network("timm/vit_tiny_patch16_224", 2, options=free)(torch.rand(2, 3, 32, 64)).shape == (2, 2)
+
+
 def test_pretrained_weights_without_a_network(monkeypatch, tmp_path):
     import huggingface_hub.constants
 

@@ -150,4 +150,4 @@ def test_a_picture_is_a_scatter_plot_for_each_output_and_model():
 def test_the_parts_of_a_metric():
     values = measured(spoken())
     parts = TASK.table({**values, "mae/arousal": math.nan}, [])
-    assert [name for name, _ in parts] == ["ccc/valence", "mae/valence", "ccc/arousal"]
+    assert [name for name, _ in parts] == ["ccc", "mae", "ccc/valence", "mae/valence", "ccc/arousal"]

@@ -183,6 +183,18 @@ def test_a_gain_in_words():
     assert words == "`distill` against `pretrain`: +0.0333 accuracy (± 0.0143, 95 % over 3 seeds)."
     worse = {**gain, "mean": -0.01, "interval": None}
     assert gain_sentence(worse, "nll") == "`distill` against `pretrain`: -0.0100 nll (one seed)."
+    for steps, said in (([9, 9], "9 steps"), ([9, 8], "9 steps against 8")):
+        twin = gain_sentence({**worse, "generated": True, "steps": steps}, "nll")
+        assert twin == f"`distill` against `pretrain`, which has no generated examples, {said}: -0.0100 nll (one seed)."
+
+
+def test_parts_have_intervals_too():
+    models = [
+        {**row("student_kd", "a", seed, value), "parts": [("mae", value / 2)]} for seed, value in enumerate((0.4, 0.6))
+    ]
+    [found] = summarise(models)
+    assert found["parts"] == [("mae", *interval([0.2, 0.3]))]
+    assert f"| mae | 0.2500 ± {interval([0.2, 0.3])[1]:.4f} |" in markdown([found], [], "x", "test", False)
 
 
 # ------------------------------------------------------------------------------------------------ what is shown

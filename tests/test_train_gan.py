@@ -1,6 +1,8 @@
 """A generator learns from packed recordings; what it makes is packed, labelled by the teacher alone, and trained on."""
 
 import json
+import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from kd_dist import assemble, places, train_gan
 from kd_dist.config import load
 from kd_dist.manifest import GENERATED, read_manifest
 from kd_dist.models.gan import Discriminator, Gan, Generator, grids
+from kd_dist.shards import Shard
 
 RATE, SONGS, MELS, FRAMES = 8000, 12, 16, 40
 RECIPE = f"""
@@ -165,11 +168,54 @@ def test_a_generator_that_was_stopped_goes_on_to_the_same_examples(generated, tm
 
 
 @pytest.mark.slow
+def test_another_share_takes_more_of_the_same_generator(generated, tmp_path):
+    shutil.copytree(generated / "runs", tmp_path / "runs")
+    shutil.copytree(generated / "shards", tmp_path / "shards")
+    folder = tmp_path / "shards/tunes" / GENERATED
+    few = len(read_manifest(folder)["shards"]), read_manifest(folder)["examples"]
+    words = ["tunes.yaml", f"runs={tmp_path}/runs", f"data.shards={tmp_path}/shards", "gan.share=0.7"]
+    assert "made with source.options.share = 0.4" in sentence(run(kd_dist, "train-gan", *words, folder=generated))
+    shutil.rmtree(folder)
+    ended = run(kd_dist, "train-gan", *words, folder=generated)
+    done(ended)
+    assert "goes on from" in ended.stdout and "epoch" not in ended.stdout  # nothing was left to train
+    more = read_manifest(folder)
+    assert more["examples"] > few[1] and len(more["shards"]) > few[0]
+    first = [
+        shard.read(0)
+        for shard in (Shard(one / "data-000000.tar") for one in (folder, generated / "shards/tunes" / GENERATED))
+    ]
+    assert first[0] == first[1]
+
+
+@pytest.mark.slow
+def test_recordings_that_cannot_be_read_are_not_learnt_from_as_silence(studio, tmp_path):
+    words = ["tunes.yaml", f"runs={tmp_path}/runs", f"data.shards={tmp_path}/shards", "data.on_error=replace_masked"]
+    done(run(kd_dist, "pack", *words, folder=studio))
+    shard = tmp_path / "shards/tunes/train/data-000000.tar"
+    payload = bytearray(shard.read_bytes())
+    payload[512 : 512 + 64] = bytes(64)  # of the first example's levels
+    shard.write_bytes(payload)
+    ended = run(kd_dist, "train-gan", *words, "gan.batch_size=2", folder=studio)
+    done(ended)
+    warned = re.findall(r"warning: train-gan: step \d+ goes without an example: .*damaged", ended.stderr)
+    assert len(warned) == 4  # once an epoch
+    shutil.rmtree(tmp_path / "shards/tunes/generated")
+    more = [*words, f"runs={tmp_path}/other", "data.error_limit=1"]
+    shard.write_bytes(bytes(len(payload)))  # all four
+    said = sentence(run(kd_dist, "train-gan", *more, folder=studio))
+    assert re.match(r"train-gan: [234] recordings of an epoch could not be read, more than data.error_limit 1; ", said)
+
+
+@pytest.mark.slow
 def test_a_student_learns_from_both_and_the_report_says_whether_it_helped(generated):
     done(run(kd_dist, "run", "tunes.yaml", folder=generated))
     folder = generated / "shards/tunes"
     about = {split: read_manifest(folder / split / "teacher") for split in ("train", GENERATED)}
     assert about["train"]["codec"]["bases_sha256"] == about[GENERATED]["codec"]["bases_sha256"] is not None
+    seen = [about[split]["feature_report"]["tokens"] for split in about]
+    assert seen[0]["relative_error"] != seen[1]["relative_error"]
+    assert "kept_variance" in seen[0] and "kept_variance" not in seen[1]  # fitted on the first alone
     assert about[GENERATED]["views"]["count"] == 2 and about[GENERATED]["teacher_report"]["labelled"] == 0
     proof = run(kd_dist, "verify", "tunes.yaml", "--examples", "4", folder=generated)
     done(proof)
@@ -178,12 +224,12 @@ def test_a_student_learns_from_both_and_the_report_says_whether_it_helped(genera
     pairs = [(one["stage"], one["against"], one["generated"]) for one in report["gains"]]
     assert pairs == [("taught", "alone", False), ("more", "alone", False), ("more", "taught", True)]
     said = (generated / "runs/tunes/report.md").read_text()
-    assert "`more` against `taught`, which has no generated examples: " in said
     with_them, without = (
         json.loads((generated / f"runs/tunes/{stage}/seed-0/result.json").read_text())["steps"]
         for stage in ("more", "taught")
     )
     assert with_them > without
+    assert f"`more` against `taught`, which has no generated examples, {with_them} steps against {without}: " in said
     other = run(kd_dist, "train", "tunes.yaml", "--stage", "more", "gan.seed=1", folder=generated)
     assert "generated: was made with source.options.seed = 0, the recipe says 1; " in sentence(other)
 
@@ -207,6 +253,12 @@ def test_generated_examples_that_are_not_there_are_one_sentence(studio, tmp_path
     [
         (["gan=null"], "stages.more.generated: needs the section `gan`, which says how examples are generated"),
         (["stages.alone.generated=true"], "stages.alone.generated: generated examples have no labels; they are for"),
+        (
+            ["stages.more.losses={huber: {}, ail: {}, teacher_bounded: {}}"],
+            "stages.more.generated: generated examples have no labels; they are for a student with a loss that",
+        ),
+        (["gan.batch_size=1"], "gan.batch_size: must be a whole number, at least 2, not 1"),
+        (["audio.mels=1", f"views.size=[1, {FRAMES}]"], "gan: needs views of two bands and two frames at least"),
         (["gan.labels=[0.1, 0.9]"], "gan.labels: recordings must be called more than samples, not [0.1, 0.9]"),
         (["gan.noise=[0.01, 0.1]"], "gan.noise: must not grow, from 0.01 to 0.1"),
         (["gan.share=1"], "gan.share: must be a number, between 0 and 1, not 1"),
@@ -224,3 +276,9 @@ def test_a_recipe_whose_generator_makes_no_sense_is_refused(tmp_path, words, sai
     with pytest.raises(train_gan.RecipeError) as caught:
         load(tmp_path / "tunes.yaml", words)
     assert said in str(caught.value)
+
+
+def test_no_stage_has_the_name_of_the_generators_folder(tmp_path):
+    (tmp_path / "tunes.yaml").write_text(RECIPE.replace("  alone:", "  generator:"))
+    with pytest.raises(train_gan.RecipeError, match="stages.generator: is the name of the generator's folder; take"):
+        load(tmp_path / "tunes.yaml", [])

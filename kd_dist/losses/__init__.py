@@ -54,6 +54,11 @@ def signals_needed(losses: Mapping[str, Mapping[str, Any]]) -> set[str]:
     return {"logits" if LOSSES[name].with_teacher else LOSSES[name].against for name in losses} - {"targets"}
 
 
+def imitates(losses: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether one of these losses asks for no label."""
+    return any(LOSSES[name].against != "targets" for name in losses)
+
+
 def asks_the_cache(name: str, written: Mapping[str, Any]) -> bool:
     """Whether a loss, as a recipe writes it, lacks what only a cache of the whole training set knows: see `filled`."""
     return name == "ail" and written.get("eta") is None

@@ -23,6 +23,7 @@ class Built(NamedTuple):
     mean: Sequence[float]  # one a channel, of images in [0, 1]
     std: Sequence[float]
     ignored: tuple[str, ...] = ()  # what names of weights begin with that a file may hold and the backbone does not
+    size: tuple[int, int] | None = None  # the only (H, W) that it takes; None: any, or what it says itself
 
 
 # Where each family lives, as `build(name, classes, pretrained, options, maps, channels) -> Built`: its library loads
@@ -60,7 +61,7 @@ class Network(nn.Module):
         super().__init__()
         self.backbone = built.backbone
         self.classes, self.image_size, self.label, self.maps = classes, image_size, label, maps
-        self.channels, self.bounds, self.ignored = len(built.mean), bounds, built.ignored
+        self.channels, self.bounds, self.ignored, self.size = len(built.mean), bounds, built.ignored, built.size
         self.resting: tuple[str, ...] = ()  # names in the backbone: a module may be replaced by a synchronised one
         # Not persistent: the recipe states them, and weights stay plain weights of the architecture.
         self.register_buffer("mean", torch.tensor(built.mean).view(1, -1, 1, 1), persistent=False)
@@ -71,6 +72,12 @@ class Network(nn.Module):
         size = self.image_size
         if size is not None and pixels.shape[-2:] != (size, size):
             pixels = F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False, antialias=True)
+        if self.size is not None and tuple(pixels.shape[-2:]) != self.size:
+            (height, width), given = self.size, list(pixels.shape[-2:])
+            raise ModelError(
+                f"{self.label}: takes inputs of {height} x {width}, and views.size is {given}; give it "
+                f"`options: {{img_size: {given}}}`"
+            )
         logits = self.backbone((pixels - self.mean) / self.std)
         if not isinstance(logits, Tensor):
             raise ModelError(f"{self.label}: returns {type(logits).__name__}, not one tensor of logits")

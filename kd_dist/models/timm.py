@@ -34,4 +34,6 @@ def build(name: str, classes: int, pretrained: bool, options: dict[str, Any], ma
     mean, std = config["mean"], config["std"]
     if channels != len(mean):
         mean, std = ((statistics.fmean(values),) * channels for values in (mean, std))
-    return Built(backbone, mean, std)
+    patches = getattr(backbone, "patch_embed", None)
+    size = patches.img_size if getattr(patches, "strict_img_size", False) else None
+    return Built(backbone, mean, std, size=size)

@@ -146,8 +146,9 @@ class Regression:
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
     def table(self, metrics: Mapping[str, float], names: Sequence[str]) -> list[tuple[str, float]]:
-        """(ccc or mae of an output, value) for each that is defined."""
-        return [(name, value) for name, value in metrics.items() if "/" in name and not math.isnan(value)]
+        """(ccc or mae, or that of an output, value) for each that is defined."""
+        found = {name: value for name, value in metrics.items() if name.startswith(self.metrics_known)}
+        return [(name, value) for name, value in found.items() if not math.isnan(value)]
 
 
 def check_values(label: Any, outputs: Sequence[str], limits: tuple[float, float]) -> list[float]:
