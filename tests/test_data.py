@@ -67,10 +67,10 @@ def spread(corridor: Corridor, batch_size: int, world: int, accumulate: int, epo
 
 
 def steps(ranks: list[Corridor]) -> Iterator[list[Batch]]:
-    """The micro-batches of each step, over all ranks in order."""
+    """The shares of each step in order: of all ranks in its first micro-batch, then in the second."""
     accumulate = ranks[0].plan.accumulate
     for start in range(0, len(ranks[0]), accumulate):
-        yield [rank[start + micro] for rank in ranks for micro in range(accumulate)]
+        yield [rank[start + micro] for micro in range(accumulate) for rank in ranks]
 
 
 def joined(shares: list[Batch]) -> tuple[tuple[str, ...], bytes]:
