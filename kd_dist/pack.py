@@ -1,17 +1,19 @@
 """Raw data set -> example shards. Restartable: committed shards are kept, the rest is written."""
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from kd_dist import manifest
 from kd_dist.disk import alone
-from kd_dist.errors import DataError, MismatchError, Preempted, RecipeError
+from kd_dist.errors import DataError, KdError, MismatchError, Preempted, RecipeError
+from kd_dist.inputs.spectrograms import Spectrograms, filters
 from kd_dist.preempt import Notice, noticed
 from kd_dist.progress import progress
 from kd_dist.remote import Remote
@@ -20,6 +22,7 @@ from kd_dist.sources import Item, list_items
 from kd_dist.tasks import Regression, Task, packed_for
 
 STEM = "data"
+OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC}  # no item's own fault
 Members = Generator[tuple[str, dict[str, bytes]], None, None]  # key, {extension: content}
 
 
@@ -52,17 +55,10 @@ def pack(
     if done is not None:
         return done
     refuse_writing(folder)
+    if isinstance(task.input, Spectrograms):
+        filters(task.input.front_end)  # refuses what cannot be, before a folder is claimed for it
     listing = list_items(source, root, options)
-    if isinstance(task, Regression) and listing.classes != task.outputs:
-        raise DataError(
-            f"data.source {source}: gives {', '.join(listing.classes) or 'nothing'}, the recipe's task.outputs are "
-            f"{', '.join(task.outputs)}; name the same ones in the same order"
-        )
-    if len(listing.classes) != task.classes:
-        raise DataError(
-            f"data.source {source}: has {len(listing.classes)} classes, the recipe's task.classes says {task.classes}; "
-            f"set task.classes to {len(listing.classes)}, or name other classes in data.options if the source can"
-        )
+    refuse_classes(source, listing.classes, task)
     splits = assign(listing.items, fractions)
     if manifest.GENERATED in splits:
         raise DataError(f"data.source {source}: a split cannot be called '{manifest.GENERATED}'; name it otherwise")
@@ -104,6 +100,20 @@ def finished(
     return manifests if complete and set(required) <= manifests.keys() else None
 
 
+def refuse_classes(source: str, classes: Sequence[str], task: Task) -> None:
+    """Raise a DataError when the classes or outputs of a source are not the task's."""
+    if isinstance(task, Regression) and tuple(classes) != task.outputs:
+        raise DataError(
+            f"data.source {source}: gives {', '.join(classes) or 'nothing'}, the recipe's task.outputs are "
+            f"{', '.join(task.outputs)}; name the same ones in the same order"
+        )
+    if len(classes) != task.classes:
+        raise DataError(
+            f"data.source {source}: has {len(classes)} classes, the recipe's task.classes says {task.classes}; "
+            f"set task.classes to {len(classes)}, or name other classes in data.options if the source can"
+        )
+
+
 def refuse_writing(folder: Path | Remote) -> None:
     """Raise a RecipeError for a folder under a URL."""
     if isinstance(folder, Remote):
@@ -126,12 +136,24 @@ def refuse_other(folder: Path | Remote, there: dict[str, Any], here: dict[str, A
 
 
 def assign(items: Iterable[Item], fractions: dict[str, float]) -> dict[str, list[Item]]:
-    """Items by split, each split in a keyed random order that adding or removing items does not disturb."""
+    """Items by split, each split in a keyed random order that adding or removing items does not disturb.
+
+    Raises DataError when the source divides a group among splits.
+    """
     splits: dict[str, list[tuple[int, Item]]] = defaultdict(list)
+    groups: dict[str, tuple[str, str]] = {}  # the split of each, and who said so
     for item in items:
         name = item.name.encode("utf-8", "surrogateescape")  # not every file name is UTF-8
         rank = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
-        splits[item.split or choose_split(item.group or item.name, fractions)].append((rank, item))
+        split = item.split or choose_split(item.group or item.name, fractions)
+        if item.group is not None:
+            known, first = groups.setdefault(item.group, (split, item.name))
+            if known != split:
+                raise DataError(
+                    f"'{first}' is in split '{known}' and '{item.name}' in '{split}', but both are of group "
+                    f"'{item.group}', which stays in one; correct the splits or the groups"
+                )
+        splits[split].append((rank, item))
     return {split: [item for _, item in sorted(ranked, key=_by_rank)] for split, ranked in splits.items()}
 
 
@@ -256,7 +278,13 @@ def _checked(
     def read(item: Item) -> dict[str, bytes] | str:
         try:
             return task.encode(item.read(), item.extension, item.label, {"name": item.name}, item.span)
-        except (DataError, OSError) as error:
+        except DataError as error:
+            return str(error)
+        except OSError as error:
+            if error.errno in OF_THE_MACHINE:
+                raise KdError(
+                    f"{item.name}: cannot be read now ({error}); free what is short, and run the same command again"
+                ) from error
             return str(error)
 
     for item, members in zip(items, pool.map(read, items), strict=True):

@@ -147,6 +147,9 @@ def _kind_problems(recipe: Recipe) -> Problems:
     mels, frames = views.shape
     if mels != audio.mels:
         yield ("views", "size"), f"the first number, {mels}, must be audio.mels, {audio.mels}: [mels, frames]"
+    span = audio.db[1] - audio.db[0]
+    if views.gain and not span / 510 < views.gain <= span:
+        yield ("views", "gain"), f"{views.gain:g} dB is below one step of audio.db, or above its range of {span:g} dB"
     for name, most in (("time_mask", frames), ("band_mask", mels)):
         if getattr(views, name) > most:
             yield ("views", name), f"{getattr(views, name)} is more than the {most} of views.size"

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import resource
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -98,6 +99,24 @@ def test_what_is_broken_gets_the_same_words_every_time(payload, reason):
             decode_audio(payload, "wav", RATE)
         told.append(str(raised.value))
     assert told[0] == told[1] and "0x" not in told[0]
+
+
+def test_a_truncated_wav():
+    for length in (len(WAV) // 4, len(WAV) * 9 // 10):
+        said = rf"\(it ends at {length / len(WAV) * 2:.1f}\d s and says that it has 2\.00 s\)$"
+        with pytest.raises(DataError, match=said):
+            decode_audio(WAV[:length], "wav", RATE)
+    assert len(decode_audio(WAV[: len(WAV) // 2], "wav", RATE, (0.0, 0.9))) == round(0.9 * RATE)  # it has that part
+    at = WAV.index(b"data") + 4
+    streamed = WAV[:at] + b"\xff" * 4 + WAV[at + 4 :]  # by a program that could not know its length
+    assert np.array_equal(decode_audio(streamed, "wav", RATE), decode_audio(WAV, "wav", RATE))
+
+
+def test_a_flac_that_does_not_say_how_long_it_is():
+    at = 8 + 13  # of STREAMINFO: 36 bits of samples
+    streamed = FLAC[:at] + bytes([FLAC[at] & 0xF0]) + bytes(4) + FLAC[at + 5 :]
+    assert streamed != FLAC
+    assert np.array_equal(decode_audio(streamed, "flac", RATE), decode_audio(FLAC, "flac", RATE))
 
 
 def test_a_truncated_mp3():
@@ -248,6 +267,19 @@ def test_threads_decode_side_by_side():
         found = list(pool.map(lambda payload: decode_audio(payload, "wav", RATE), [WAV, FLAC, OGG, MP3] * 2))
     for one in range(4):
         assert len(found[one]) == 2 * RATE and np.array_equal(found[one], found[one + 4])
+
+
+def test_a_machine_that_is_short_of_files_is_no_recordings_fault():
+    limits, spare = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
+    os.close(spare)  # the lowest number that is free
+    for more in range(4):  # the file of complaints, then each pipe
+        resource.setrlimit(resource.RLIMIT_NOFILE, (spare + more, limits[1]))
+        try:
+            with pytest.raises(KdError, match=r"cannot be started \(\[Errno 24\] Too many open files") as raised:
+                decode_audio(WAV, "wav", RATE)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert not isinstance(raised.value, DataError)
 
 
 def test_nothing_stays_behind(tmp_path):

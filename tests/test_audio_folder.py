@@ -66,6 +66,7 @@ def test_a_csv_of_another_name(folder):
         (b"", "needs one column 'file', found none"),
         (b"file,tempo\n", "has no row; every row is one recording"),
         (b"file,tempo\na.wav,1\na.wav,2\n", "'a.wav' stands twice; every row is one recording"),
+        (b"file,tempo\na.wav,1\n./a.wav,2\n", "'./a.wav' stands twice; every row is one recording"),
         (b"file,tempo\n,1\n", "a row has no 'file'; every row is one recording"),
         (b"file,tempo\ne.wav,1\n", "'e.wav' is no file in .*; correct or remove its row"),
         (b"file,tempo\nb,1\n", "'b' is no file in"),

@@ -431,6 +431,8 @@ BANDS = "audio.fmax: the bands must lie between 0 and half the sample rate, 4000
     [
         (["views.size=[16, 8]"], "views.size: the first number, 16, must be audio.mels, 8: [mels, frames]"),
         (["views.size=16"], "views.size: the first number, 16, must be audio.mels, 8: [mels, frames]"),
+        (["views.gain=0.1"], "views.gain: 0.1 dB is below one step of audio.db, or above its range of 100 dB"),
+        (["views.gain=101"], "views.gain: 101 dB is below one step of audio.db, or above its range of 100 dB"),
         (["views.time_mask=17"], "views.time_mask: 17 is more than the 16 of views.size"),
         (["views.band_mask=9"], "views.band_mask: 9 is more than the 8 of views.size"),
         (["audio.db=[40, -60]"], "audio.db: must begin with its lower end, not 40 before -60"),

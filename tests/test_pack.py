@@ -1,6 +1,7 @@
 """Packing: what is packed, what is left out and why, and what a second run does."""
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -16,7 +17,7 @@ from conftest import CLASSES, pack_examples, picture
 from kd_dist import assemble, journey, manifest, places
 from kd_dist.config import load
 from kd_dist.data import Shards, read_examples
-from kd_dist.errors import DataError, MismatchError, ShardError, one_sentence
+from kd_dist.errors import DataError, KdError, MismatchError, ShardError, one_sentence
 from kd_dist.pack import assign, choose_split, item_key, listing_digest, pack
 from kd_dist.shards import index_tar
 from kd_dist.sources import Item
@@ -275,6 +276,26 @@ def test_a_picture_that_is_gone_when_it_is_read(experiment, monkeypatch):
     [row] = made["quarantined"]
     assert (row["key"], made["examples"]) == ("blue/03", 47)
     assert "No such file or directory" in row["reason"]
+
+
+def test_a_machine_that_is_short_of_something_quarantines_nothing(own):
+    (own / "own_short.py").write_text(
+        OWN_SOURCE + "\n\ndef short(number):\n    raise OSError(number, os.strerror(number))\n\n\n"
+        'def troubled(number: int):\n    return Listing(("even", "odd"), [Item("a", "train", "png", 0, '
+        "lambda: short(number))])\n"
+    )
+    given = {"source": "own_short:troubled", "root": None, "fractions": FRACTIONS, "required": ["train"]}
+    for number in (errno.EMFILE, errno.ENOMEM, errno.EACCES):
+        told = "every example is quarantined" if number == errno.EACCES else "^a: cannot be read now "
+        with pytest.raises(KdError, match=told):
+            pack(own / f"out-{number}", **given, options={"number": number}, task=Classification(2), shard_size=4)
+
+
+def test_a_group_that_its_source_divides_is_refused():
+    named = [Item(name, split, "png", 0, bytes, "song") for name, split in (("x", "train"), ("y", "val"))]
+    said = r"^'x' is in split 'train' and 'y' in 'val', but both are of group 'song', which stays in one; correct the"
+    with pytest.raises(DataError, match=said):
+        assign(named, FRACTIONS)
 
 
 def test_when_every_example_is_bad(experiment):

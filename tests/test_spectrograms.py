@@ -249,6 +249,7 @@ def test_a_part_of_a_recording():
         (np.zeros(0), None, "the recording is empty: it has no samples"),
         (np.zeros(16_000), None, "the recording is silent: nothing in it is above -40 dB"),
         (tones(2, 8000) * 1e-4, None, "the recording is silent: nothing in it is above -40 dB"),
+        (np.full(16_000, 0.1), None, "the recording is silent: nothing in it is above -40 dB"),
         (np.full(16_000, np.nan), None, "the recording is no sound: .*"),
         (tones(2, 8000) * 1e30, None, "the recording is no sound: .*"),
     ],

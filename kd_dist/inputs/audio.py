@@ -29,7 +29,7 @@ def decode_audio(
 
     `span` (start, end) in seconds takes that part; what of it lies behind the recording's end is not there. Raises
     DataError with the reason for what is broken, empty, no sound, or more than an hour from its start to the end of the
-    part. A wav, ogg or mp3 without its length in a header that was cut off is a shorter recording. Raises KdError when
+    part. An ogg or mp3 without its length in a header that was cut off is a shorter recording. Raises KdError when
     decoding fails for a reason outside the recording.
     """
     if extension not in AUDIO_EXTENSIONS:
@@ -54,11 +54,11 @@ def decode_audio(
 def _decoded(payload: bytes | memoryview, start: float, end: float) -> tuple[np.ndarray, int, float]:
     """The samples (n,) of a part, their rate in Hz, and how far in seconds the recording was decoded."""
     command = [sys.executable, "-P", str(DECODER), repr(float(start)), repr(float(end))]
-    with tempfile.TemporaryFile() as complaints:
-        with _started(command, complaints) as child:
-            with contextlib.suppress(BrokenPipeError), child.stdin as stdin:  # if it died, its status says of what
-                stdin.write(payload)
-            found = _answers(child.stdout)
+    with _started(command) as (child, complaints):
+        with contextlib.suppress(BrokenPipeError), child.stdin as stdin:  # if it died, its status says of what
+            stdin.write(payload)
+        found = _answers(child.stdout)
+        child.wait()
         if child.returncode == 0 and found is not None:
             return found
         name = signal.Signals(-child.returncode).name if child.returncode < 0 else ""
@@ -73,15 +73,22 @@ def _decoded(payload: bytes | memoryview, start: float, end: float) -> tuple[np.
 
 
 @contextlib.contextmanager
-def _started(command: list[str], complaints: BinaryIO) -> Iterator[subprocess.Popen]:
-    """The decoder, with the signals blocked that stop a command: it must not look as if a recording had failed."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # a process inherits what its thread blocks
-    try:
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    with child:
-        yield child
+def _started(command: list[str]) -> Iterator[tuple[subprocess.Popen, BinaryIO]]:
+    """The decoder and what it complains of, with the signals blocked that stop a command: it must not look as if a
+    recording had failed."""
+    with contextlib.ExitStack() as stack:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # a process inherits what its thread blocks
+        try:
+            complaints = stack.enter_context(tempfile.TemporaryFile())
+            child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints)
+        except OSError as error:  # the machine is short of something, and no recording is to blame
+            raise KdError(
+                f"{DECODER}: the decoder of recordings cannot be started ({error}); free what is short, and run the "
+                f"same command again"
+            ) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield stack.enter_context(child), complaints
 
 
 def _answers(stream: BinaryIO) -> tuple[np.ndarray, int, float] | None:

@@ -20,6 +20,8 @@ CHANNELS = 64
 RATES = (1_000, 384_000)  # Hz
 UNREAD = 0.25  # share of a file that may lie behind its sound: tags, pictures
 MISSING = 0.05  # share of its length that an mp3 may be short of: without a header, it is a guess from the bit rate
+UNKNOWN = 2**63 - 1  # frames of a flac that was written before its length was known
+STREAMED = 0x7FFFF000  # bytes of a wav's sound, or more: likewise
 CPU_SECONDS = 600  # an hour of mp3 takes one or two
 MEMORY = 2**32  # bytes of address space, beside four times the recording's own
 
@@ -56,10 +58,23 @@ def decode(payload: bytes, first: float, last: float, out: BinaryIO) -> None:
         # Of an mp3 whose bit rate varies and which does not say so, libsndfile guesses the length and stops there.
         if position < stop and stream.tell() < (1 - UNREAD) * len(payload):
             return answer(out, error=f"only {stream.tell():,} of its {len(payload):,} bytes are read; encode it again")
-        if position < min(stop, (1 - MISSING) * sound.frames):
-            said = sound.frames / rate
+        promised = 0 if sound.frames == UNKNOWN else sound.frames * cut_by(payload)
+        if position < min(stop, (1 - MISSING) * promised):
+            said = promised / rate
             return answer(out, error=f"it ends at {position / rate:.2f} s and says that it has {said:.2f} s")
         answer(out, end=position / rate)
+
+
+def cut_by(payload: bytes) -> float:
+    """How many times longer a wav says that its sound is than what there is of it, of which libsndfile says nothing; 1
+    for any other file, and for one that was written before its length was known."""
+    at = 12
+    while payload[:4] == b"RIFF" and payload[8:12] == b"WAVE" and at + 8 < len(payload):
+        size = int.from_bytes(payload[at + 4 : at + 8], "little")
+        if payload[at : at + 4] == b"data":
+            return 1.0 if size >= STREAMED else max(1.0, size / (len(payload) - at - 8))
+        at += 8 + size + size % 2
+    return 1.0
 
 
 def answer(out: BinaryIO, **message: Any) -> None:

@@ -7,6 +7,7 @@ recipe and `golden` a signal to try it on.
 import functools
 import math
 import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -89,6 +90,13 @@ class LogMel:
             steps[:, first:last] = self.quantise(filters(self) @ np.abs(spectrum) ** 2)
         return steps
 
+    def heard(self, steps: np.ndarray) -> bool:
+        """Whether a spectrogram (mels, frames) has sound in it. Frames that reach into the zeros around it are looked
+        at only where there are no others: in them a constant is a step."""
+        edge = -(-self.n_fft // 2 // self.hop)
+        within = steps[:, edge:-edge]
+        return bool((within if within.size else steps).any())
+
     def quantise(self, power: np.ndarray) -> np.ndarray:
         """Mel power of any shape -> steps of the range, uint8."""
         low, high = self.db
@@ -109,16 +117,18 @@ def filters(parameters: LogMel) -> np.ndarray:
     """
     import librosa
 
-    bank = librosa.filters.mel(
-        sr=parameters.sample_rate,
-        n_fft=parameters.n_fft,
-        n_mels=parameters.mels,
-        fmin=parameters.fmin,
-        fmax=parameters.highest,
-        htk=False,
-        norm="slaney",
-        dtype=np.float64,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Empty filters")  # an error, below
+        bank = librosa.filters.mel(
+            sr=parameters.sample_rate,
+            n_fft=parameters.n_fft,
+            n_mels=parameters.mels,
+            fmin=parameters.fmin,
+            fmax=parameters.highest,
+            htk=False,
+            norm="slaney",
+            dtype=np.float64,
+        )
     empty = int((bank.max(axis=1) == 0).sum())
     if empty:
         raise RecipeError(
@@ -211,7 +221,7 @@ class Spectrograms:
             seconds = len(waveform) / rate
             raise DataError(f"the recording has {seconds:.2f} s, less than the {self.shortest:g} s that it must have")
         steps = self.front_end.spectrogram(waveform)
-        if not steps.any():
+        if not self.front_end.heard(steps):
             raise DataError(f"the recording is silent: nothing in it is above {self.front_end.db[0]:g} dB")
         return self.members(steps)
 

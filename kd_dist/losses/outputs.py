@@ -1,10 +1,10 @@
 """Losses on the outputs of a regression: with the label, with the teacher's outputs, and with both.
 
-student, targets and teacher are (B, D) float, D real numbers for each example, in any unit. All but the relational
-ones, `ccc` and `kd_ccc`, return (B,) float32, one value an example, whatever precision comes in. A row whose targets
-hold a NaN is unlabelled: what reads targets is exactly 0 there, with a gradient of exactly 0, and a relational loss
-leaves the row out. Teacher outputs are finite constants: no gradient is meant for them. Every loss raises a ModelError
-where shapes differ.
+student, targets and teacher are (B, D) float, D real numbers for each example, in any unit but where a
+spread far below 0.001 matters, which `ccc` and `kd_ccc` do not see. All but these two, the relational ones, return (B,)
+float32, one value an example, whatever precision comes in. A row whose targets hold a NaN is unlabelled: what reads
+targets is exactly 0 there, with a gradient of exactly 0, and a relational loss leaves the row out. Teacher outputs are
+finite constants: no gradient is meant for them. Every loss raises a ModelError where shapes differ.
 """
 
 import torch

@@ -1,5 +1,6 @@
 """Any folder of recordings and one CSV file that says what each of them is."""
 
+import os
 from pathlib import Path
 
 from kd_dist.errors import DataError
@@ -30,10 +31,11 @@ def audio_folder(
     items, seen = [], set()
     for row in read_labels(path, [file_column, *label_columns, *chosen]):
         name = row[file_column]
-        if not name or name in seen:
+        file = os.path.normpath(name)
+        if not name or file in seen:
             told = f"'{name}' stands twice" if name else f"a row has no '{file_column}'"
             raise DataError(f"{path}: {told}; every row is one recording")
-        seen.add(name)
+        seen.add(file)
         if not (top / name).is_file():
             raise DataError(f"{path}: '{name}' is no file in {top}; correct or remove its row")
         if split_column is not None and not row[split_column]:
