@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -195,6 +196,11 @@ def measured(recipe: Recipe, folder: Path, which: str, weights: str, build: Call
         network = build().eval().to(device)
         stream = batches(corridor, 0, len(corridor), 0, pin=False)
         values = evaluate(lambda batch: network(batch.images), stream, task, device, recipe.data.error_limit)
+        if math.isnan(values[metric]):
+            raise DataError(
+                f"{corridor.examples.folder}: {metric} is undefined there; label its examples, or choose another "
+                f"evaluate.split"
+            )
         known = {"identity": identity, "metrics": values, "name": section.model}
         known |= report.measure(network, recipe.views.shape)
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,9 +8,10 @@ import torch
 from conftest import pack_examples
 from recordings import encoded, tones
 
-from kd_dist import assemble, cache_teacher
+from kd_dist import assemble, cache_teacher, journey
 from kd_dist.batch import Batch, StudentOutput
 from kd_dist.config import load
+from kd_dist.errors import DataError
 from kd_dist.loader import on_device, to_device
 from kd_dist.losses import LOSSES, Objective
 from kd_dist.losses.outputs import labelled
@@ -62,6 +63,12 @@ def sounds() -> Listing:
         label = None if number % 4 == 0 else (first, second)
         items.append(Item(f"{number:02d}", "val" if number % 8 == 7 else "train", "wav", label, read))
     return Listing(("valence", "arousal"), items)
+
+
+def mute() -> Listing:
+    """The same, none of val labelled."""
+    listing = sounds()
+    return listing._replace(items=[one._replace(label=None) if one.split == "val" else one for one in listing.items])
 
 
 def _sound(pitch: float, loudness: float) -> bytes:
@@ -187,3 +194,12 @@ def test_the_cached_signals_are_what_the_live_teacher_says_of_these_views(home):
     torch.testing.assert_close(batch.signals.logits, live.logits, atol=1e-6, rtol=0)
     for feature, value in live.features.items():
         torch.testing.assert_close(batch.signals.features[feature], value, atol=1e-5, rtol=1e-5)
+
+
+def test_a_split_without_labels_has_no_metric(home, tmp_path):
+    recipe = load("sound.yaml", [f"data.source={__name__}:mute", f"data.shards={tmp_path}"])
+    pack_examples(recipe)
+    build = functools.partial(assemble.network, recipe, "student", None, 0)
+    with pytest.raises(DataError, match=r"/sound/val: ccc is undefined there; label its examples, or choose another"):
+        journey.measured(recipe, tmp_path / "out", "student", "", build)
+    assert not (tmp_path / "out").exists()
