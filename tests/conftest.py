@@ -23,6 +23,9 @@ torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
+# The files whose slow tests take minutes, the longest first.
+LONGEST = [f"test_{name}.py" for name in ("launch", "journey", "engine", "recipes", "faults", "cli")]
+
 CLASSES = ("blue", "green", "red")
 PICTURES_OF_A_CLASS = 16
 
@@ -56,6 +59,12 @@ stages:
   pretrain: {losses: {cross_entropy: {}}, epochs: 2, batch_size: 8, lr: 1e-2}
   distill: {losses: {cross_entropy: {weight: 0.5}, kd: {weight: 0.5}}, epochs: 2, batch_size: 8, lr: 1e-2}
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files begin first: one that begins last keeps one worker busy while the other has nothing to do."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 def picture(label: int, seed: int) -> Image.Image:

@@ -24,7 +24,8 @@ from kd_dist import cli
 from kd_dist.errors import one_sentence
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["kd_dist.train", "kd_dist.cache_teacher", "kd_dist.journey", "kd_dist.cli"])
+ZERO = "deepspeed.runtime.zero.muon.muon_optimizer"  # with what DeepSpeed imports when training begins: 2 s
+CONTEXT.set_forkserver_preload(["kd_dist.train", "kd_dist.cache_teacher", "kd_dist.journey", "kd_dist.cli", ZERO])
 PATIENCE = 300  # seconds; a whole run of six launches takes about 60 on an idle machine
 PICTURES = {"train": 7, "val": 3, "test": 4}  # of each class
 

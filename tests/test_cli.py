@@ -145,7 +145,7 @@ def test_models_and_sources_that_are_not_there(home):
 def test_a_random_teacher_of_another_seed_is_another_teacher(home):
     words = ["tiny.yaml", "teacher.weights=null", "data.shards=others"]
     done(run(kd_dist, "pack", *words, folder=home))
-    done(run(kd_dist, "cache-teacher", *words, folder=home))
+    done(run(cache_teacher.main, words, folder=home))
     said = sentence(run(train.main, [*words, "--stage", "distill", "runs=others", "teacher.seed=5"], folder=home))
     assert "was made with teacher.weights = 'random, seed 0', the recipe has 'random, seed 5'" in said
 
@@ -201,19 +201,19 @@ def test_a_truncated_tar(home):
 def test_the_advice_on_a_damaged_shard_mends_it(home):
     """A flipped bit is one sentence from a loader's process too; deleting the file and running its command mends it."""
     for command, tar in (
-        ("pack", Path("shards/tiny/train/data-000001.tar")),
-        ("cache-teacher", Path("shards/tiny/train/teacher/signals-000001.tar")),
+        ((kd_dist, "pack", "tiny.yaml"), Path("shards/tiny/train/data-000001.tar")),
+        ((cache_teacher.main, ["tiny.yaml"]), Path("shards/tiny/train/teacher/signals-000001.tar")),
     ):
         shutil.rmtree("runs/tiny/distill", ignore_errors=True)
         whole = tar.read_bytes()
         tar.write_bytes(whole[:1100] + bytes([whole[1100] ^ 1]) + whole[1101:])
         said = sentence(run(kd_dist, "verify", "tiny.yaml", folder=home))
         assert said.startswith(f"{tar}: is missing or damaged, its sha256 is not the manifest's; delete it and run")
-        if command == "pack":
+        if tar.name.startswith("data"):
             broken = run(train.main, ["tiny.yaml", "--stage", "distill", "data.workers=1"], folder=home)
             assert "is damaged: the CRC32 of its" in sentence(broken) and "Caught" not in broken.output
         tar.unlink()
-        done(run(kd_dist, command, "tiny.yaml", folder=home))
+        done(run(*command, folder=home))
         assert tar.read_bytes() == whole
     done(run(kd_dist, "verify", "tiny.yaml", folder=home))
     done(run(train.main, ["tiny.yaml", "--stage", "distill", "data.workers=1"], folder=home))
@@ -342,7 +342,7 @@ def test_train_says_that_a_stage_is_done(home):
 def test_two_processes_of_the_real_launcher_train_as_one(home):
     """Both end with the same losses, and there were two: Accelerate's own `--cpu` quietly starts one."""
     words = ["--stage", "pretrain", "student.model=tiny_model:witness"]
-    done(run(kd_dist, "train", "tiny.yaml", *words, "runs=one", folder=home))
+    done(run(train.main, ["tiny.yaml", *words, "runs=one"], folder=home))
     said = done(run(kd_dist, "train", "tiny.yaml", *words, "runs=two", "--num-processes", "2", folder=home))
     assert said.count("pretrain: done after 6 steps") == 1
     one, two = (json.loads(Path(f"{runs}/tiny/pretrain/seed-0/result.json").read_text()) for runs in ("one", "two"))
@@ -361,8 +361,8 @@ def test_a_configuration_of_the_launcher_decides_on_the_processes(home):
     words = ["train", "tiny.yaml", "--stage", "pretrain", "student.model=tiny_model:witness", "--launch-config"]
     done(run(kd_dist, *words, "two.yaml", folder=home))
     assert {path.name for path in home.glob("rank-*")} == {"rank-0-of-2", "rank-1-of-2"}
-    done(run(kd_dist, *words, "two.yaml", "--gpus", "3", "runs=three", folder=home))
-    assert len(list(home.glob("rank-*-of-3"))) == 3
+    done(run(kd_dist, *words, "two.yaml", "--gpus", "1", "runs=one", folder=home))
+    assert len(list(home.glob("rank-*-of-1"))) == 1
     assert "'absent.yaml' does not exist" in " ".join(run(kd_dist, *words, "absent.yaml", folder=home).output.split())
     (home / "two.yaml").write_text("distributed_typ: MULTI_GPU\n")
     said = sentence(run(kd_dist, *words, "two.yaml", "runs=none", folder=home))

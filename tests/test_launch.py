@@ -531,7 +531,8 @@ def test_the_slurm_job_trains_on_two_nodes_and_is_queued_again_when_it_is_stoppe
     assert status(job) == 0, (home / "said").read_text()
     assert (home / "requeued").read_text() == "42\n" and (folder / "result.json").exists()
     assert_trained_as_alone(home)
-    assert status(start(["bash", "launch/train.slurm", "absent.yaml", *words[1:]], home, **slurm)) == 1
+    one = {**slurm, "SLURM_NNODES": "1"}
+    assert status(start(["bash", "launch/train.slurm", "absent.yaml", *words[1:]], home, **one)) == 1
     assert (home / "requeued").read_text() == "42\n"
 
 
@@ -545,9 +546,9 @@ def test_the_kubernetes_job_trains_in_two_pods_and_goes_on_after_it_is_stopped(h
     pod = {"RECIPE": "tiny.yaml", "STAGE": "distill", "NODES": "2"}
     pod |= {"PROCESSES": "2", "FIRST": "127.0.0.1", "PORT": free_port()}
 
-    def pods(**more: str) -> list[subprocess.Popen]:
+    def pods(count: int = 2, **more: str) -> list[subprocess.Popen]:
         shell, own = ["bash", "-c", container("train.k8s.yaml")], tempfile.mkdtemp(dir=home)
-        each = [{"JOB_COMPLETION_INDEX": str(index), "KD_DIST_STOPPED": f"{own}/{index}"} for index in range(2)]
+        each = [{"JOB_COMPLETION_INDEX": str(index), "KD_DIST_STOPPED": f"{own}/{index}"} for index in range(count)]
         return [start(shell, home, **{**pod, **more, **one}) for one in each]
 
     both = pods()
@@ -557,7 +558,7 @@ def test_the_kubernetes_job_trains_in_two_pods_and_goes_on_after_it_is_stopped(h
     assert [status(one) for one in both] == [75, 75], (home / "said").read_text()
     assert [status(one) for one in pods()] == [0, 0], (home / "said").read_text()
     assert_trained_as_alone(home)
-    assert [status(one) for one in pods(RECIPE="absent.yaml")] == [1, 1]
+    assert [status(one) for one in pods(1, RECIPE="absent.yaml", NODES="1", PROCESSES="1")] == [1]
 
 
 @pytest.mark.slow
@@ -582,6 +583,7 @@ def test_a_job_that_caches_goes_on_after_it_is_stopped(kind, home):
     stop_in_the_middle(home / "shards/tiny/train/other/signals-000000.idx", complete, stop)
     assert status(job) == (75 if kind == "k8s" else 0), (home / "said").read_text()
     assert (home / "requeued").exists() == (kind == "slurm")
-    assert status(start(command, home, **more, **({"KD_DIST_STOPPED": "other"} if kind == "k8s" else {}))) == 0
+    more |= {"KD_DIST_STOPPED": "other", "PROCESSES": "1"} if kind == "k8s" else {"GPUS": "1"}  # one goes on for two
+    assert status(start(command, home, **more)) == 0
     assert complete() and not (home / "shards/tiny/test/other").exists()
     assert kind == "k8s" or (home / "requeued").read_text() == "42\n"

@@ -13,10 +13,10 @@ from rich.console import Console
 from scipy import stats
 from torch import nn
 
+from kd_dist import report
 from kd_dist.models import Built, Network
 from kd_dist.report import (
     LATENCY_RUNS,
-    LATENCY_SECONDS,
     gain_sentence,
     gains,
     headings,
@@ -72,11 +72,12 @@ def test_parameters_and_macs_of_known_layers():
     assert set(backbone.seen) == {(torch.Size((1, 3, 8, 6)), False, 1, True)}
 
 
-@pytest.mark.slow
-def test_a_slow_model_is_timed_three_times():
+def test_a_slow_model_is_timed_three_times(monkeypatch):
+    monkeypatch.setattr(report, "LATENCY_SECONDS", 0.1)
+
     class Slow(Calls):
         def forward(self, images):
-            time.sleep(LATENCY_SECONDS / 2)
+            time.sleep(report.LATENCY_SECONDS / 2)
             return super().forward(images)
 
     backbone = Slow()

@@ -14,7 +14,7 @@ from processes import done, kd_dist, run, sentence, start, wait_until
 from recordings import encoded, tones
 from trainings import scalars
 
-from kd_dist import assemble, places, train_gan
+from kd_dist import assemble, cache_teacher, places, train, train_gan
 from kd_dist.config import load
 from kd_dist.manifest import GENERATED, read_manifest
 from kd_dist.models.gan import Discriminator, Gan, Generator, grids
@@ -209,7 +209,10 @@ def test_recordings_that_cannot_be_read_are_not_learnt_from_as_silence(studio, t
 
 @pytest.mark.slow
 def test_a_student_learns_from_both_and_the_report_says_whether_it_helped(generated):
-    done(run(kd_dist, "run", "tunes.yaml", folder=generated))
+    done(run(cache_teacher.main, ["tunes.yaml"], folder=generated))
+    for stage in ("alone", "taught"):
+        done(run(train.main, ["tunes.yaml", "--stage", stage], folder=generated))
+    done(run(kd_dist, "run", "tunes.yaml", folder=generated))  # launches the last one
     folder = generated / "shards/tunes"
     about = {split: read_manifest(folder / split / "teacher") for split in ("train", GENERATED)}
     assert about["train"]["codec"]["bases_sha256"] == about[GENERATED]["codec"]["bases_sha256"] is not None
@@ -238,9 +241,8 @@ def test_a_student_learns_from_both_and_the_report_says_whether_it_helped(genera
 def test_generated_examples_that_are_not_there_are_one_sentence(studio, tmp_path):
     words = ["tunes.yaml", f"runs={tmp_path}/runs", f"data.shards={tmp_path}/shards"]
     done(run(kd_dist, "pack", *words, folder=studio))
-    for command in ("cache-teacher", "train"):
-        more = ["--stage", "more"] if command == "train" else []
-        said = sentence(run(kd_dist, command, *words, *more, folder=studio))
+    for function, more in ((cache_teacher.main, []), (train.main, ["--stage", "more"])):
+        said = sentence(run(function, [*words, *more], folder=studio))
         assert said.endswith("/tunes/generated: no example shards; run `kd-dist train-gan` first"), said
     assert (tmp_path / "shards/tunes/train").is_dir()
     assert sentence(run(kd_dist, "train-gan", *words, "gan=null", "stages.more.generated=false", folder=studio)) == (
