@@ -61,17 +61,22 @@ def voc_tree(root: Path) -> None:
     (root / "ImageSets" / "Segmentation" / "val.txt").write_text("2008_2\n")
 
 
+def fewer(views: int) -> pytest.MarkDecorator:
+    """All that a recipe says and, for time, with fewer views of an example."""
+    return pytest.mark.parametrize("fewer", [[f"views.count={views}"], pytest.param([], marks=pytest.mark.nightly)])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_voc_recipe_runs_at_full_scale(tmp_path):
-    """FCN-ResNet50 at 520 pixels with its three features, the student, both stages; weights are random. Two views a
-    picture instead of eight, for time."""
+@fewer(views=2)
+def test_the_voc_recipe_runs_at_full_scale(tmp_path, fewer):
+    """FCN-ResNet50 at 520 pixels with its three features, the student, both stages; weights are random."""
     recipe = str(CONFIGS / "voc_fcn_resnet50.yaml")
     voc_tree(tmp_path / "voc")
     torch.manual_seed(0)
     teacher = build_network("torchvision/fcn_resnet50", len(VOC_CLASSES), maps=True, options={})
     torch.save(teacher.backbone.state_dict(), tmp_path / "teacher.pth")
-    words = [recipe, f"data.root={tmp_path}/voc", f"teacher.weights={tmp_path}/teacher.pth", "views.count=2"]
+    words = [recipe, f"data.root={tmp_path}/voc", f"teacher.weights={tmp_path}/teacher.pth", *fewer]
 
     def run(function: Callable, *arguments) -> str:
         ended = start_run(function, *arguments, folder=tmp_path)
@@ -204,14 +209,15 @@ def published_deam(root: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_deam_recipe_runs_at_full_scale(tmp_path):
+@fewer(views=1)
+def test_the_deam_recipe_runs_at_full_scale(tmp_path, fewer):
     """ViT-B/16 at 128 x 1280, the student, all three stages. The pretrained weights are a file of random ones, of
-    timm's own ViT-B/16: 3 channels, 224 pixels, 1,000 classes. One view a song instead of sixteen, for time."""
+    timm's own ViT-B/16: 3 channels, 224 pixels, 1,000 classes."""
     published_deam(tmp_path / "DEAM")
     torch.manual_seed(1)
     given = build_network("timm/vit_base_patch16_224", 1000, options={}).backbone.state_dict()
     save_file(given, tmp_path / "imagenet.safetensors")
-    words = [str(CONFIGS / "emotion_deam.yaml"), f"data.root={tmp_path}/DEAM", "views.count=1"]
+    words = [str(CONFIGS / "emotion_deam.yaml"), f"data.root={tmp_path}/DEAM", *fewer]
     words += [f"teacher.options.pretrained_cfg_overlay.file={tmp_path}/imagenet.safetensors"]
     stages = ("teacher", "pretrain", "distill")
     words += [f"stages.{stage}.max_steps={STEPS}" for stage in stages]
