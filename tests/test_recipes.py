@@ -63,7 +63,8 @@ def voc_tree(root: Path) -> None:
 
 def fewer(views: int) -> pytest.MarkDecorator:
     """All that a recipe says and, for time, with fewer views of an example."""
-    return pytest.mark.parametrize("fewer", [[f"views.count={views}"], pytest.param([], marks=pytest.mark.nightly)])
+    all_of_them = pytest.param([], marks=pytest.mark.nightly)
+    return pytest.mark.parametrize("fewer", [[f"views.count={views}"], all_of_them], ids=["few", "all"])
 
 
 @pytest.mark.slow
