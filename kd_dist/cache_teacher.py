@@ -251,6 +251,8 @@ def cache_teacher(recipe: Recipe) -> None:
     accelerator = Accelerator()
     guard.check_world(accelerator.num_processes)
     repeatable()
+    for split in places.cached_splits(recipe):
+        assemble.examples(recipe, split)  # one that is not there is told before the first takes its time
     teacher = assemble.teacher(recipe, recipe.cache.features).to(accelerator.device)
     read = {feature for name in recipe.stages for feature in assemble.stage_features(recipe, name)}
     for feature in sorted(recipe.cache.features.keys() - read):

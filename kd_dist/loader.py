@@ -46,6 +46,7 @@ def batches(corridor: Corridor, start: int, stop: int, workers: int, pin: bool) 
     except (OSError, EOFError) as error:
         if not workers or str(error).startswith("Caught"):  # what a worker has raised, not what became of it
             raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise of the same death, even at exit
         raise LoaderError(cause(error)) from error  # it died while it handed over a batch
 
 

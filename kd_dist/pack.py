@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import hashlib
+import math
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,14 +61,20 @@ def pack(
         filters(task.input.front_end)  # refuses what cannot be, before a folder is claimed for it
     listing = list_items(source, root, options)
     refuse_classes(source, listing.classes, task)
+    for note in listing.notes:
+        print(f"pack: {note}", file=sys.stderr)
     splits = assign(listing.items, fractions)
     if manifest.GENERATED in splits:
         raise DataError(f"data.source {source}: a split cannot be called '{manifest.GENERATED}'; name it otherwise")
     for split in required:
         if not splits.get(split):
-            raise DataError(f"data.source {source}: no example for split '{split}'; it has {sorted(splits)}")
+            raise DataError(
+                f"data.source {source}: no example for split '{split}'; it has {sorted(splits)}; name in data.splits "
+                f"those that the source names, or give larger shares of more examples"
+            )
     for items in splits.values():  # before anything is written
         refuse_twins(items)
+        refuse_short(items, task)
     manifests = {}
     with alone(folder), noticed() as notice:
         done = finished(folder, identity, required)  # by another command, while this one listed its items
@@ -198,6 +206,18 @@ def refuse_twins(items: Iterable[Item]) -> None:
         if key in names:
             raise DataError(f"'{names[key]}' and '{item.name}' would share the key '{key}'; rename one of them")
         names[key] = item.name
+
+
+def refuse_short(items: Iterable[Item], task: Task) -> None:
+    """Raise a DataError for a part of a recording that is shorter than one may be."""
+    shortest = task.input.shortest if isinstance(task.input, Spectrograms) else 0.0
+    for item in items:
+        seconds = math.inf if item.span is None else item.span[1] - item.span[0]
+        if seconds < shortest:
+            raise DataError(
+                f"'{item.name}' is a part of {seconds:g} s, less than audio.shortest, {shortest:g} s; take longer "
+                f"windows, or lower audio.shortest"
+            )
 
 
 def stopped(folder: Path, items: int, shard_size: int, signal: str) -> str:

@@ -200,7 +200,8 @@ class Stage:
     """`stages.<name>`: one training run."""
 
     model: Literal["teacher", "student"] = "student"  # which network is trained
-    init: str | None = None  # a file, `pretrained`, `stage:<name>`, or null for the network's own `weights`
+    # A file, `pretrained`, `stage:<name>`; null: the student's own `weights`, or random ones for a teacher.
+    init: str | None = None
     teacher: Literal["cached", "online"] = "cached"  # where signals come from, if the losses need any
     losses: dict[str, dict[str, Any]]  # name of kd_dist.losses.LOSSES -> {weight, its options}
     generated: bool = False  # learn from generated examples, too, of which the teacher alone knows what they are

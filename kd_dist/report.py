@@ -133,7 +133,7 @@ def markdown(
 ) -> str:
     """The table and the gains as a page; the pictures lie beside it."""
     names = headings(rows[0]["metric"])
-    lines = [f"# {title}", "", f"Measured on the `{split}` split; latency is one image on one CPU thread.", ""]
+    lines = [f"# {title}", "", f"Measured on the `{split}` split; latency is one example on one CPU thread.", ""]
     lines += ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     lines += ["", *(gain_sentence(one, rows[0]["metric"]) for one in differences)]

@@ -47,6 +47,12 @@ def problems(recipe: Recipe) -> Problems:
         yield from _weights_problems(recipe, (section, "weights"), network.weights, section, list(recipe.stages))
     if not recipe.stages:
         yield ("stages",), "at least one stage is needed"
+    random = [name for name, stage in recipe.stages.items() if stage.model == "teacher" and stage.init is None]
+    if recipe.teacher.weights == "pretrained" and random:
+        yield ("teacher", "weights"), (
+            f"are what is cached, and the stage '{random[0]}' would start from random ones; write "
+            f"stages.{random[0]}.init: pretrained, and here stage:{random[0]}"
+        )
     for name in recipe.stages:
         yield from _stage_problems(recipe, name)
 

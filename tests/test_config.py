@@ -448,6 +448,15 @@ def test_a_front_end_that_cannot_be_is_refused(written, words, sentence):
     assert refusal(path, [*OF_AUDIO, *words]) == f"command line: {sentence}"
 
 
+def test_pretrained_weights_of_a_teacher_that_is_trained_are_its_stages(written):
+    assert refusal(written(TEXT), ["teacher.weights=pretrained"]) == (
+        "command line: teacher.weights: are what is cached, and the stage 'teach' would start from random ones; write "
+        "stages.teach.init: pretrained, and here stage:teach"
+    )
+    assert load(written(TEXT), ["stages.teach.init=pretrained"]).stages["teach"].init == "pretrained"
+    assert load(written(TEXT), ["stages.teach.init=pretrained", "teacher.weights=pretrained"])
+
+
 def test_a_recipe_without_stages_is_refused(written):
     text = TEXT[: TEXT.index("stages:")].replace("  weights: stage:teach\n", "")
     assert refusal(written(text + "stages: {}")) == "configs/pets.yaml:18: stages: at least one stage is needed"

@@ -188,6 +188,13 @@ def test_labels_that_are_no_label_are_left_to_the_task(tree):
     assert label[0] == 1.5 and math.isnan(label[1])
 
 
+def test_songs_without_a_window_are_counted(tree):
+    listing = list_items("deam", str(tree), {"windows": 40.0})
+    assert {item.group for item in listing.items} == {"2", "2001"}
+    assert listing.notes == ("2 songs have no window of 40 s with half of its annotations and are left out",)
+    assert list_items("deam", str(tree), {"windows": 10.0}).notes == list_items("deam", str(tree), {}).notes == ()
+
+
 def test_a_song_without_audio(tree):
     (tree / "MEMD_audio/3.mp3").unlink()
     for options, count in (({}, 3), ({"windows": 10.0}, 8)):
@@ -197,7 +204,8 @@ def test_a_song_without_audio(tree):
             f"data.root: {tree}/MEMD_audio/3.mp3: no such file, and so with 1 of 4 annotated songs; add the audio, or "
             f"set data.options.missing to 'skip' if only some of it is there"
         )
-        assert len(list_items("deam", str(tree), {**options, "missing": "skip"}).items) == count
+        listing = list_items("deam", str(tree), {**options, "missing": "skip"})
+        assert len(listing.items) == count and "have no audio and are left out" in listing.notes[-1]
     for path in (tree / "MEMD_audio").glob("*.mp3"):
         path.unlink()
     with pytest.raises(DataError, match="so with 4 of 4 annotated songs"):

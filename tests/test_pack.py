@@ -18,10 +18,11 @@ from kd_dist import assemble, journey, manifest, places
 from kd_dist.config import load
 from kd_dist.data import Shards, read_examples
 from kd_dist.errors import DataError, KdError, MismatchError, ShardError, one_sentence
+from kd_dist.inputs.spectrograms import LogMel, Spectrograms
 from kd_dist.pack import assign, choose_split, item_key, listing_digest, pack
 from kd_dist.shards import index_tar
 from kd_dist.sources import Item
-from kd_dist.tasks import Classification
+from kd_dist.tasks import Classification, Regression
 
 FRACTIONS = {"train": 0.6, "val": 0.2, "test": 0.2}
 
@@ -291,6 +292,18 @@ def test_a_machine_that_is_short_of_something_quarantines_nothing(own):
             pack(own / f"out-{number}", **given, options={"number": number}, task=Classification(2), shard_size=4)
 
 
+def test_parts_shorter_than_a_recording_may_be_are_refused_before_anything_is_written(own):
+    (own / "own_parts.py").write_text(
+        OWN_SOURCE + "\n\ndef parts():\n"
+        '    return Listing(("a",), [Item("x", "train", "wav", (0.0,), bytes, None, (15.0, 15.5))])\n'
+    )
+    given = {"source": "own_parts:parts", "root": None, "options": {}, "fractions": FRACTIONS, "required": ["train"]}
+    task = Regression(("a",), (-1.0, 1.0), Spectrograms(LogMel(), 1.0))
+    with pytest.raises(DataError, match=r"^'x' is a part of 0\.5 s, less than audio\.shortest, 1 s; take longer"):
+        pack(own / "out", **given, task=task, shard_size=4)
+    assert not (own / "out").exists()
+
+
 def test_a_group_that_its_source_divides_is_refused():
     named = [Item(name, split, "png", 0, bytes, "song") for name, split in (("x", "train"), ("y", "val"))]
     said = r"^'x' is in split 'train' and 'y' in 'val', but both are of group 'song', which stays in one; correct the"
@@ -332,7 +345,7 @@ def test_a_split_without_examples(experiment):
         for path in list((experiment / "pictures" / name).iterdir())[1:]:
             path.unlink()
     recipe = load("tiny.yaml", ["data.splits={train: 0.000001, val: 0.000001, test: 0.999998}"])
-    with pytest.raises(DataError, match=r"^data.source image_folder: no example for split 'train'; it has \['test'\]$"):
+    with pytest.raises(DataError, match=r"image_folder: no example for split 'train'; it has \['test'\]; name in"):
         pack_examples(recipe)
     shutil.rmtree(experiment / "pictures/red")
     (experiment / "pictures/red").mkdir()

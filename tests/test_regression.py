@@ -58,7 +58,7 @@ def test_an_example_without_a_label():
         ((0.5,), r"label \(0.5,\) is not one number for each of valence, arousal"),
         (0.5, "label 0.5 is not one number for each of valence, arousal"),
         ("ab", "label 'ab' is not one number for each of valence, arousal"),
-        ((0.5, math.nan), "label arousal = nan is outside -1 to 1, the task's range"),
+        ((0.5, math.nan), "has no label arousal"),
         ((1.01, 0), "label valence = 1.01 is outside -1 to 1, the task's range"),
         ((0.5, "high"), "label arousal = 'high' is no number"),
         ((True, 0), "label valence = True is no number"),

@@ -244,7 +244,7 @@ def test_generated_examples_that_are_not_there_are_one_sentence(studio, tmp_path
     for function, more in ((cache_teacher.main, []), (train.main, ["--stage", "more"])):
         said = sentence(run(function, [*words, *more], folder=studio))
         assert said.endswith("/tunes/generated: no example shards; run `kd-dist train-gan` first"), said
-    assert (tmp_path / "shards/tunes/train").is_dir()
+    assert (tmp_path / "shards/tunes/train").is_dir() and not (tmp_path / "shards/tunes/train/teacher").exists()
     assert sentence(run(kd_dist, "train-gan", *words, "gan=null", "stages.more.generated=false", folder=studio)) == (
         "tunes: has no section `gan`; add `gan: {}`, and `generated: true` to a stage"
     )

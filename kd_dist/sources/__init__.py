@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from kd_dist import choose
-from kd_dist.errors import DataError
+from kd_dist.errors import DataError, RecipeError
 
 
 class Item(NamedTuple):
@@ -25,6 +25,7 @@ class Listing(NamedTuple):
 
     classes: tuple[str, ...]  # class names in index order
     items: Iterable[Item]
+    notes: tuple[str, ...] = ()  # what was left out, for the user
 
 
 # Where each source lives: its library loads only when it is chosen.
@@ -46,7 +47,10 @@ def list_items(name: str, root: str | None, options: dict[str, Any]) -> Listing:
     """Call the source that `data:` names with its options; `root` is passed when the recipe gives one."""
     function = source_function(name)
     given = {**options, **({} if root is None else {"root": root})}
-    choose.check_options(function, given)
+    try:
+        choose.check_options(function, given)
+    except RecipeError as error:
+        raise RecipeError(f"data.options of {name}: {error}") from error
     listing = function(**given)
     if not isinstance(listing, Listing):
         raise DataError(f"data.source {name}: returned {type(listing).__name__}, not a kd_dist.sources.Listing")

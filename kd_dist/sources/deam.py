@@ -43,6 +43,7 @@ def deam(root: str, windows: float | None = None, missing: Literal["error", "ski
         parts = _songs(_folder(averages, STATIC))
     else:
         parts = _windows(_folder(averages, DYNAMIC), round(windows * 1000))
+    few, parts = len([song for song in parts if not parts[song]]), {song: one for song, one in parts.items() if one}
     songs = {song: audio / f"{song}.mp3" for song in parts}
     absent = [song for song, path in songs.items() if not path.is_file()]
     if absent and (missing == "error" or len(absent) == len(songs)):
@@ -58,7 +59,9 @@ def deam(root: str, windows: float | None = None, missing: Literal["error", "ski
             items.append(Item(name, None, "mp3", label, songs[song].read_bytes, song, span))
     if not items:
         raise DataError(f"data.root: {averages}: no song has annotations enough; see to the files there")
-    return Listing(OUTPUTS, items)
+    notes = [f"{few} songs have no window of {windows:g} s with half of its annotations and are left out"] if few else []
+    notes += [f"{len(absent)} of {len(songs)} annotated songs have no audio and are left out"] if absent else []
+    return Listing(OUTPUTS, items, tuple(notes))
 
 
 def _songs(folder: Path) -> dict[str, dict[None, Pair]]:
@@ -76,7 +79,7 @@ def _songs(folder: Path) -> dict[str, dict[None, Pair]]:
 
 
 def _windows(folder: Path, length: int) -> dict[str, dict[int, Pair]]:
-    """Song -> {begin of a window in ms: its label}; `length` in ms too."""
+    """Song -> {begin of a window in ms: its label}, empty where none has annotations enough; `length` in ms too."""
     by_output = [_annotations(folder / f"{output}.csv") for output in OUTPUTS]
     enough = length / SPACING / 2
     songs = {}
@@ -91,7 +94,7 @@ def _windows(folder: Path, length: int) -> dict[str, dict[int, Pair]]:
             for index, pairs in sorted(held.items())
             if len(pairs) >= enough
         }
-    return {song: windows for song, windows in songs.items() if windows}
+    return songs
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -159,7 +159,9 @@ def check_values(label: Any, outputs: Sequence[str], limits: tuple[float, float]
     for name, value in zip(outputs, label, strict=True):
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
             raise DataError(f"label {name} = {value!r} is no number")
-        if not limits[0] <= value <= limits[1]:  # NaN is not either
+        if math.isnan(value):
+            raise DataError(f"has no label {name}")
+        if not limits[0] <= value <= limits[1]:
             raise DataError(f"label {name} = {value} is outside {limits[0]:g} to {limits[1]:g}, the task's range")
         values.append(float(value))
     return values
