@@ -191,7 +191,7 @@ def test_labels_that_are_no_label_are_left_to_the_task(tree):
 def test_songs_without_a_window_are_counted(tree):
     listing = list_items("deam", str(tree), {"windows": 40.0})
     assert {item.group for item in listing.items} == {"2", "2001"}
-    assert listing.notes == ("2 songs have no window of 40 s with half of its annotations and are left out",)
+    assert listing.notes == ("2 songs have no window of 40 s with half of its annotations, left out",)
     assert list_items("deam", str(tree), {"windows": 10.0}).notes == list_items("deam", str(tree), {}).notes == ()
 
 
@@ -205,7 +205,7 @@ def test_a_song_without_audio(tree):
             f"set data.options.missing to 'skip' if only some of it is there"
         )
         listing = list_items("deam", str(tree), {**options, "missing": "skip"})
-        assert len(listing.items) == count and "have no audio and are left out" in listing.notes[-1]
+        assert len(listing.items) == count and "have no audio, left out" in listing.notes[-1]
     for path in (tree / "MEMD_audio").glob("*.mp3"):
         path.unlink()
     with pytest.raises(DataError, match="so with 4 of 4 annotated songs"):

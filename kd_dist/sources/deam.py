@@ -59,8 +59,8 @@ def deam(root: str, windows: float | None = None, missing: Literal["error", "ski
             items.append(Item(name, None, "mp3", label, songs[song].read_bytes, song, span))
     if not items:
         raise DataError(f"data.root: {averages}: no song has annotations enough; see to the files there")
-    notes = [f"{few} songs have no window of {windows:g} s with half of its annotations and are left out"] if few else []
-    notes += [f"{len(absent)} of {len(songs)} annotated songs have no audio and are left out"] if absent else []
+    notes = [f"{few} songs have no window of {windows:g} s with half of its annotations, left out"] if few else []
+    notes += [f"{len(absent)} of {len(songs)} annotated songs have no audio, left out"] if absent else []
     return Listing(OUTPUTS, items, tuple(notes))
 
 
