@@ -176,7 +176,7 @@ def test_labels_that_are_not_numbers_from_a_source_of_the_users_own(home):
     refused = sentence(run(kd_dist, "pack", "tiny.yaml", "data.source=mine.own:wrong", "data.root=null", folder=home))
     assert refused == "data.source mine.own:wrong: returned dict, not a kd_dist.sources.Listing"
     refused = sentence(run(kd_dist, "pack", *words, "data.options={brokn: 8}", folder=home))
-    assert refused == "unknown option 'brokn'; did you mean 'broken'?"
+    assert refused == "data.options of mine.own:source: unknown option 'brokn'; did you mean 'broken'?"
     said = done(run(kd_dist, "pack", *words, folder=home))
     assert said.count("quarantined 'train-0': label nan is not a whole number") == 1
     assert "pack train: 7 examples" in said
