@@ -17,7 +17,7 @@ from conftest import CLASSES, pack_examples, picture
 from kd_dist import assemble, journey, manifest, places
 from kd_dist.config import load
 from kd_dist.data import Shards, read_examples
-from kd_dist.errors import DataError, KdError, MismatchError, ShardError, one_sentence
+from kd_dist.errors import DataError, KdError, MismatchError, RecipeError, ShardError, one_sentence
 from kd_dist.inputs.spectrograms import LogMel, Spectrograms
 from kd_dist.pack import assign, choose_split, item_key, listing_digest, pack
 from kd_dist.shards import index_tar
@@ -302,6 +302,14 @@ def test_parts_shorter_than_a_recording_may_be_are_refused_before_anything_is_wr
     with pytest.raises(DataError, match=r"^'x' is a part of 0\.5 s, less than audio\.shortest, 1 s; take longer"):
         pack(own / "out", **given, task=task, shard_size=4)
     assert not (own / "out").exists()
+
+
+def test_a_front_end_that_cannot_be_claims_no_folder(own):
+    given = {"source": "own_pictures:listing", "root": None, "options": {}, "fractions": FRACTIONS}
+    task = Regression(("even", "odd"), (-1.0, 1.0), Spectrograms(LogMel(n_fft=256, hop=128), 1.0))
+    with pytest.raises(RecipeError, match=r"^audio\.mels: \d+ of the 128 mel bands hold no frequency") as caught:
+        pack(own / "out", **given, required=["train"], task=task, shard_size=4)
+    assert "take fewer mels or a larger n_fft" in str(caught.value) and not (own / "out").exists()
 
 
 def test_a_group_that_its_source_divides_is_refused():
