@@ -15,7 +15,7 @@ from kd_dist.data import Corridor, Shards, SignalShards
 from kd_dist.disk import file_digest
 from kd_dist.errors import DataError, MismatchError, ModelError, RecipeError
 from kd_dist.inputs import Images, Input, Spectrograms
-from kd_dist.inputs.spectrograms import LogMel
+from kd_dist.inputs.spectrograms import STEPS, LogMel
 from kd_dist.joined import JoinedShards, JoinedSignals
 from kd_dist.losses import LOSSES, features_read, filled, projections, signals_needed
 from kd_dist.models import Network, build_network, load_weights, weights_digest
@@ -36,7 +36,7 @@ def view_policy(recipe: Recipe) -> ViewPolicy:
     v = recipe.views
     if recipe.audio is not None:
         low, high = recipe.audio.db
-        gain = round(v.gain * 255 / (high - low))
+        gain = round(v.gain * STEPS / (high - low))
         return SpectrogramViews(v.shape, gain=gain, time_mask=v.time_mask, band_mask=v.band_mask, seed=v.seed)
     return ImageViews(
         size=v.shape,

@@ -9,6 +9,7 @@ from kd_dist.batch import IGNORED
 from kd_dist.choose import hint
 from kd_dist.errors import RecipeError
 from kd_dist.inputs import Images, Spectrograms
+from kd_dist.inputs.spectrograms import STEPS
 from kd_dist.losses import LOSSES, asks_the_cache, check_losses, imitates, signals_needed
 from kd_dist.manifest import GENERATED, GENERATOR
 from kd_dist.models import FAMILIES
@@ -47,12 +48,6 @@ def problems(recipe: Recipe) -> Problems:
         yield from _weights_problems(recipe, (section, "weights"), network.weights, section, list(recipe.stages))
     if not recipe.stages:
         yield ("stages",), "at least one stage is needed"
-    random = [name for name, stage in recipe.stages.items() if stage.model == "teacher" and stage.init is None]
-    if recipe.teacher.weights == "pretrained" and random:
-        yield ("teacher", "weights"), (
-            f"are what is cached, and the stage '{random[0]}' would start from random ones; write "
-            f"stages.{random[0]}.init: pretrained, and here stage:{random[0]}"
-        )
     for name in recipe.stages:
         yield from _stage_problems(recipe, name)
 
@@ -154,7 +149,7 @@ def _kind_problems(recipe: Recipe) -> Problems:
     if mels != audio.mels:
         yield ("views", "size"), f"the first number, {mels}, must be audio.mels, {audio.mels}: [mels, frames]"
     span = audio.db[1] - audio.db[0]
-    if views.gain and not span / 510 < views.gain <= span:
+    if views.gain and not span / STEPS / 2 < views.gain <= span:
         yield ("views", "gain"), f"{views.gain:g} dB is below one step of audio.db, or above its range of {span:g} dB"
     for name, most in (("time_mask", frames), ("band_mask", mels)):
         if getattr(views, name) > most:
@@ -222,6 +217,11 @@ def _weights_problems(recipe: Recipe, keys: Keys, weights: str | None, model: st
 def _stage_problems(recipe: Recipe, name: str) -> Problems:
     stage, keys, order = recipe.stages[name], ("stages", name), list(recipe.stages)
     yield from _weights_problems(recipe, (*keys, "init"), stage.init, stage.model, order[: order.index(name)])
+    if stage.model == "teacher" and stage.init is None and recipe.teacher.weights == "pretrained":
+        yield ("teacher", "weights"), (
+            f"are what is cached, and the stage '{name}' would start from random ones; write stages.{name}.init: "
+            f"pretrained, and here stage:{name}"
+        )
     if stage.batch_size % stage.accumulate:
         yield (*keys, "batch_size"), f"{stage.batch_size} cannot be divided by accumulate, {stage.accumulate}"
     if stage.warmup_epochs > stage.epochs:

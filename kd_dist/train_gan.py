@@ -78,7 +78,7 @@ def train_gan(recipe: Recipe) -> None:
     folder, content = places.generator_folder(recipe), assemble.generated_content(recipe)
     with noticed() as notice:
         with alone(folder):
-            gan = train(recipe, folder, content, device, notice)
+            gan = train(recipe, folder, learnt_from(content), device, notice)
         with alone(places.shards_folder(recipe)):
             made = write(recipe, target, content, gan, device, notice)
     print(f"train-gan: {made['examples']:,} examples in {target}; cache the teacher's signals for them next")
@@ -109,7 +109,7 @@ def optimizer_of(gan: Gan, lr: float) -> torch.optim.Optimizer:
 
 def train(recipe: Recipe, folder: Path, content: dict[str, Any], device: torch.device, notice: Notice) -> Gan:
     """The trained networks. Raises TrainingError when a gradient is not finite."""
-    settings, corridor, content = recipe.gan, training_corridor(recipe), learnt_from(content)
+    settings, corridor = recipe.gan, training_corridor(recipe)
     torch.manual_seed(settings.seed)
     gan = Gan(settings.latent, settings.width, recipe.views.shape).to(device)
     optimizer, state = optimizer_of(gan, settings.lr), Progress()

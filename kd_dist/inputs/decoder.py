@@ -68,8 +68,10 @@ def decode(payload: bytes, first: float, last: float, out: BinaryIO) -> None:
 def cut_by(payload: bytes) -> float:
     """How many times longer a wav says that its sound is than what there is of it, of which libsndfile says nothing; 1
     for any other file, and for one that was written before its length was known."""
+    if payload[:4] != b"RIFF" or payload[8:12] != b"WAVE":
+        return 1.0
     at = 12
-    while payload[:4] == b"RIFF" and payload[8:12] == b"WAVE" and at + 8 < len(payload):
+    while at + 8 < len(payload):
         size = int.from_bytes(payload[at + 4 : at + 8], "little")
         if payload[at : at + 4] == b"data":
             return 1.0 if size >= STREAMED else max(1.0, size / (len(payload) - at - 8))
