@@ -1,6 +1,7 @@
 """The structures that cross rooms, with the shape, dtype and unit of each field."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +16,7 @@ class Example(NamedTuple):
     image: np.ndarray  # (H, W, 3) uint8, RGB, as decoded; or a spectrogram (mels, frames, 1) uint8
     # Class index, 0 <= target < classes; a mask of them (H, W) uint8, 255: ignored; or numbers (D,) float32, NaN: none
     target: int | np.ndarray
+    about: Mapping[str, Any] = {}  # what its source told of it: the metadata that it was packed with
 
 
 class TeacherSignal(NamedTuple):

@@ -298,8 +298,9 @@ class Corridor(Dataset[Batch]):
         return view_number(ids, epoch, max(self.views, 1), self.policy.seed)
 
     def _view(self, example: Example, number: int) -> np.void:
-        size = example.image.shape[:2]
-        return self.policy.canonical(size) if self.views == 0 else self.policy.draw(example.key, number, size)
+        if self.views == 0:
+            return self.policy.canonical(example.image.shape[:2])
+        return self.policy.draw_for(example, number)
 
     def _check_pixels(
         self, ids: np.ndarray, epoch: int, examples: list[Example], pixels: np.ndarray, stored: np.ndarray

@@ -131,8 +131,8 @@ def make_rows(work: Extraction, chosen: list[tuple[Any, int]], pool: ThreadPoolE
 
     def fill(row: int) -> int:
         example, number = chosen[row]
-        size = example.image.shape[:2]
-        views[row] = policy.draw(example.key, number, size) if work.views else policy.canonical(size)
+        drawn = work.views > 0
+        views[row] = policy.draw_for(example, number) if drawn else policy.canonical(example.image.shape[:2])
         pixels[row] = policy.replay(example.image, views[row])
         return input_crc(pixels[row])
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import json
 import math
 import os
 import sys
@@ -20,7 +21,7 @@ from kd_dist.preempt import Notice, noticed
 from kd_dist.progress import progress
 from kd_dist.remote import Remote
 from kd_dist.shards import Shard, is_committed, member_key, shard_path, write_shard
-from kd_dist.sources import Item, list_items
+from kd_dist.sources import Item, Raw, list_items
 from kd_dist.tasks import Regression, Task, packed_for
 
 STEM = "data"
@@ -161,7 +162,8 @@ def assign(items: Iterable[Item], fractions: dict[str, float]) -> dict[str, list
                     f"'{first}' is in split '{known}' and '{item.name}' in '{split}', but both are of group "
                     f"'{item.group}', which stays in one; correct the splits or the groups"
                 )
-        splits[split].append((rank, item))
+        if split not in item.not_in:
+            splits[split].append((rank, item))
     return {split: [item for _, item in sorted(ranked, key=_by_rank)] for split, ranked in splits.items()}
 
 
@@ -181,14 +183,15 @@ def choose_split(name: str, fractions: dict[str, float]) -> str:
 
 
 def listing_digest(items: Iterable[Item]) -> str:
-    """sha256 over the names and labels of a split in order, and over the groups and spans of those that have one: a
-    data set that changed half-way is noticed."""
+    """sha256 over the names and labels of a split in order, and over the groups, spans and metadata of those that
+    have one: a data set that changed half-way is noticed."""
     digest = hashlib.sha256()
     for item in items:
         label = "" if callable(item.label) else item.label  # a function has an address, not a value
         group = "" if item.group is None else f"\tgroup {item.group}"
         span = "" if item.span is None else f"\tspan {list(map(float, item.span))}"
-        line = f"{item.name}\t{item.extension}\t{label}{group}{span}\n"
+        about = f"\tabout {json.dumps(item.about, sort_keys=True)}" if item.about else ""
+        line = f"{item.name}\t{item.extension}\t{label}{group}{span}{about}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
@@ -297,7 +300,10 @@ def _checked(
 ) -> Members:
     def read(item: Item) -> dict[str, bytes] | str:
         try:
-            return task.encode(item.read(), item.extension, item.label, {"name": item.name}, item.span)
+            read = item.read()
+            payload, more = read if isinstance(read, Raw) else (read, {})
+            metadata = {"name": item.name, **item.about, **more}
+            return task.encode(payload, item.extension, item.label, metadata, item.span)
         except DataError as error:
             return str(error)
         except OSError as error:

@@ -1,10 +1,17 @@
 """Raw data sets. One file a layout; a source lists items and reads none of them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from kd_dist import choose
 from kd_dist.errors import DataError, RecipeError
+
+
+class Raw(NamedTuple):
+    """One raw example, read, of which more is known now than when it was listed."""
+
+    payload: bytes  # the encoded image or recording
+    about: Mapping[str, Any]  # more metadata, JSON values: the landmarks of a face that had to be found
 
 
 class Item(NamedTuple):
@@ -15,9 +22,11 @@ class Item(NamedTuple):
     extension: str  # of the encoded image or recording, without the dot: png, mp3
     # Class index; or a mask's encoded PNG, or a picklable function that returns it; or numbers. Checked when packed.
     label: Any
-    read: Callable[[], bytes]  # the encoded image or recording; picklable
+    read: Callable[[], bytes | Raw]  # the encoded image or recording; picklable
     group: str | None = None  # items of a group stay in one split, as the windows of a song; None: its own name
     span: tuple[float, float] | None = None  # the part of a recording that the item is, in seconds; None: all of it
+    about: Mapping[str, Any] = {}  # metadata to be packed beside the name, JSON values: the video of a frame
+    not_in: tuple[str, ...] = ()  # splits in which it has no place; it is left out where it would be in one of them
 
 
 class Listing(NamedTuple):

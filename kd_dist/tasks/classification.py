@@ -48,8 +48,8 @@ class Classification:
     def decode(self, key: str, members: Mapping[str, bytes | memoryview]) -> Example:
         """One example of a shard. Raises DataError that names the key."""
         with records.naming(key):
-            label = check_label(records.label_in(members), self.classes)
-            return Example(key, self.input.decode(members), label)
+            label, about = records.read(members)
+            return Example(key, self.input.decode(members), check_label(label, self.classes), about)
 
     def replay_target(self, target: int, view: np.void, size: tuple[int, int]) -> int:
         """The target of a view of (h, w) `size`: that of its image."""

@@ -17,12 +17,18 @@ def encoded(record: Mapping[str, Any]) -> dict[str, bytes]:
 
 def label_in(members: Mapping[str, bytes | memoryview]) -> Any:
     """The label of an example. Raises DataError, or ValueError for what is no JSON, when there is none."""
+    return read(members)[0]
+
+
+def read(members: Mapping[str, bytes | memoryview]) -> tuple[Any, Mapping[str, Any]]:
+    """The label of an example and its metadata, none where it has none of ours. Raises as `label_in` does."""
     if MEMBER not in members:
         raise DataError(f"it has no {MEMBER} member, only {', '.join(sorted(members)) or 'nothing'}")
     record = json.loads(bytes(members[MEMBER]))
     if not isinstance(record, dict) or "label" not in record:
         raise DataError(f"its {MEMBER} member has no 'label'")
-    return record["label"]
+    metadata = record.get("metadata")
+    return record["label"], metadata if isinstance(metadata, dict) else {}
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from kd_dist.batch import Example
 from kd_dist.errors import DataError, RecipeError
 from kd_dist.views.chance import record, uniform
 
@@ -85,6 +86,10 @@ class ImageViews:
             1 + getattr(self, name) * (2 * chance(name) - 1) for name in ("brightness", "contrast", "saturation")
         ]
         return record(VIEW_DTYPE, *factors, *box, chance("flip") < self.flip)
+
+    def draw_for(self, example: Example, number: int) -> np.void:
+        """View `number` of an example; see `draw`."""
+        return self.draw(example.key, number, example.image.shape[:2])
 
     def canonical(self, image_size: tuple[int, int]) -> np.void:
         """The one view for evaluation: the largest centred box of the view's aspect ratio, or the whole image where

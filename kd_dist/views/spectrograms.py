@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from kd_dist.batch import Example
 from kd_dist.errors import DataError, RecipeError
 from kd_dist.views.chance import record, uniform
 
@@ -61,6 +62,10 @@ class SpectrogramViews:
             for name, widest, whole in (("time", self.time_mask, self.size[1]), ("band", self.band_mask, self.size[0]))
         ]
         return record(VIEW_DTYPE, start, gain, *masks)
+
+    def draw_for(self, example: Example, number: int) -> np.void:
+        """View `number` of an example; see `draw`."""
+        return self.draw(example.key, number, example.image.shape[:2])
 
     def canonical(self, size: tuple[int, int]) -> np.void:
         """The one view for evaluation: the middle of a spectrogram of `size` (mels, frames), unchanged."""
