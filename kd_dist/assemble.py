@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from kd_dist.recipe import Recipe, Stage
 from kd_dist.student import Student
 from kd_dist.tasks import TASKS, Regression, Task, packed_for
 from kd_dist.teacher import Teacher
-from kd_dist.views import ImageViews, SpectrogramViews, ViewPolicy
+from kd_dist.views import BlendedViews, ImageViews, SpectrogramViews, ViewPolicy
 
 EVALUATION_BATCH, EVALUATION_PIXELS = 256, 2**21  # the most images, and the most pixels of them, in one batch
 
@@ -38,7 +39,8 @@ def view_policy(recipe: Recipe) -> ViewPolicy:
         low, high = recipe.audio.db
         gain = round(v.gain * STEPS / (high - low))
         return SpectrogramViews(v.shape, gain=gain, time_mask=v.time_mask, band_mask=v.band_mask, seed=v.seed)
-    return ImageViews(
+    make = partial(BlendedViews, self_blend=v.self_blend) if v.self_blend else ImageViews
+    return make(
         size=v.shape,
         crop_scale=v.crop_scale,
         crop_ratio=v.crop_ratio,

@@ -161,6 +161,7 @@ class Views:
     brightness: Fraction = 0.0  # x: the factor is drawn from [1 - x, 1 + x]
     contrast: Fraction = 0.0  # likewise
     saturation: Fraction = 0.0  # likewise
+    self_blend: Fraction = 0.0  # share of a real face's views that are blended with itself, and fakes: class 1 of two
     gain: NonNegative = 0.0  # of audio, in decibels: what is added is drawn from [-x, x]
     time_mask: Natural = 0  # of audio: frames of the widest of two masks in time
     band_mask: Natural = 0  # of audio: bands of the widest of two masks in frequency

@@ -26,7 +26,8 @@ MOST_MASK_CLASSES = IGNORED  # of a mask's 256 values the last says "ignored"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # 32: `<key>.<teacher>.npy` has to fit a tar header
 FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 FEATURE = re.compile(r"(?!(?:logits|margin|view|row_crc|input_crc)$)(?!.*_scale$)[a-z][a-z0-9_]{0,31}")  # names a field
-OF_IMAGES = ("crop_scale", "crop_ratio", "flip", "brightness", "contrast", "saturation")  # options of views
+# Options of views.
+OF_IMAGES = ("crop_scale", "crop_ratio", "flip", "brightness", "contrast", "saturation", "self_blend")
 OF_AUDIO = ("gain", "time_mask", "band_mask")
 MODEL = re.compile(rf"({'|'.join(FAMILIES)})/\S+|" + FACTORY.pattern)
 
@@ -138,6 +139,8 @@ def _view_problems(views: Views) -> Problems:
 def _kind_problems(recipe: Recipe) -> Problems:
     """Views of the other kind of input than the recipe's."""
     views, audio = recipe.views, recipe.audio
+    if views.self_blend and (recipe.task.name, recipe.task.classes) != ("classification", 2):
+        yield ("views", "self_blend"), "makes fakes of real faces; it is for a classification of two classes"
     others = OF_IMAGES if audio is not None else OF_AUDIO
     for name in others:
         if getattr(views, name) != getattr(Views(size=1), name):

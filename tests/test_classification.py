@@ -15,6 +15,7 @@ from sklearn.metrics import accuracy_score, log_loss
 
 from kd_dist.errors import DataError
 from kd_dist.tasks.classification import HIGHER_IS_BETTER, Classification, check_label
+from kd_dist.views import ImageViews
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)
 TASK = Classification(3)
@@ -118,7 +119,7 @@ def test_what_may_not_enter_a_shard(image, extension, label, sentence):
 
 
 def test_targets_of_views_and_batches():
-    assert TASK.replay_target(2, None, (5, 5)) == 2
+    assert TASK.replay_target(2, ImageViews((5, 5)).canonical((5, 5)), (5, 5)) == 2
     targets, sizes = TASK.collate([2, 0])
     assert (targets.dtype, targets.tolist(), sizes) == (np.int64, [2, 0], None)
 

@@ -420,7 +420,16 @@ def test_views_of_another_kind_of_input_are_refused(written, option):
 
 
 def test_every_option_of_views_is_of_images_or_of_audio_or_of_both():
-    assert {one.name for one in dataclasses.fields(sections.Views)} == {*ANOTHER_KIND, "count", "size", "seed"}
+    options = {*ANOTHER_KIND, "self_blend", "count", "size", "seed"}
+    assert {one.name for one in dataclasses.fields(sections.Views)} == options
+
+
+def test_self_blended_views_are_for_two_classes_of_images(written):
+    path, word = written(TEXT), "views.self_blend=0.5"
+    needs = "command line: views.self_blend: makes fakes of real faces; it is for a classification of two classes"
+    assert refusal(path, [word]) == needs
+    assert refusal(path, [*OF_AUDIO, word]) == needs
+    assert load(path, [word, "task.classes=2"]).views.self_blend == 0.5
 
 
 BANDS = "audio.fmax: the bands must lie between 0 and half the sample rate, 4000 Hz"
@@ -572,7 +581,7 @@ def test_every_key_refuses_a_value_of_another_type(written):
         name, wrong = ".".join(keys), "3" if free else "{no: 1}"
         assert refusal(path, [f"{name}={wrong}"]).startswith(f"command line: {name}: must be "), name
         seen += 1
-    assert seen == 105
+    assert seen == 106
 
 
 def test_every_bounded_value_refuses_what_is_below_it(written):
@@ -596,7 +605,7 @@ def test_every_bounded_value_refuses_what_is_below_it(written):
             refusal(path, [f"{name}={wrong}"]),
         ), name
         seen += 1
-    assert seen == 69
+    assert seen == 70
 
 
 def test_a_section_that_may_be_null(written):

@@ -16,6 +16,7 @@ from kd_dist.inputs import Input, Span
 from kd_dist.inputs.images import Images
 from kd_dist.tasks import records
 from kd_dist.tasks.certainty import certainty, certainty_warnings
+from kd_dist.views.blended import FAKE, is_fake
 
 HIGHER_IS_BETTER = {"accuracy": True, "nll": False}
 
@@ -52,8 +53,8 @@ class Classification:
             return Example(key, self.input.decode(members), check_label(label, self.classes), about)
 
     def replay_target(self, target: int, view: np.void, size: tuple[int, int]) -> int:
-        """The target of a view of (h, w) `size`: that of its image."""
-        return target
+        """The target of a view of (h, w) `size`: that of its image, or the fake's that the view makes of it."""
+        return FAKE if is_fake(view) else target
 
     def no_target(self, size: tuple[int, int]) -> int:
         """The target of a row without an example: any class will do, as the row is masked."""

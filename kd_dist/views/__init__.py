@@ -8,11 +8,12 @@ import zlib
 
 import numpy as np
 
+from kd_dist.views.blended import BlendedViews
 from kd_dist.views.images import ImageViews
 from kd_dist.views.spectrograms import SpectrogramViews
 
-ViewPolicy = ImageViews | SpectrogramViews
-VIEW_DTYPES = {policy.kind: policy.dtype for policy in (ImageViews, SpectrogramViews)}  # of a view's record, by kind
+ViewPolicy = ImageViews | BlendedViews | SpectrogramViews
+VIEW_DTYPES = {policy.kind: policy.dtype for policy in (ImageViews, BlendedViews, SpectrogramViews)}  # by kind
 
 
 def input_crc(pixels: np.ndarray) -> int:

@@ -15,6 +15,7 @@ from PIL import Image
 from kd_dist.batch import Example
 from kd_dist.errors import DataError, RecipeError
 from kd_dist.views.chance import record, uniform
+from kd_dist.views.colours import coloured
 
 # One view: 24 bytes. Photometric factors (1 leaves the pixels unchanged), the crop box in pixels of the decoded
 # image, and whether the resized crop is mirrored left to right (0 or 1).
@@ -34,8 +35,6 @@ VIEW_DTYPE = np.dtype(
 
 LONGEST_SIDE = 65535  # a crop box is stored in 16-bit numbers
 CROP_TRIES = 10
-ONE = 1 << 16  # the factor 1 in Q16 fixed point
-HALF = ONE // 2
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,7 @@ def replay(image: np.ndarray, view: np.void, size: tuple[int, int]) -> np.ndarra
     """The pixels of `view`: image (H, W, 3) uint8 -> a new C-contiguous (h, w, 3) uint8 array, with `size` = (h, w).
 
     The order is crop and resize (antialiased bilinear), flip, brightness, contrast, saturation. Every step rounds in
-    integers, Pillow's resize included, so the bytes do not depend on the machine. Contrast moves pixels away from
-    the image's mean grey and saturation from each pixel's own grey; grey is ITU-R 601 luma.
+    integers, Pillow's resize included, so the bytes do not depend on the machine. See `colours.coloured`.
     Raises DataError when the image is of another kind, or when the view's box does not lie inside it.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -121,11 +119,7 @@ def replay(image: np.ndarray, view: np.void, size: tuple[int, int]) -> np.ndarra
     picture = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
     if flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if brightness != 1:
-        picture = _mapped(picture, _away_from(0, brightness))
-    if contrast != 1:
-        picture = _mapped(picture, _away_from(_mean_grey(picture), contrast))
-    return _saturated(picture, saturation) if saturation != 1 else np.array(picture)
+    return coloured(picture, brightness, contrast, saturation)
 
 
 def replay_mask(mask: np.ndarray, view: np.void, size: tuple[int, int]) -> np.ndarray:
@@ -199,36 +193,3 @@ def _checked_box(view: np.void, shape: tuple[int, ...], what: str) -> tuple[int,
             f"{shape[0]} x {shape[1]}; the view was drawn for another {what}: cache the teacher again"
         )
     return top, left, bottom, right
-
-
-def _fixed(factor: float) -> int:
-    """A factor as a Q16 number. A float32 factor times 65,536 is exact, so only this rounding happens."""
-    return int(factor * ONE + 0.5)
-
-
-def _mapped(picture: Image.Image, table: bytes) -> Image.Image:
-    """Every level of an RGB picture replaced by its entry in the table. Pillow's own `point` rebuilds it in Python."""
-    return Image.frombytes("RGB", picture.size, picture.tobytes().translate(table))
-
-
-def _away_from(centre: int, factor: float) -> bytes:
-    """The table of 256 levels for `centre + (level - centre) * factor`, rounded and held to 0..255."""
-    moved = ((np.arange(256) - centre) * _fixed(factor) + HALF >> 16) + centre
-    return np.clip(moved, 0, 255).astype(np.uint8).tobytes()
-
-
-def _mean_grey(picture: Image.Image) -> int:
-    """The mean luma of an RGB picture, rounded to a whole number."""
-    grey = np.asarray(picture.convert("L"))
-    return (2 * int(grey.sum(dtype=np.int64)) + grey.size) // (2 * grey.size)
-
-
-def _saturated(picture: Image.Image, factor: float) -> np.ndarray:
-    """(h, w, 3) uint8: each pixel moved away from its own grey by `factor`."""
-    fixed = _fixed(factor)
-    # Factors are at most 2, so no product leaves 32 bits.
-    pixels = np.asarray(picture, np.int32) * fixed
-    grey = np.asarray(picture.convert("L"), np.int32) * (ONE - fixed) + HALF
-    pixels += grey[..., None]
-    pixels >>= 16
-    return np.clip(pixels, 0, 255, out=pixels).astype(np.uint8)

@@ -1,0 +1,54 @@
+"""Colours of a picture, changed in whole numbers: the same bytes on any machine."""
+
+import numpy as np
+from PIL import Image
+
+ONE = 1 << 16  # the factor 1 in Q16 fixed point
+HALF = ONE // 2
+
+
+def coloured(picture: Image.Image, brightness: float, contrast: float, saturation: float) -> np.ndarray:
+    """An RGB picture as (h, w, 3) uint8, its brightness, contrast and saturation multiplied in this order by factors
+    from 0 to 2.
+
+    Contrast moves pixels away from the picture's mean grey and saturation from each pixel's own grey; grey is ITU-R
+    601 luma.
+    """
+    if brightness != 1:
+        picture = _mapped(picture, _away_from(0, brightness))
+    if contrast != 1:
+        picture = _mapped(picture, _away_from(_mean_grey(picture), contrast))
+    return _saturated(picture, saturation) if saturation != 1 else np.array(picture)
+
+
+def _fixed(factor: float) -> int:
+    """A factor as a Q16 number. A float32 factor times 65,536 is exact, so only this rounding happens."""
+    return int(factor * ONE + 0.5)
+
+
+def _mapped(picture: Image.Image, table: bytes) -> Image.Image:
+    """Every level of an RGB picture replaced by its entry in the table. Pillow's own `point` rebuilds it in Python."""
+    return Image.frombytes("RGB", picture.size, picture.tobytes().translate(table))
+
+
+def _away_from(centre: int, factor: float) -> bytes:
+    """The table of 256 levels for `centre + (level - centre) * factor`, rounded and held to 0..255."""
+    moved = ((np.arange(256) - centre) * _fixed(factor) + HALF >> 16) + centre
+    return np.clip(moved, 0, 255).astype(np.uint8).tobytes()
+
+
+def _mean_grey(picture: Image.Image) -> int:
+    """The mean luma of an RGB picture, rounded to a whole number."""
+    grey = np.asarray(picture.convert("L"))
+    return (2 * int(grey.sum(dtype=np.int64)) + grey.size) // (2 * grey.size)
+
+
+def _saturated(picture: Image.Image, factor: float) -> np.ndarray:
+    """(h, w, 3) uint8: each pixel moved away from its own grey by `factor`."""
+    fixed = _fixed(factor)
+    # Factors are at most 2, so no product leaves 32 bits.
+    pixels = np.asarray(picture, np.int32) * fixed
+    grey = np.asarray(picture.convert("L"), np.int32) * (ONE - fixed) + HALF
+    pixels += grey[..., None]
+    pixels >>= 16
+    return np.clip(pixels, 0, 255, out=pixels).astype(np.uint8)
