@@ -91,7 +91,8 @@ def home(tmp_path) -> Path:
     return tmp_path
 
 
-WORDS = ["task.classes=2", "data.root=faces", "teacher.weights=null", f"views.count={VIEWS}", "evaluate.split=val", "views.self_blend=0.5"]
+WORDS = ["task.classes=2", "data.root=faces", "teacher.weights=null", f"views.count={VIEWS}", "evaluate.split=val"]
+WORDS += ["views.self_blend=0.5"]
 
 
 def test_the_cache_and_the_student_know_which_views_are_fakes(home):
