@@ -19,6 +19,7 @@ from kd_dist import checkpoint, train
 from kd_dist.checkpoint import Progress
 from kd_dist.engine import Engine, _check_deepspeed
 from kd_dist.errors import TrainingError
+from kd_dist.step import go_back
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 
@@ -280,7 +281,7 @@ def test_weights_to_go_back_to_that_are_of_another_model_are_refused(tmp_path):
     checkpoint.save(tmp_path, other.state_dict(), optimizer.state_dict(), Progress(step=3), {})
     made = Engine(Accelerator(cpu=True), module, torch.optim.AdamW(module.parameters()), None)
     with pytest.raises(TrainingError, match=f"^{tmp_path}/checkpoint-00000003: its weights are of another model"):
-        train.go_back(SimpleNamespace(folder=tmp_path, identity={}, engine=made), Progress(step=20, streak=20))
+        go_back(SimpleNamespace(folder=tmp_path, identity={}, engine=made), Progress(step=20, streak=20))
 
 
 def test_weights_of_another_model_are_refused(lab, tmp_path):
