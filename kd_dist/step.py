@@ -32,6 +32,28 @@ def learn(run: Run, batch: Batch, waited: float, epoch: float, scale: float) -> 
     return Share({"loss": loss.detach(), **terms}, peaks, keys, waited, batch.failed)
 
 
+def learn_uphill(
+    run: Run, progress: Progress, batches: list[Batch], first: list[Share], verdict: Verdict
+) -> tuple[list[Share], Verdict]:
+    """SAM (Foret et al., ICLR 2021, 2010.01412): the gradient `stage.sam` up the slope that the first pass has found
+    takes its place, for the same micro-batches and the same randomness. Every rank calls it.
+
+    Loss and BatchNorm statistics stay those of the first pass. Returns its shares, or those of the second pass when
+    that is not finite, and what the ranks have agreed on.
+    """
+    after, second = guard.Keep(run.student), []
+    run.kept.restore()
+    seed_step(run, progress.step)
+    epoch = progress.step / run.train.plan.steps_per_epoch
+    with run.engine.uphill(run.stage.sam):
+        for batch, share in zip(batches, first, strict=True):
+            with run.engine.accumulating(last=batch is batches[-1]):
+                second.append(learn(run, batch, share.waited, epoch, progress.scale))
+    after.restore()
+    found = guard.judge(run.engine, second, batches[-1].total, run.stage.clip, progress.scale, verdict.stop)
+    return (first if found.finite else second), found._replace(loss=verdict.loss)
+
+
 def forward(run: Run, batch: Batch, epoch: float) -> tuple[StudentOutput, Tensor, dict[str, Tensor]]:
     """Student and objective on one micro-batch; an online teacher speaks first, on the same pixels."""
     batch = with_teacher(run, batch)
@@ -86,7 +108,7 @@ def take_step(run: Run, progress: Progress, shares: list[Share], verdict: Verdic
 
 def explain(run: Run, progress: Progress, shares: list[Share]) -> list[Cause]:
     """Why a step is not finite, from all ranks: what was read, then terms of the loss, then, when these are finite,
-    gradients, for which the step is done once more. Every rank calls it."""
+    gradients, for which the step is done once more, with SAM both passes. Every rank calls it."""
     rank, first = run.accelerator.process_index, progress.step * run.train.plan.accumulate
     codecs = on_device(run.train.codecs, run.accelerator.device)
     again = [to_device(run.train[first + micro], run.accelerator.device, codecs) for micro in range(len(shares))]
@@ -94,19 +116,33 @@ def explain(run: Run, progress: Progress, shares: list[Share]) -> list[Cause]:
     causes = gather_object(own + guard.wrong_terms(shares, rank))
     if causes or (run.fp16 and progress.scale > 1):  # a scale that is too high needs no explanation
         return causes
-    seed_step(run, progress.step)
-    for batch in again:
-        with guard.watched(run.student) as wrong, run.engine.accumulating(last=batch is again[-1]):
-            learn(run, batch, 0.0, progress.step / run.train.plan.steps_per_epoch, progress.scale)
-        own += guard.wrong_gradients(wrong, batch.keys, rank)
+    found = gather_object(watch(run, progress, again))
+    if run.stage.sam is not None and not found:
+        run.engine.gradients(progress.scale)
+        run.kept.restore()
+        with run.engine.uphill(run.stage.sam):
+            found = gather_object(watch(run, progress, again))
     run.engine.clear()
     run.kept.restore()
-    found = gather_object(own)
     return found or gather_object(guard.wrong_norm(shares, rank))
 
 
+def watch(run: Run, progress: Progress, batches: list[Batch]) -> list[Cause]:
+    """The gradients of one pass over a step's micro-batches that are not finite, on this rank."""
+    seed_step(run, progress.step)
+    found = []
+    for batch in batches:
+        with guard.watched(run.student) as wrong, run.engine.accumulating(last=batch is batches[-1]):
+            learn(run, batch, 0.0, progress.step / run.train.plan.steps_per_epoch, progress.scale)
+        found += guard.wrong_gradients(wrong, batch.keys, run.accelerator.process_index)
+    return found
+
+
 def with_teacher(run: Run, batch: Batch) -> Batch:
-    return batch if run.teacher is None else batch._replace(signals=run.teacher(batch.images))
+    """The batch with what an online teacher says of it, unless it has spoken."""
+    if run.teacher is None or batch.signals is not None:
+        return batch
+    return batch._replace(signals=run.teacher(batch.images))
 
 
 def note(run: Run, step: int, causes: list[Cause]) -> None:

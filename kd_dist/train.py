@@ -32,7 +32,7 @@ from kd_dist.meter import Meter
 from kd_dist.preempt import Notice, noticed
 from kd_dist.recipe import Recipe, Stage
 from kd_dist.stage import Run, prepare
-from kd_dist.step import learn, seed_step, take_over, take_step
+from kd_dist.step import learn, learn_uphill, seed_step, take_over, take_step, with_teacher
 
 
 def train(run: Run, progress: Progress, notice: Notice) -> None:
@@ -49,12 +49,18 @@ def train(run: Run, progress: Progress, notice: Notice) -> None:
         engine.set_lr(lr)
         run.student.train()
         run.kept.store()
-        shares = []
+        shares, held = [], []
         for micro in range(plan.accumulate):
             batch, waited = next(stream)
+            if stage.sam is not None:
+                batch = with_teacher(run, batch)  # which speaks once for both passes
+                held.append(batch)
             with engine.accumulating(last=micro + 1 == plan.accumulate):
                 shares.append(learn(run, batch, waited, epoch, progress.scale))
-        verdict = guard.judge(engine, shares, batch.total, stage.clip, progress.scale, notice.name is not None)
+        clip = stage.clip if stage.sam is None else None  # with SAM this gradient only shows the way up
+        verdict = guard.judge(engine, shares, batch.total, clip, progress.scale, notice.name is not None)
+        if stage.sam is not None and verdict.finite:
+            shares, verdict = learn_uphill(run, progress, held, shares, verdict)
         taken = take_step(run, progress, shares, verdict, empty=verdict.failed >= batch.total)
         for meter in (recent, epoch_meter):
             meter.add(shares, plan.total(step), taken)

@@ -572,7 +572,7 @@ def test_every_key_refuses_a_value_of_another_type(written):
         name, wrong = ".".join(keys), "3" if free else "{no: 1}"
         assert refusal(path, [f"{name}={wrong}"]).startswith(f"command line: {name}: must be "), name
         seen += 1
-    assert seen == 105
+    assert seen == 106
 
 
 def test_every_bounded_value_refuses_what_is_below_it(written):
@@ -596,7 +596,7 @@ def test_every_bounded_value_refuses_what_is_below_it(written):
             refusal(path, [f"{name}={wrong}"]),
         ), name
         seen += 1
-    assert seen == 69
+    assert seen == 70
 
 
 def test_a_section_that_may_be_null(written):
