@@ -13,7 +13,18 @@ import torch
 from accelerate import Accelerator
 from processes import done, ranks, run, sentence
 from safetensors.torch import load_file
-from trainings import PLAIN, arguments, assert_same_weights, launched, result, scalars, state, trained, weights
+from trainings import (
+    PLAIN,
+    arguments,
+    assert_same_weights,
+    checkpoint_of,
+    launched,
+    result,
+    scalars,
+    state,
+    trained,
+    weights,
+)
 
 from kd_dist import checkpoint, train
 from kd_dist.checkpoint import Progress
@@ -225,15 +236,6 @@ def test_a_gradient_beyond_fp16_lowers_the_loss_scale(lab, tmp_path, name):
     assert scalars(folder)["train/loss_scale"][11] == 2.0 ** (16 - skipped)
     assert not (folder / "suspects.jsonl").exists() and result(folder)["streak"] == 0
     assert all(value.isfinite().all() for value in weights(folder).values())
-
-
-def checkpoint_of(lab: Path, runs: Path, words: list[str], step: int, world: int, zero: int) -> dict[str, bytes]:
-    """The tensors of the checkpoint after so many steps."""
-    if not step:
-        step, words = 1, [*words, "train.lr=1e-30"]
-    folder = trained(lab, runs, *words, f"train.max_steps={step}", world=world, zero=zero)
-    [last] = folder.glob("checkpoint-*")
-    return {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
 
 
 # ---------------------------------------------------------------------------------------------- settings
