@@ -80,7 +80,7 @@ def plain_loop(to: Path, optimizer: str, overrides: list[str]) -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_three_steps_of_sam_equal_a_plain_loop(lab, tmp_path, optimizer):
-    words = [*PLAIN, *COMMON, f"train.optimizer={optimizer}", "train.max_steps=3"]
+    words = [*PLAIN, *COMMON, f"train.optimizer={optimizer}", "train.max_steps=3", "train.spike=9"]
     done(run(plain_loop, tmp_path / "plain", optimizer, [*words, f"runs={tmp_path / 'plain-runs'}"], folder=lab))
     wanted, losses, norms = torch.load(tmp_path / "plain", weights_only=True)
     assert min(norms) > CLIP  # each step was clipped, by the norm of its second gradient
@@ -91,6 +91,7 @@ def test_three_steps_of_sam_equal_a_plain_loop(lab, tmp_path, optimizer):
         torch.testing.assert_close(value.double(), wanted[name], rtol=1e-5, atol=2e-6)
         assert (weights(without)[name] - value).abs().max() > 1e-4, name  # SAM does change something
     assert list(seen["train/loss"].values()) == pytest.approx(losses, rel=1e-5)  # of the first pass
+    assert result(folder)["recent"] == pytest.approx(losses, rel=1e-5)  # what spikes are measured by
     assert list(seen["train/grad_norm"].values()) == pytest.approx(norms, rel=1e-4)  # of the second
 
 
@@ -117,10 +118,10 @@ def test_the_second_pass_is_the_first_once_more(lab, tmp_path, student):
 
 
 def test_batch_norm_statistics_move_in_the_first_pass_only(lab, tmp_path):
-    words = [*SGD, "student.model=tiny_model:normed", "train.accumulate=2", "train.max_steps=1"]
+    words = [*SGD, "student.model=tiny_model:narrow", "train.accumulate=2", "train.max_steps=1"]
     plain, sam = (weights(trained(lab, tmp_path / rho, *words, f"train.sam={rho}")) for rho in ("null", "0.5"))
     buffers = [name for name in plain if "running" in name or "tracked" in name]
-    assert len(buffers) == 3 and sam["network.backbone.0.num_batches_tracked"] == 2
+    assert len(buffers) == 3 and sam["network.backbone.4.num_batches_tracked"] == 2
     for name, value in plain.items():
         assert torch.equal(sam[name], value) == (name in buffers), name
 
