@@ -21,6 +21,7 @@ from accelerate.utils import (
     convert_to_fp32,
 )
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from kd_dist.batch import StudentOutput
 from kd_dist.errors import TrainingError
@@ -43,9 +44,10 @@ def launched_precision() -> str:
     return "fp32" if asked == "no" else asked
 
 
-def accelerator() -> Accelerator:
+def accelerator(uphill: bool = False) -> Accelerator:
     """The processes that the launcher started, and how they work together. Raises a TrainingError for settings of
-    DeepSpeed that belong to the recipe, or that this engine does not know."""
+    DeepSpeed that belong to the recipe, or that this engine does not know, and for DeepSpeed itself where steps go
+    `uphill` first."""
     handlers: list[Any] = [DistributedDataParallelKwargs()]
     plugin = None
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
@@ -53,6 +55,11 @@ def accelerator() -> Accelerator:
             raise TrainingError("the launcher asks for DeepSpeed, which is missing; pip install -e '.[deepspeed]'")
         if not torch.cuda.is_available():  # Accelerate would take each process for the only one
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        if uphill:
+            raise TrainingError(
+                "DeepSpeed: divides weights and gradients among the ranks and keeps float32 copies of its own, so that "
+                "no weights can be moved for a second pass; take `sam` out of the stage, or launch without DeepSpeed"
+            )
         plugin = _Plugin()
         _check_deepspeed(plugin.deepspeed_config)
     return Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
@@ -132,6 +139,22 @@ class Engine:
 
     def _gradients(self) -> list[Tensor]:
         return [value.grad for value in self.module.parameters() if value.grad is not None]
+
+    @contextlib.contextmanager
+    def uphill(self, distance: float) -> Iterator[None]:
+        """Within it the weights stand so far up the gradient of the step, over all of them together, which is
+        forgotten; afterwards where they stood, to the last bit. For gradients that `gradients` has made complete."""
+        moved = [value for value in self.module.parameters() if value.grad is not None]
+        up, stood = [value.grad for value in moved], [value.detach().clone() for value in moved]
+        with torch.no_grad():
+            torch._foreach_mul_(up, distance / (get_total_norm(up) + 1e-12))  # no gradient, no way up
+            torch._foreach_add_(moved, up)
+        self.clear()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(moved, stood)
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the next step; a group with an `lr_scale` takes so many times of it."""

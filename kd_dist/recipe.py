@@ -215,6 +215,7 @@ class Stage:
     train_last: Natural | None = None  # blocks before the head that learn beside it; 0: the head alone; null: all
     weight_decay: NonNegative = 0.05
     momentum: Fraction = 0.9  # of sgd
+    sam: Positive | None = None  # how far SAM looks up the slope (rho), such as 0.05: two passes a step; null: no SAM
     warmup_epochs: NonNegative = 0.0  # epochs until the learning rate reaches `lr`
     min_lr: NonNegative = 0.0  # learning rate at the end
     clip: Positive | None = 1.0  # largest norm of the gradient; null: not clipped

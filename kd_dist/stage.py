@@ -93,7 +93,7 @@ def agree(about: dict[str, Any], cursor: str) -> None:
 def prepare(recipe: Recipe, name: str) -> Run:
     """Build every part of a stage. Everything that can be wrong with the recipe and the data is found here."""
     stage, seed = recipe.stages[name], places.stage_seed(recipe, name)
-    accelerator = engine.accelerator()
+    accelerator = engine.accelerator(uphill=stage.sam is not None)
     guard.check_world(accelerator.num_processes)
     trial.check_relations(recipe, name, accelerator.num_processes)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -114,7 +114,7 @@ def prepare(recipe: Recipe, name: str) -> Run:
     module = assemble.module(recipe, name, corridor, teacher).to(accelerator.device)
     losses = assemble.stage_losses(recipe, name, corridor)
     alone = {loss: {**one, "gather": False} if LOSSES[loss].relational else one for loss, one in losses.items()}
-    attempt = partial(one_step, module, teacher, Objective(alone, stage.epochs), engine.DTYPES[precision])
+    attempt = partial(one_step, module, teacher, Objective(alone, stage.epochs), engine.DTYPES[precision], stage.sam)
     if stage.find_batch_size:
         corridor = fitting(corridor, attempt, accelerator, f"stages.{name}")
     if accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.DEEPSPEED:
@@ -210,13 +210,15 @@ def one_step(
     teacher: Teacher | None,
     objective: Objective,
     dtype: torch.dtype | None,
+    sam: float | None,
     batch: Batch,
 ) -> bool:
-    """Forward and backward pass beside as much memory as DDP and the optimiser will take; leaves nothing behind.
+    """Forward and backward pass beside as much memory as DDP, the optimiser and `sam` will take; leaves nothing behind.
     Returns whether a parameter that is trained had no part in it."""
     kept = guard.Keep(module)
     kept.store()
-    ballast = [torch.empty_like(value) for value in module.parameters() if value.requires_grad for _ in range(3)]
+    trained = [value for value in module.parameters() if value.requires_grad]
+    ballast = [torch.empty_like(value) for value in trained for _ in range(3 if sam is None else 4)]
     try:
         if teacher is not None:
             batch = batch._replace(signals=teacher(batch.images))

@@ -126,6 +126,26 @@ def brittle(classes, width=4, where="forward", limit=0.7, norm=True):
     return Brittle(*([nn.BatchNorm2d(3)] if norm else []), *parts, nn.Linear(340, classes), where=where, limit=limit)
 
 
+class Cliff(nn.Sequential):
+    """A network whose logits, or whose gradients, are not finite for bright pictures once its weight `edge` is far from
+    where it began: up the slope, in the second pass of a step."""
+
+    def __init__(self, *parts, where="forward", limit=0.7):
+        super().__init__(*parts)
+        self.edge, self.where, self.limit = nn.Parameter(torch.zeros(())), where, limit
+
+    def forward(self, images):
+        beyond = (images.mean(dim=(1, 2, 3)) > self.limit) & (self.edge.abs() > 0.2)
+        values = super().forward(images) + 10 * self.edge * torch.tensor([1.0, 0.0, 0.0])
+        if self.where == "backward":
+            return Poison.apply(values, beyond)
+        return values * torch.where(beyond, torch.nan, 1.0)[:, None]
+
+
+def cliff(classes, width=4, where="forward", limit=0.7):
+    return Cliff(nn.BatchNorm2d(3), *network(classes, width), where=where, limit=limit)
+
+
 class Doomed(nn.Sequential):
     """A network whose weights are ruined in its forward pass number `at`."""
 
@@ -164,6 +184,21 @@ class Steep(nn.Sequential):
 
 def steep(classes, width=4):
     return Steep(*network(classes, width))
+
+
+class Loud(nn.Sequential):
+    """A network that is far too sure."""
+
+    def __init__(self, *parts, factor=1.0):
+        super().__init__(*parts)
+        self.factor = factor
+
+    def forward(self, images):
+        return super().forward(images) * self.factor
+
+
+def loud(classes, width=4, factor=1e4):
+    return Loud(*network(classes, width), factor=factor)
 
 
 def bare(classes, width=4):

@@ -13,12 +13,24 @@ import torch
 from accelerate import Accelerator
 from processes import done, ranks, run, sentence
 from safetensors.torch import load_file
-from trainings import PLAIN, arguments, assert_same_weights, launched, result, scalars, state, trained, weights
+from trainings import (
+    PLAIN,
+    arguments,
+    assert_same_weights,
+    checkpoint_of,
+    launched,
+    result,
+    scalars,
+    state,
+    trained,
+    weights,
+)
 
 from kd_dist import checkpoint, train
 from kd_dist.checkpoint import Progress
 from kd_dist.engine import Engine, _check_deepspeed
 from kd_dist.errors import TrainingError
+from kd_dist.step import go_back
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 
@@ -226,15 +238,6 @@ def test_a_gradient_beyond_fp16_lowers_the_loss_scale(lab, tmp_path, name):
     assert all(value.isfinite().all() for value in weights(folder).values())
 
 
-def checkpoint_of(lab: Path, runs: Path, words: list[str], step: int, world: int, zero: int) -> dict[str, bytes]:
-    """The tensors of the checkpoint after so many steps."""
-    if not step:
-        step, words = 1, [*words, "train.lr=1e-30"]
-    folder = trained(lab, runs, *words, f"train.max_steps={step}", world=world, zero=zero)
-    [last] = folder.glob("checkpoint-*")
-    return {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
-
-
 # ---------------------------------------------------------------------------------------------- settings
 
 
@@ -280,7 +283,7 @@ def test_weights_to_go_back_to_that_are_of_another_model_are_refused(tmp_path):
     checkpoint.save(tmp_path, other.state_dict(), optimizer.state_dict(), Progress(step=3), {})
     made = Engine(Accelerator(cpu=True), module, torch.optim.AdamW(module.parameters()), None)
     with pytest.raises(TrainingError, match=f"^{tmp_path}/checkpoint-00000003: its weights are of another model"):
-        train.go_back(SimpleNamespace(folder=tmp_path, identity={}, engine=made), Progress(step=20, streak=20))
+        go_back(SimpleNamespace(folder=tmp_path, identity={}, engine=made), Progress(step=20, streak=20))
 
 
 def test_weights_of_another_model_are_refused(lab, tmp_path):

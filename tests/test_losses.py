@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import CASES, NEEDED, ORACLES, cases, function_of, inputs, rounding, unlabelled_last, void_some, wide
+from torch import nn
 
 from kd_dist.batch import Batch, StudentOutput, TeacherSignal
 from kd_dist.errors import ModelError, RecipeError
@@ -250,6 +251,110 @@ def test_shapes_that_would_broadcast_are_refused(name, shape):
 def test_kd_binary_refuses_another_number_of_classes():
     with pytest.raises(ModelError, match="loss 'kd_binary': needs logits of 2 classes, not 3; use 'kd'"):
         kd_binary(torch.zeros(8, 3), torch.zeros(8, 3))
+
+
+# ----------------------------------------------------------------------------------- where half precision is not enough
+
+
+def kl_of_probabilities(s, t, T):
+    return nn.KLDivLoss()(torch.log(torch.softmax(s / T, dim=1)), torch.softmax(t / T, dim=1)) * T * T
+
+
+def kl_by_hand(s, t, T):
+    p, q = torch.softmax(t / T, dim=1), torch.softmax(s / T, dim=1)
+    return (p * (torch.log(p) - torch.log(q))).sum(dim=1).mean() * T * T
+
+
+def kl_of_logarithms(s, t, T):
+    p = torch.softmax(t / T, dim=1)
+    return nn.KLDivLoss(reduction="batchmean")(torch.log_softmax(s / T, dim=1), p) * T * T
+
+
+def bce_of_probabilities(s, t, T):
+    q, p = torch.sigmoid((s[:, 1] - s[:, 0]) / T), torch.sigmoid((t[:, 1] - t[:, 0]) / T)
+    return nn.BCELoss()(q, p) * T * T
+
+
+def bce_by_hand(s, t, T):
+    q, p = torch.sigmoid((s[:, 1] - s[:, 0]) / T), torch.sigmoid((t[:, 1] - t[:, 0]) / T)
+    return -(p * torch.log(q) + (1 - p) * torch.log(1 - q)).mean() * T * T
+
+
+def nll_of_probabilities(s, t, T):
+    return nn.NLLLoss()(torch.log(torch.softmax(s, dim=1)), t.argmax(dim=1))
+
+
+COLD = 0.3  # margin of a student that has random weights
+# A formula as it is often written, the temperature, the margins of student and teacher, and where it was seen to fail:
+# in half precision all through, under autocast, or in both.
+NAIVE = [
+    (kl_by_hand, 1, COLD, 200, "both"),  # 0 * log(0), of the teacher's probability
+    (kl_by_hand, 4, COLD, -200, "both"),
+    (kl_by_hand, 100, COLD, 6e4, "both"),
+    (kl_of_probabilities, 1, 200, 200, "both"),  # log(0), of the student's, though both say the same
+    (kl_of_probabilities, 4, 200, -200, "both"),
+    (kl_of_probabilities, 20, -200, 200, "both"),  # a finite value whose gradient is not
+    (kl_of_probabilities, 100, 6e4, -6e4, "both"),
+    (kl_of_logarithms, 4, 6e4, -6e4, "half"),  # the product with T^2 is above 65504
+    (kl_of_logarithms, 100, 6e4, 200, "half"),
+    (bce_of_probabilities, 1, 200, 200, "half"),
+    (bce_of_probabilities, 4, 200, -200, "both"),
+    (bce_of_probabilities, 100, 200, -200, "both"),
+    (bce_by_hand, 4, 200, 200, "both"),
+    (bce_by_hand, 20, -200, 200, "both"),
+    (nll_of_probabilities, 1, 200, -200, "both"),
+    (nll_of_probabilities, 1, 6e4, -6e4, "both"),
+]
+
+
+def margins(*values):
+    """Logits (B, 2) of these margins, in half precision."""
+    return torch.tensor([[-value / 2, value / 2] for value in values], dtype=torch.float16)
+
+
+def assert_exact_in_half(student, teacher, temperature, autocast):
+    """Our losses on logits in half precision: values and gradients are those of float64, so they are finite."""
+    exact, said = student.double().numpy(), teacher.double().numpy()
+    targets = teacher.argmax(dim=1)
+    known = {name: ORACLES[name](exact, said, temperature=temperature) for name in ("kd", "kd_binary")}
+    known["cross_entropy"] = ORACLES["cross_entropy"](exact, targets.numpy())
+    softened = [torch.softmax(logits.double() / temperature, dim=1) for logits in (student, teacher)]
+    slopes = dict.fromkeys(("kd", "kd_binary"), temperature * (softened[0] - softened[1]))
+    slopes["cross_entropy"] = torch.softmax(student.double(), dim=1) - F.one_hot(targets, 2)
+    for name, values in known.items():
+        leaf = student.clone().requires_grad_()
+        options = {} if name == "cross_entropy" else {"temperature": temperature}
+        with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+            ours = function_of(name)(leaf, targets if name == "cross_entropy" else teacher, **options)
+        ours.sum().backward()
+        assert ours.dtype == torch.float32 and ours.isfinite().all() and leaf.grad.isfinite().all(), name
+        np.testing.assert_allclose(ours.detach().numpy(), values, rtol=1e-5, atol=rounding(name, options), err_msg=name)
+        torch.testing.assert_close(leaf.grad.double(), slopes[name], rtol=2e-3, atol=2e-6 * temperature, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+@pytest.mark.parametrize("autocast", [False, True], ids=["half", "autocast"])
+@pytest.mark.parametrize("formula, temperature, mine, other, where", NAIVE)
+def test_where_the_usual_formula_is_not_finite_ours_is_exact(formula, temperature, mine, other, where, autocast):
+    student, teacher = margins(mine), margins(other)
+    leaf = student.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+        value = formula(leaf, teacher, temperature)
+    value.backward()
+    if where == "both" or not autocast:
+        assert not (value.isfinite().all() and leaf.grad.isfinite().all())  # this is how it happens
+    assert_exact_in_half(student, teacher, temperature, autocast)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["half", "autocast"])
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0, 100.0])
+def test_logits_in_half_precision_of_any_size_give_exact_values_and_gradients(temperature, autocast):
+    sizes = [0.0, COLD, 20, 200, 4e3, 6e4]
+    every = [sign * size for size in sizes for sign in (1, -1)]
+    pairs = [(mine, other) for mine in every for other in every]
+    assert len(pairs) == 144 and margins(*every).isfinite().all()
+    student, teacher = (margins(*values) for values in zip(*pairs, strict=True))
+    assert_exact_in_half(student, teacher, temperature, autocast)
 
 
 # ---------------------------------------------------------------------------------------- against other formulations

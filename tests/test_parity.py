@@ -11,6 +11,7 @@ from scenes import scenes
 
 from kd_dist import cache_teacher, journey, train
 from kd_dist.config import load
+from kd_dist.step import forward
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +57,7 @@ def gradients(to: str, overrides: list[str], recipe: str = "tiny.yaml") -> None:
     run.student.train()
     for step in range(STEPS):
         batch, _ = next(stream)
-        _, loss, _ = train.forward(run, batch, epoch=0.0)
+        _, loss, _ = forward(run, batch, epoch=0.0)
         run.engine.clear()
         run.engine.backward(loss, 1.0)
         kept[step] = loss.detach(), torch.cat([p.grad.flatten().clone() for p in run.student.parameters()])

@@ -36,9 +36,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 # ---------------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("stage, student, accumulate", [("distill", "dropping", 1), ("pretrain", "dropping", 2)])
-def test_ten_steps_equal_five_and_a_resume_bit_for_bit(lab, tmp_path, stage, student, accumulate):
+@pytest.mark.parametrize(
+    "stage, student, accumulate, sam",
+    [("distill", "dropping", 1, "null"), ("pretrain", "dropping", 2, "null"), ("distill", "dropping", 2, "0.1")],
+)
+def test_ten_steps_equal_five_and_a_resume_bit_for_bit(lab, tmp_path, stage, student, accumulate, sam):
     words = ["train.epochs=4", f"student.model=tiny_model:{student}", f"train.accumulate={accumulate}"]
+    words += [f"train.sam={sam}"]
     whole = trained(lab, tmp_path / "whole", *words, "train.max_steps=10", "train.checkpoint_every=5", stage=stage)
     trained(lab, tmp_path / "parts", *words, "train.max_steps=5", stage=stage)
     parts = trained(lab, tmp_path / "parts", *words, "train.max_steps=10", stage=stage)
@@ -223,6 +227,37 @@ def test_bf16_trains_close_to_fp32(lab, tmp_path):
     rough = scalars(trained(lab, tmp_path / "bf16", *SGD, "train.precision=bf16"))["train/loss"]
     assert rough != exact
     assert rough == pytest.approx(exact, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def loud_lab(lab, tmp_path_factory) -> Path:
+    """The laboratory with a second cache: the same teacher, its logits ten thousand times as large."""
+    folder = tmp_path_factory.mktemp("loud") / "lab"
+    shutil.copytree(lab, folder, ignore=shutil.ignore_patterns("said-*"))
+    done(run(cache_teacher.main, ["tiny.yaml", *LOUD], folder=folder))
+    return folder
+
+
+LOUD = ["teacher.name=loud", "teacher.model=tiny_model:loud", "teacher.options={width: 8, factor: 1e4}"]
+LOUD += ["teacher.weights=runs/tiny/teacher/seed-0/best.safetensors", "cache.logits=fp32"]
+
+
+@pytest.mark.parametrize("sam", ["null", "0.05"])
+def test_a_cold_student_of_a_saturated_teacher_stays_finite_in_fp16(loud_lab, tmp_path, sam):
+    """Random weights, margins of thousands, a high temperature and a loss scale that overflows at first."""
+    report = json.loads((loud_lab / "shards/tiny/val/loud/manifest.json").read_text())["teacher_report"]
+    assert report["entropy"] < 1e-3
+    words = [*PLAIN, *LOUD, "train.epochs=6", "train.precision=fp16", f"train.sam={sam}"]
+    words += ["train.losses={cross_entropy: {weight: 0.5}, kd: {weight: 0.5, temperature: 20}}"]
+    folder = trained(loud_lab, tmp_path, *words)
+    about, found = result(folder), scalars(folder)
+    assert about["step"] == 18 and about["streak"] == 0 and not (folder / "suspects.jsonl").exists()
+    assert 1 <= about["skipped"] <= 9 and found["train/loss_scale"][18] == 2.0 ** (16 - about["skipped"])
+    assert all(value.isfinite().all() for value in weights(folder).values())
+    numbers = [value for record in about["history"][-3:] for value in record.values()]
+    assert len(numbers) > 30 and all(math.isfinite(value) for value in numbers)
+    losses = [record["kd"] for record in about["history"][-3:]]
+    assert losses[-1] < losses[0]  # it learns
 
 
 # ---------------------------------------------------------------------------------------------- non-finite steps

@@ -34,6 +34,15 @@ def trained(lab: Path, runs: Path, *overrides: str, stage: str = "distill", worl
     return runs / "tiny" / stage / "seed-0"
 
 
+def checkpoint_of(lab: Path, runs: Path, words: list[str], step: int, world: int, zero: int = 0) -> dict[str, bytes]:
+    """The tensors of the checkpoint after so many steps."""
+    if not step:
+        step, words = 1, [*words, "train.lr=1e-30"]
+    folder = trained(lab, runs, *words, f"train.max_steps={step}", world=world, zero=zero)
+    [last] = folder.glob("checkpoint-*")
+    return {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
+
+
 def launched(zero: int) -> dict[str, str]:
     """What a launcher sets for ZeRO stage `zero`; nothing for 0."""
     stage = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero)}
