@@ -358,7 +358,7 @@ def test_weights_of_a_module_around_it(experiment, prefix):
     load_weights(other, "w.pth")
     assert torch.equal(one(IMAGES), other(IMAGES))
     cases = {  # one name without it, two of them, and one of the model's own that begins so
-        "part": ({**state, "more": torch.ones(1)}, tiny(), f"lacks '0.bias' and 3 more; has '{prefix}0.bias' and 4"),
+        "part": ({**state, "other": torch.ones(1)}, tiny(), f"lacks '0.bias' and 3 more; has '{prefix}0.bias' and 4"),
         "wrong": ({f"{prefix}{name}": value for name, value in state.items()}, tiny(), "lacks '0.bias' and 3 more"),
         "own": (state, network(nn.ModuleDict({prefix[:-1]: nn.Conv2d(3, 4, 3)})), f"lacks '{prefix}bias' and 1 more"),
     }

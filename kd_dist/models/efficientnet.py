@@ -37,7 +37,7 @@ def renamed(weights: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, T
 
 
 def pads_and_normalises_alike(backbone: nn.Module) -> bool:
-    """Whether a model computes what efficientnet_pytorch does: TensorFlow's padding and the epsilon of its BatchNorm."""
+    """Whether a model computes what efficientnet_pytorch does: it pads and normalises as TensorFlow."""
     from timm.layers import Conv2dSame
 
     strided = [one for one in backbone.modules() if isinstance(one, nn.Conv2d) and max(one.stride) > 1]
