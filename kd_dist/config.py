@@ -77,6 +77,11 @@ def to_dict(recipe: Any) -> Any:
     return recipe
 
 
+def checked(values: dict[str, Any], cls: type, where: str) -> Any:
+    """Plain values as the dataclass `cls`, checked as a section of a recipe is. A RecipeError begins with `where`."""
+    return _build(_as_node(values, where), cls, ())
+
+
 # ---------------------------------------------------------------------------------------------- text to nodes
 
 
