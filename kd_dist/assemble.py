@@ -352,8 +352,7 @@ def stage_identity(recipe: Recipe, name: str, corridor: Corridor) -> dict[str, A
     free = {"max_steps", "log_every", "checkpoint_every", "find_batch_size"}
     if not any(LOSSES[loss].relational for loss in stage.losses):  # those compare the rows of a micro-batch
         free.add("accumulate")
-    section = to_dict(getattr(recipe, stage.model))
-    section.pop("weights")
+    section = {key: one for key, one in to_dict(getattr(recipe, stage.model)).items() if key not in ("weights", "run")}
     taps = section.pop("taps", {})  # those that the losses read stand under `features`
     used = feature_taps(recipe, stage_features(recipe, name))
     start = places.first_weights(recipe, name)

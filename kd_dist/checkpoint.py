@@ -27,6 +27,7 @@ from kd_dist.manifest import digest, first_difference
 
 VERSION = 2  # 1 had no digests
 FOLDER, UNFINISHED = re.compile(r"checkpoint-\d{8}"), re.compile(r"checkpoint-\d{8}\.tmp")  # other names are not ours
+BEST, RESULT = "best.safetensors", "result.json"  # of a stage: its best weights, and what it ended with, once it has
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _AGAIN = "delete the folder to start the stage again"
 # What the options of an optimiser's group are; those that are not listed are plain values too.

@@ -16,11 +16,16 @@ SHOWN = 30  # names in a sentence
 def hint(word: str, candidates: Iterable[str]) -> str:
     """`; did you mean 'x'?` when a candidate is near `word`, otherwise `; known: ...`, cut where there are many."""
     names = sorted(candidates)
-    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean '{near[0]}'?"
+    near = nearest(word, names)
+    if near is not None:
+        return f"; did you mean '{near}'?"
     shown = names if len(names) <= SHOWN else [*names[:SHOWN], f"and {len(names) - SHOWN:,} more"]
     return f"; known: {', '.join(shown)}" if names else ""
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that `word` may be a misspelling of; None where there is none."""
+    return next(iter(difflib.get_close_matches(str(word), sorted(candidates), n=1, cutoff=0.6)), None)
 
 
 def entry(table: Mapping[str, Any], kind: str, name: str) -> Any:

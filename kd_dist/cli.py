@@ -199,6 +199,20 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fa
         journey.show(report.summarise(rows), loaded)
 
 
+@app.command()
+def import_config(
+    config: Annotated[Path, typer.Argument(help="The configuration, a JSON file.", metavar="CONFIG")],
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="The recipe to write, else CONFIG.yaml.")] = None,
+) -> None:
+    """Turn an older JSON configuration for distilling a deepfake detector into a recipe.
+
+    Example: kd-dist import-config config_SBI.json --out sbi.yaml
+    """
+    from kd_dist import import_config as older
+
+    typer.echo(f"{older.import_config(config, out)}: written; its first lines say what {config} does not")
+
+
 def main() -> None:
     """The `kd-dist` entry point."""
     sys.path.insert(0, os.getcwd())  # a recipe may name a user's own module

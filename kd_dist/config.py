@@ -17,15 +17,18 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from kd_dist.checkpoint import BEST, RESULT, best_digest, read_record
 from kd_dist.choose import describe, fits, hint
-from kd_dist.errors import RecipeError
-from kd_dist.recipe import Recipe
-from kd_dist.rules import Keys, problems
+from kd_dist.errors import RecipeError, TrainingError
+from kd_dist.manifest import first_difference
+from kd_dist.recipe import Network, Recipe
+from kd_dist.rules import Keys, Problems, problems
 from kd_dist.tasks import TASKS
 
 Place = Callable[[int], str]  # a line number, from 1, to what an error begins with
 
 COMMAND_LINE = "command line"
+RUN = ("teacher", "run")
 INTEGER = re.compile(r"[-+]?[0-9]{1,18}")  # 18 digits fit 64 bits; a longer one is read as a float
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "Null": None, "~": None, "": None}
@@ -48,6 +51,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), stage: str | None = No
         _check_stage(root, stage)
     for override in overrides:
         root = _overridden(root, override, stage)
+    root, trained_for = _with_run(root)
     recipe = _build(root, Recipe, ())
     if recipe.name is None:
         recipe = dataclasses.replace(recipe, name=Path(path).stem)
@@ -57,7 +61,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), stage: str | None = No
     if recipe.cache.logits is None:
         exact = "fp32" if recipe.task.name == "regression" else "fp16"
         recipe = dataclasses.replace(recipe, cache=dataclasses.replace(recipe.cache, logits=exact))
-    for keys, sentence in problems(recipe):
+    for keys, sentence in [*_run_problems(recipe, trained_for), *problems(recipe)]:
         raise _error(_where(root, keys), keys, sentence)
     return recipe
 
@@ -71,6 +75,11 @@ def to_dict(recipe: Any) -> Any:
     if isinstance(recipe, (list, tuple)):
         return [to_dict(value) for value in recipe]
     return recipe
+
+
+def checked(values: dict[str, Any], cls: type, where: str) -> Any:
+    """Plain values as the dataclass `cls`, checked as a section of a recipe is. A RecipeError begins with `where`."""
+    return _build(_as_node(values, where), cls, ())
 
 
 # ---------------------------------------------------------------------------------------------- text to nodes
@@ -179,6 +188,57 @@ def _where(root: _Node, keys: Keys) -> str:
             break
         root = root.value[key]
     return root.where
+
+
+# ---------------------------------------------------------------------------------------------- a trained teacher
+
+
+def _with_run(root: _Node) -> tuple[_Node, dict | None]:
+    """`root` with `teacher.run` as the keys that it stands for, and the task that its model was trained for; None
+    where it is not given. Raises TrainingError when weights or result of that stage are damaged."""
+    teacher = root.value.get("teacher") if isinstance(root.value, dict) else None
+    given = teacher.value.get("run") if teacher is not None and isinstance(teacher.value, dict) else None
+    folder = None if given is None else _build(given, str | None, RUN)
+    if folder is None:
+        return root, None
+    names = [field.name for field in dataclasses.fields(Network)]
+    for name in names:
+        if name in teacher.value:
+            raise _error(given.where, RUN, f"says what teacher.{name} is, which is given too; leave one of them out")
+    result, best = Path(folder) / RESULT, Path(folder) / BEST
+    if not result.is_file():
+        raise _error(
+            given.where,
+            RUN,
+            f"{folder} has no finished result ({RESULT}); train that stage to its end, or give the folder of one that "
+            f"is, such as runs/<recipe>/<stage>/seed-0",
+        )
+    record = read_record(result, "identity")
+    try:
+        identity = record["identity"]
+        section, task = identity[identity["stage"]["model"]], identity["task"]
+        found = {name: section[name] for name in names if name in section}
+    except (KeyError, TypeError) as error:
+        raise TrainingError(f"{result}: does not say what was trained ({error}); train the stage again") from error
+    best_digest(best, record.get("best_sha256"))
+    brought = {name: _as_node(value, given.where) for name, value in {**found, "weights": str(best)}.items()}
+    made = teacher._replace(value={**teacher.value, "run": _Node(None, None, given.where), **brought})
+    return root._replace(value={**root.value, "teacher": made}), task
+
+
+def _run_problems(recipe: Recipe, trained_for: dict | None) -> Problems:
+    """A teacher that was trained for another task than the recipe's."""
+    difference = None if trained_for is None else first_difference(to_dict(recipe.task), trained_for)
+    if difference is not None:
+        name, ours, theirs = difference
+        yield RUN, f"was trained for task.{name} = {theirs!r}, the recipe says {ours!r}; give a run of the same task"
+
+
+def _as_node(value: Any, where: str) -> _Node:
+    """A plain value as if it had been written at `where`."""
+    if isinstance(value, dict):
+        return _Node({key: _as_node(child, where) for key, child in value.items()}, None, where)
+    return _Node([_as_node(one, where) for one in value] if isinstance(value, list) else value, None, where)
 
 
 # ---------------------------------------------------------------------------------------------- nodes to dataclasses

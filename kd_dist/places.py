@@ -4,13 +4,12 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from kd_dist.checkpoint import BEST, RESULT
 from kd_dist.losses import signals_needed
 from kd_dist.manifest import GENERATED, GENERATOR
 from kd_dist.recipe import Recipe, parse_bytes
 from kd_dist.remote import LocalCache, Remote, location
 
-BEST = "best.safetensors"
-RESULT = "result.json"
 TRAINING_SPLIT, VALIDATION_SPLIT = "train", "val"
 STAGE_REFERENCE = "stage:"
 

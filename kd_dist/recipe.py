@@ -140,6 +140,9 @@ class Teacher(Network):
 
     name: str = "teacher"  # names its signals: folder <split>/<name>/, members <key>.<name>.npy
     seed: Natural = 0  # of its random weights, where it has any
+    # runs/<recipe>/<stage>/seed-<n>: the model that was trained there, in place of all keys but these two, which
+    # `load` takes from that folder; null from then on.
+    run: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,13 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import picture
 from processes import contents, done, kd_dist, laboratory, run, sentence, start, wait_until
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from kd_dist import cache_teacher, places, train
+from kd_dist import assemble, cache_teacher, places, train
 from kd_dist.cli import app
 from kd_dist.config import load
 from kd_dist.disk import file_digest
@@ -336,6 +337,42 @@ def test_train_says_that_a_stage_is_done(home):
     said = done(run(kd_dist, "train", "tiny.yaml", "--stage", "distill", folder=home))
     assert said == "distill (seed-0): done before\n"
     assert contents(home, "runs/**/*") == before and len(before) > 8
+
+
+@pytest.mark.slow
+def test_a_student_becomes_the_teacher_of_the_next(home, monkeypatch):
+    """Its cached logits are its outputs, in training views and canonical ones; a student learns from them."""
+    text, folder = Path("tiny.yaml").read_text(), "runs/tiny/distill/seed-0"
+    [teacher] = [line for line in text.splitlines() if line.startswith("teacher:")]
+    next_one = f"teacher: {{run: {folder}, name: first}}\nname: tiny\nruns: next"
+    Path("next.yaml").write_text(text.replace(teacher, next_one).replace("cache: {", "cache: {logits: fp32, "))
+    before = contents(home, "runs/**/*")
+    said = done(run(kd_dist, "cache-teacher", "next.yaml", folder=home))
+    assert "cache train: " in said
+    for splits in ("train", "val", "test"):
+        one = json.loads(Path(f"shards/tiny/{splits}/first/manifest.json").read_text())["teacher"]
+        assert (one["name"], one["options"], one["weights"]) == ("first", {"width": 2}, "file")
+        assert one["weights_sha256"] == file_digest(Path(folder) / "best.safetensors")
+    recipe, first = load("next.yaml"), load("tiny.yaml")
+    monkeypatch.syspath_prepend(home)
+    student = assemble.network(first, "student", f"{folder}/best.safetensors", 0).eval()
+    corridors = [assemble.training_corridor(recipe, "distill", 0, 1)]
+    corridors += [assemble.evaluation_corridor(recipe, split, 0, 1, cached=True) for split in ("val", "test")]
+    compared = 0
+    for batch in (corridor[cursor] for corridor in corridors for cursor in range(len(corridor))):
+        with torch.no_grad():
+            expected = student(batch.images).log_softmax(1)
+        torch.testing.assert_close(batch.signals.logits.log_softmax(1), expected, rtol=0, atol=1e-5)
+        compared += len(expected)
+    assert compared == 2 * 21 + 9 + 12  # of the training split two epochs
+    done(run(train_stage, "next.yaml", "distill", folder=home))
+    done(run(kd_dist, "verify", "next.yaml", folder=home))
+    after = contents(home, "runs/**/*")
+    assert after == before and Path("next/tiny/distill/seed-0/result.json").is_file()
+    shutil.rmtree(folder)
+    assert sentence(run(kd_dist, "verify", "next.yaml", folder=home)).startswith(
+        f"next.yaml:9: teacher.run: {folder} has no finished result (result.json); train that stage to its end"
+    )
 
 
 @pytest.mark.slow

@@ -7,12 +7,14 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kd_dist import recipe as sections
+from kd_dist.checkpoint import save_weights, write_atomic
 from kd_dist.config import load, to_dict
-from kd_dist.errors import RecipeError
+from kd_dist.errors import RecipeError, TrainingError
 
 TEXT = """\
 # A recipe for tests.
@@ -558,6 +560,115 @@ def test_the_chosen_stage_must_exist(written):
     assert refusal(written("stages: 3"), stage="distill") == "command line: unknown stage 'distill'"
 
 
+# ---------------------------------------------------------------------------------------------- a trained teacher
+
+
+OF_RUN = {
+    "model": "timm/vit_tiny_patch16_224",
+    "options": {"img_size": [8, 8], "depth": 2},
+    "image_size": 8,
+    "mean": [0.5, 0.25, 0.125],
+    "std": [1.0, 2.0, 4.0],
+    "head": {"hidden": [8, 4], "dropout": 0.5},
+}
+FOLDER = "runs/old/distill/seed-3"
+FROM_RUN = TEXT.replace("  model: timm/convnet\n  weights: stage:teach\n", f"  run: {FOLDER}\n")
+
+
+def trained(which: str = "student", classes: int = 10, **more) -> Path:
+    """The folder of a stage that has ended, as training leaves it."""
+    folder = Path(FOLDER)
+    folder.mkdir(parents=True, exist_ok=True)
+    sha256 = save_weights({"weight": torch.ones(3)}, folder / "best.safetensors")
+    identity = {
+        "stage": {"model": which},
+        which: {**OF_RUN, **more},
+        "task": {"name": "classification", "classes": classes, "outputs": [], "range": [-1.0, 1.0]},
+    }
+    write_atomic(folder / "result.json", json.dumps({"identity": identity, "best_sha256": sha256}))
+    return folder
+
+
+@pytest.mark.parametrize("which, more", [("student", {}), ("teacher", {"name": "other", "seed": 5})])
+def test_a_trained_stage_is_a_teacher(written, which, more):
+    folder, path = trained(which, **more), written(FROM_RUN)
+    section = load(path).teacher
+    assert section == sections.Teacher(
+        model="timm/vit_tiny_patch16_224",
+        options={"img_size": [8, 8], "depth": 2},
+        weights=str(folder / "best.safetensors"),
+        image_size=8,
+        mean=(0.5, 0.25, 0.125),
+        std=(1.0, 2.0, 4.0),
+        head=sections.Head(hidden=(8, 4), dropout=0.5),
+    )
+    named = load(path, ["teacher.name=again", "teacher.seed=2"]).teacher
+    assert named == dataclasses.replace(section, name="again", seed=2)
+    text = json.dumps(to_dict(load(path)), indent=1)
+    assert load(written(text, "configs/again.yaml")) == load(path)  # ordinary keys by now
+    assert load(written(TEXT), [f"teacher={{run: {FOLDER}}}"]).teacher == section
+
+
+def test_a_trained_stage_without_a_head_or_a_size_of_its_own(written):
+    trained(options={}, image_size=None, mean=None, std=None, head=None)
+    section = load(written(FROM_RUN)).teacher
+    assert (section.image_size, section.mean, section.std, section.head, section.options) == (*[None] * 4, {})
+
+
+@pytest.mark.parametrize(
+    "name, value", [("model", "timm/convnet"), ("weights", "pretrained"), ("options", "{}"), ("head", "null")]
+)
+def test_a_trained_stage_and_a_key_that_it_brings(written, name, value):
+    trained()
+    path = written(FROM_RUN.replace("  run:", f"  {name}: {value}\n  run:"))
+    sentence = f"teacher.run: says what teacher.{name} is, which is given too; leave one of them out"
+    assert refusal(path) == f"configs/pets.yaml:10: {sentence}"
+    assert refusal(written(FROM_RUN), [f"teacher.{name}={value}"]).endswith(sentence)
+
+
+def test_a_stage_that_has_not_ended(written):
+    path = written(FROM_RUN)
+    sentence = (
+        f"configs/pets.yaml:9: teacher.run: {FOLDER} has no finished result (result.json); train that stage to its "
+        "end, or give the folder of one that is, such as runs/<recipe>/<stage>/seed-0"
+    )
+    assert refusal(path) == sentence
+    (trained() / "result.json").unlink()
+    assert refusal(path) == sentence
+    assert refusal(path, ["teacher.run=[a]"]) == "command line: teacher.run: must be a text or null, not ['a']"
+    assert refusal(path, ["teacher.run=null"]) == "configs/pets.yaml:8: teacher: required key 'model' is missing"
+
+
+def test_a_stage_of_another_task(written):
+    trained(classes=3)
+    sentence = "teacher.run: was trained for task.classes = 3, the recipe says 10; give a run of the same task"
+    assert refusal(written(FROM_RUN)) == f"configs/pets.yaml:9: {sentence}"
+
+
+def test_what_a_trained_stage_has_left_is_damaged(written):
+    path, folder = written(FROM_RUN), trained()
+    best, result = folder / "best.safetensors", folder / "result.json"
+    whole, said = best.read_bytes(), json.loads(result.read_text())
+    advice = "delete its folder and train the stage again"
+
+    def damaged() -> str:
+        with pytest.raises(TrainingError) as caught:
+            load(path)
+        return str(caught.value)
+
+    best.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert damaged() == f"{best}: is damaged, its sha256 has changed; {advice}"
+    best.unlink()
+    assert damaged() == f"{best}: is lost; {advice}"
+    best.write_bytes(whole)
+    load(path)
+    result.write_text(result.read_text()[:40])
+    assert damaged().startswith(f"{result}: is damaged (")
+    for broken in ({"stage": {}}, {"stage": 3}, 3, {**said["identity"], "student": None}):
+        result.write_text(json.dumps({**said, "identity": broken}))
+        assert damaged().startswith(f"{result}: does not say what was trained (")
+
+
 # ---------------------------------------------------------------------------------------------- over every key
 
 
@@ -581,7 +692,7 @@ def test_every_key_refuses_a_value_of_another_type(written):
         name, wrong = ".".join(keys), "3" if free else "{no: 1}"
         assert refusal(path, [f"{name}={wrong}"]).startswith(f"command line: {name}: must be "), name
         seen += 1
-    assert seen == 106
+    assert seen == 107
 
 
 def test_every_bounded_value_refuses_what_is_below_it(written):
@@ -605,7 +716,7 @@ def test_every_bounded_value_refuses_what_is_below_it(written):
             refusal(path, [f"{name}={wrong}"]),
         ), name
         seen += 1
-    assert seen == 70
+    assert seen == 71
 
 
 def test_a_section_that_may_be_null(written):

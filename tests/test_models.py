@@ -336,8 +336,8 @@ def test_weights_of_another_model(experiment):
         "lacks": ({"0.weight": state["0.weight"]}, "lacks '0.bias' and 2 more; give the weights of this model"),
         "more": ({**state, "x": torch.ones(1)}, "has 'x' and 0 more that the model lacks; give"),
         "both": (
-            {f"net.{name}": value for name, value in state.items()},
-            "lacks '0.bias' and 3 more; has 'net.0.bias'",
+            {f"nets.{name}": value for name, value in state.items()},
+            "lacks '0.bias' and 3 more; has 'nets.0.bias'",
         ),
         "bent": ({**state, "4.bias": torch.ones(9)}, r"'4.bias' is \(9,\), the model's \(3,\); give"),
         "none": ({}, "lacks '0.bias' and 3 more"),
@@ -348,6 +348,24 @@ def test_weights_of_another_model(experiment):
         with pytest.raises(ModelError, match=f"^{name}.safetensors: does not fit tiny_model:network: {sentence}"):
             load_weights(model, f"{name}.safetensors")
     assert weights_digest(model) == before
+
+
+@pytest.mark.parametrize("prefix", ["net.", "model.", "module.", "backbone."])
+def test_weights_of_a_module_around_it(experiment, prefix):
+    one, other = tiny(0), tiny(1)
+    state = {f"{prefix}{name}": value for name, value in one.backbone.state_dict().items()}
+    torch.save({"model": state}, "w.pth")
+    load_weights(other, "w.pth")
+    assert torch.equal(one(IMAGES), other(IMAGES))
+    cases = {  # one name without it, two of them, and one of the model's own that begins so
+        "part": ({**state, "other": torch.ones(1)}, tiny(), f"lacks '0.bias' and 3 more; has '{prefix}0.bias' and 4"),
+        "wrong": ({f"{prefix}{name}": value for name, value in state.items()}, tiny(), "lacks '0.bias' and 3 more"),
+        "own": (state, network(nn.ModuleDict({prefix[:-1]: nn.Conv2d(3, 4, 3)})), f"lacks '{prefix}bias' and 1 more"),
+    }
+    for name, (content, model, sentence) in cases.items():
+        torch.save(content, f"{name}.pth")
+        with pytest.raises(ModelError, match=f"^{name}.pth: does not fit .*: {sentence}"):
+            load_weights(model, f"{name}.pth")
 
 
 def test_what_the_family_ignores_is_dropped_from_the_file(experiment):

@@ -19,14 +19,15 @@ def constant(epoch: float, epochs: int, *, value: float) -> float:
     return value
 
 
-def linear(epoch: float, epochs: int, *, start: float, end: float) -> float:
-    """A straight line from `start` at epoch 0 to `end` at the end of the run."""
-    return start + (end - start) * _done(epoch, epochs)
+def linear(epoch: float, epochs: int, *, start: float, end: float, over: float | None = None) -> float:
+    """A straight line from `start` at epoch 0 to `end` after `over` epochs (null: the whole run), where it stays."""
+    return start + (end - start) * _done(epoch, epochs if over is None else over)
 
 
-def cosine(epoch: float, epochs: int, *, start: float, end: float) -> float:
-    """Half a cosine wave from `start` at epoch 0 to `end` at the end of the run, flat at both ends."""
-    return end + (start - end) * (1 + math.cos(math.pi * _done(epoch, epochs))) / 2
+def cosine(epoch: float, epochs: int, *, start: float, end: float, over: float | None = None) -> float:
+    """Half a cosine wave from `start` at epoch 0 to `end` after `over` epochs (null: the whole run), flat at both ends;
+    `end` stays."""
+    return end + (start - end) * (1 + math.cos(math.pi * _done(epoch, epochs if over is None else over))) / 2
 
 
 def step(epoch: float, epochs: int, *, values: list[float], every: float) -> float:
@@ -37,9 +38,11 @@ def step(epoch: float, epochs: int, *, values: list[float], every: float) -> flo
     return values[min(int(epoch / every + 1e-9), len(values) - 1)]
 
 
-def _done(epoch: float, epochs: int) -> float:
-    """The part of the run that is over, in [0, 1]."""
-    return min(epoch / epochs, 1.0)
+def _done(epoch: float, over: float) -> float:
+    """The part of `over` epochs that is done, in [0, 1]. RecipeError: there is none."""
+    if over <= 0:
+        raise RecipeError(f"'over' must be above 0, not {over}; leave it out for the whole run")
+    return min(epoch / over, 1.0)
 
 
 SCHEDULES: dict[str, Callable[..., float]] = {
@@ -57,7 +60,7 @@ def check_weight(weight: Any) -> None:
         check_options(entry(SCHEDULES, "schedule", name), options, given=("epoch", "epochs"))
         for option, value in options.items():
             for number in value if isinstance(value, (list, tuple)) else [value]:
-                if not 0 <= number <= sys.float_info.max:
+                if number is not None and not 0 <= number <= sys.float_info.max:
                     raise RecipeError(f"'{option}' must be finite and not negative, not {value}")
         weight_at(weight, epoch=0.0, epochs=1)
     except RecipeError as error:

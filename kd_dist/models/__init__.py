@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kd_dist import choose
 from kd_dist.errors import ModelError
+from kd_dist.models.efficientnet import is_published, pads_and_normalises_alike, renamed
 from kd_dist.models.heads import Head, with_head
 
 
@@ -35,6 +36,7 @@ FAMILIES = {
 }
 
 COUNTER = ".num_batches_tracked"  # old files lack it, and nothing that we do uses it
+WRAPPERS = ("net.", "model.", "module.", "backbone.")  # what all names begin with when a module around it was saved
 
 
 class Network(nn.Module):
@@ -157,11 +159,22 @@ def _own(model: str, classes: int, options: dict[str, Any], channels: int) -> Bu
 def load_weights(network: Network, path: str | Path) -> None:
     """Load a .safetensors file, or a torch file read with `weights_only=True`, strictly into the backbone.
 
-    A torch file may hold the weights under `state_dict` or `model`. Missing, unexpected or misshapen entries are a
+    A torch file may hold the weights under `state_dict` or `model`. The weights may be those of a module around this
+    one (`WRAPPERS`), or be named as efficientnet_pytorch does. Missing, unexpected or misshapen entries are a
     ModelError that names the first of each; what the family's `ignored` names is no part of the model and dropped.
     """
-    weights = {name: value for name, value in read_weights(path).items() if not name.startswith(network.ignored)}
     expected = network.backbone.state_dict()
+    weights = _unwrapped(read_weights(path), expected)
+    if is_published(weights) and not is_published(expected):
+        if not pads_and_normalises_alike(network.backbone):
+            better = network.label.replace("timm/efficientnet_", "timm/tf_efficientnet_").partition(".")[0]
+            better = better if better.startswith("timm/tf_") else "timm/tf_efficientnet_b4, or the size of the file"
+            raise ModelError(
+                f"{path}: has weights named as in efficientnet_pytorch, of a model that pads and normalises as "
+                f"TensorFlow does, and {network.label} does not; write model: {better}"
+            )
+        weights = renamed(weights, expected)
+    weights = {name: value for name, value in weights.items() if not name.startswith(network.ignored)}
     missing = sorted(name for name in expected.keys() - weights.keys() if not name.endswith(COUNTER))
     foreign = sorted(weights.keys() - expected.keys())
     bent = [name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape]
@@ -173,6 +186,14 @@ def load_weights(network: Network, path: str | Path) -> None:
     if problems:
         raise ModelError(f"{path}: does not fit {network.label}: {'; '.join(problems)}; give the weights of this model")
     network.backbone.load_state_dict(weights)
+
+
+def _unwrapped(weights: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without the first of `WRAPPERS` that all their names begin with and none of the expected ones."""
+    for prefix in WRAPPERS:
+        if all(name.startswith(prefix) for name in weights) and not any(name.startswith(prefix) for name in expected):
+            return {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
