@@ -45,8 +45,8 @@ class Batch(NamedTuple):
     total: int  # examples planned for the whole step: all ranks, all its micro-batches; failed ones count
     signals: TeacherSignal | None  # None when the stage uses no cache
     failed: tuple[str, ...] = ()  # a sentence for each example of the share that could not be read or decoded
-    # (B, 2) int64, digests of the video and the frame that each example shows, 0: of none. None where no video is named,
-    # and where students learn.
+    # (B, 2) int64, digests of the video and the frame that each example shows, 0: of none. None where no video is
+    # named, and where students learn.
     groups: Tensor | None = None
 
 

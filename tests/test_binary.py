@@ -134,7 +134,8 @@ def test_a_long_curve_keeps_some_of_its_points(step):
     false, true, _ = roc_curve(labels, margins)
     roc = ranked(margins, labels)["roc"].numpy()
     assert len(false) > POINTS >= len(roc) > POINTS // 2
-    assert {tuple(point) for point in roc} <= set(zip(*roc_curve(labels, margins, drop_intermediate=False)[:2]))
+    false, true, _ = roc_curve(labels, margins, drop_intermediate=False)
+    assert {tuple(point) for point in roc} <= set(zip(false, true, strict=True))
     assert roc[0].tolist() == [0, 0] and roc[-1].tolist() == [1, 1] and (np.diff(roc, axis=0) >= 0).all()
     assert np.trapezoid(roc[:, 1], roc[:, 0]) == pytest.approx(roc_auc_score(labels, margins), abs=1e-3)
 
@@ -174,8 +175,8 @@ def test_the_auc_of_videos_is_what_counting_by_hand_gives(seed):
     assert len(margins) > len({tuple(one) for one in groups.tolist()}) > 12  # several faces, several frames
     found = ranked(margins, labels, groups)
     assert float(found["video_auc"]) == pytest.approx(by_hand(margins, labels, groups), rel=1e-12)
-    shuffled = np.random.default_rng(seed).permutation(len(margins))
-    assert float(ranked(margins[shuffled], labels[shuffled], groups[shuffled])["video_auc"]) == float(found["video_auc"])
+    order = np.random.default_rng(seed).permutation(len(margins))
+    assert float(ranked(margins[order], labels[order], groups[order])["video_auc"]) == float(found["video_auc"])
 
 
 def test_videos_with_the_same_faces_tie_in_whatever_order_they_came():
@@ -187,8 +188,8 @@ def test_videos_with_the_same_faces_tie_in_whatever_order_they_came():
 
 
 def test_it_is_the_highest_face_and_the_mean_frame():
-    """The positive video: frames 0.9 (faces 0.9 and 0.1) and 0.5, mean 0.7; the negative one: 0.6. The mean over all its
-    faces would be 0.5, below it; the highest of all faces of a negative video 0.95 does not count for its mean."""
+    """The positive video has frames of 0.9 (faces 0.9 and 0.1) and 0.5, mean 0.7; the mean over its faces would be 0.5,
+    below the 0.6 of a negative one. The other negative one has a face of 0.95, more than any, and a mean of 0.45."""
     p = np.array([0.9, 0.1, 0.5, 0.6, 0.95, 0.2, 0.2])
     labels, groups = [1, 1, 1, 0, 0, 0, 0], [[1, 1], [1, 1], [1, 2], [2, 3], [3, 4], [3, 5], [3, 6]]
     assert float(ranked(np.log(p / (1 - p)), labels, groups)["video_auc"]) == 1.0
@@ -211,7 +212,7 @@ def test_a_video_of_both_classes_is_positive():
 
 
 def metrics_of(rows: list[int]) -> dict[str, list]:
-    """All metrics of a task with two classes over some rows, a batch of three each; in a distributed run of all ranks."""
+    """All metrics of two classes over some rows, in batches of three; in a distributed run over those of all ranks."""
     margins, labels, groups = filmed(7)
     metrics = TASK.metrics()
     for start in range(0, len(rows), 3):
@@ -224,7 +225,8 @@ def metrics_of(rows: list[int]) -> dict[str, list]:
 def count_a_share(arguments: list[str]) -> None:
     """One rank of a distributed evaluation."""
     torch.distributed.init_process_group("gloo")
-    Path(arguments[1]).write_text(json.dumps([torch.distributed.get_world_size(), metrics_of(json.loads(arguments[0]))]))
+    found = metrics_of(json.loads(arguments[0]))
+    Path(arguments[1]).write_text(json.dumps([torch.distributed.get_world_size(), found]))
     torch.distributed.destroy_process_group()
 
 

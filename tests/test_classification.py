@@ -174,12 +174,12 @@ def test_the_calibration_error_is_the_sum_over_bins(classes, scale):
 
 
 def test_calibration_errors_that_can_be_read_off():
-    """One bin's distance does not make up for another's; a probability on an edge belongs to the bin below."""
+    """One bin's distance does not make up for another's: 0.59 lies in (8/15, 9/15], 0.61 above it; 1 in the last."""
     sure = np.array([[50, 0], [50, 0], [0, 50], [0, 50]], np.float32)
     assert measured(sure, np.array([0, 0, 1, 1]), [])["ece"] == pytest.approx(0, abs=1e-15)
     assert measured(sure, np.array([0, 0, 0, 0]), [])["ece"] == pytest.approx(0.5)
-    edge = np.log(np.array([[0.6, 0.4], [0.61, 0.39]])).astype(np.float32)  # 0.6 in (8/15, 9/15], 0.61 above it
-    assert measured(edge, np.array([0, 1]), [])["ece"] == pytest.approx((0.4 + 0.61) / 2, abs=1e-6)
+    edge = np.log(np.array([[0.59, 0.41], [0.61, 0.39]])).astype(np.float32)
+    assert measured(edge, np.array([0, 1]), [])["ece"] == pytest.approx((0.41 + 0.61) / 2, abs=1e-6)
     assert measured(np.zeros((4, 2), np.float32), np.array([0, 0, 0, 1]), [])["ece"] == 0.25
 
 

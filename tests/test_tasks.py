@@ -139,4 +139,4 @@ def test_two_classes_have_metrics_of_their_own():
     ],
 )
 def test_a_metric_without_a_value_is_one_sentence(metric, remedy):
-    assert undefined(metric, "shards/x/val") == f"shards/x/val: {metric} is undefined there; {remedy}, or choose another"
+    assert undefined(metric, "a/val") == f"a/val: {metric} is undefined there; {remedy}, or choose another"
