@@ -197,7 +197,8 @@ def measured(recipe: Recipe, folder: Path, which: str, weights: str, build: Call
     identity = {"weights": weights, "examples": corridor.examples.fingerprint, "model": to_dict(section)}
     identity["views"], identity["version"] = assemble.views_identity(recipe, split), RECORD_VERSION
     known = read_record(record, "identity") if record.is_file() else {"identity": None}
-    if known["identity"] == manifest.plain(identity):
+    fresh = known["identity"] != manifest.plain(identity)
+    if not fresh:
         known = read_record(record, "metrics", *COST)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -209,16 +210,17 @@ def measured(recipe: Recipe, folder: Path, which: str, weights: str, build: Call
         known |= cost.measure(network, recipe.views.shape)
         if ROC in found:
             known[ROC] = [[round(rate, ROC_DIGITS) for rate in point] for point in found[ROC].tolist()]
+    values = known["metrics"]
+    if values[metric] is None:
+        raise DataError(f"{undefined(metric, corridor.examples.folder)} evaluate.split")
+    if fresh:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(record, json.dumps(known, indent=1, sort_keys=True))
-    value, values = known["metrics"][metric], known["metrics"]
-    if value is None:
-        raise DataError(f"{undefined(metric, corridor.examples.folder)} evaluate.split")
-    every = {name: one for name, one in values.items() if name in METRICS}
+    every = {name: values[name] for name in METRICS if name in values}
     defined = {name: one for name, one in values.items() if one is not None}
     parts = task.table(defined, corridor.examples.manifest["class_names"])
-    fields = [*COST, *([ROC] if ROC in known else [])]
-    return {"metric": metric, "value": value, "metrics": every, "parts": parts, **{one: known[one] for one in fields}}
+    taken = {field: known[field] for field in (*COST, ROC) if field in known}
+    return {"metric": metric, "value": values[metric], "metrics": every, "parts": parts, **taken}
 
 
 def unique(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
