@@ -90,10 +90,9 @@ def test_margins_far_out_are_no_tie():
     assert float(ranked([40.0, 50.0], [0, 1])["auc"]) == 1.0
     assert float(ranked([50.0, 40.0], [0, 1])["auc"]) == 0.0
     assert float(ranked([1e4, 1e4 + 1e-3], [0, 1])["auc"]) == 1.0  # float32 can tell these apart
-    # Two logits of which float32 knows the difference to 1e-3 only: in float64 it is exact.
-    close = torch.tensor([[1e4, 1e4], [1e4, 1e4 + 1e-3], [-1.0, 0.0005]])
+    # Differences that float32 knows to 1e-3 only: in float64 they are exact.
     metric = Ranking()
-    metric.update(close, torch.tensor([0, 1, 1]))
+    metric.update(torch.tensor([[-1e4, 1.0], [-1e4, 1.0001]]), torch.tensor([0, 1]))
     assert float(metric.compute()["auc"]) == 1.0
 
 
