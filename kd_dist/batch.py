@@ -45,6 +45,9 @@ class Batch(NamedTuple):
     total: int  # examples planned for the whole step: all ranks, all its micro-batches; failed ones count
     signals: TeacherSignal | None  # None when the stage uses no cache
     failed: tuple[str, ...] = ()  # a sentence for each example of the share that could not be read or decoded
+    # (B, 2) int64, digests of the video and the frame that each example shows, 0: of none. None where no video is
+    # named, and where students learn.
+    groups: Tensor | None = None
 
 
 def valid_rows(batch: Batch) -> Batch:
@@ -62,6 +65,7 @@ def valid_rows(batch: Batch) -> Batch:
         sizes=batch.sizes if batch.sizes is None else batch.sizes[kept],
         valid=kept[kept],
         signals=signals,
+        groups=batch.groups if batch.groups is None else batch.groups[kept],
     )
 
 

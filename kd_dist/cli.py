@@ -184,7 +184,7 @@ def inspect(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fal
 
 @app.command()
 def evaluate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Measure the best weights of every trained stage on the evaluation split.
+    """Measure the best weights of every trained stage on the evaluation split: all metrics, and what a model takes.
 
     Example: kd-dist evaluate configs/digits.yaml evaluate.split=val --json
     """
@@ -196,7 +196,26 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fa
     if as_json:
         typer.echo(json.dumps(rows))
     else:
-        journey.show(report.summarise(rows), loaded)
+        found = report.summarise(rows)
+        journey.show(found, loaded)
+        journey.on_terminal(report.metrics_table(found))
+
+
+@app.command()
+def compare(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Teacher and students side by side, over every seed that has been trained: metrics, cost, what is kept of the
+    teacher. Written to compare.md and compare.json, of two classes roc.png too, in the recipe's folder of runs.
+
+    Example: kd-dist compare configs/digits.yaml
+    """
+    from kd_dist import compare as comparison
+    from kd_dist import journey
+
+    loaded, found = journey.compare_recipe(recipe, overrides or [])
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        journey.on_terminal(comparison.table(found["summary"], journey.heading(loaded)))
 
 
 @app.command()

@@ -6,6 +6,7 @@ given to `prepare`: a rank's `Corridor` already holds that rank's share only.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -192,6 +193,7 @@ class Rows(NamedTuple):
     stored: np.ndarray | None  # (B,) structured rows of signals
     valid: tuple[bool, ...]
     failed: tuple[str, ...]  # a sentence for each row that is not valid, but a filler
+    groups: np.ndarray  # (B, 2) int64, as in a batch
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,7 @@ class Corridor(Dataset[Batch]):
             total=max(total, 1),
             signals=None if rows.stored is None else self._signals(rows.stored),
             failed=rows.failed,
+            groups=torch.from_numpy(rows.groups) if rows.groups.any() else None,
         )
 
     def _share(self, ids: np.ndarray, epoch: int) -> Rows:
@@ -257,7 +260,8 @@ class Corridor(Dataset[Batch]):
         """One row of zeros that is not valid."""
         pixels = np.zeros((1, *self.policy.size, self.policy.channels), np.uint8)
         stored = None if self.signals is None else np.zeros(1, self.signals.dtype)
-        return Rows((key,), pixels, [self.task.no_target(self.policy.size)], stored, (False,), ())
+        targets, groups = [self.task.no_target(self.policy.size)], np.zeros((1, 2), np.int64)
+        return Rows((key,), pixels, targets, stored, (False,), (), groups)
 
     def _named(self, one: int) -> tuple[str, str]:
         """The key of an example, and where it is, in words; without a readable index its place has to do."""
@@ -274,16 +278,19 @@ class Corridor(Dataset[Batch]):
         numbers = self._view_numbers(ids, epoch)
         stored = None if self.signals is None else self.signals.rows(ids, numbers)
         pixels, targets = np.empty((len(ids), *self.policy.size, self.policy.channels), np.uint8), []
+        groups = np.zeros((len(ids), 2), np.int64)
         for row, example in enumerate(examples):
             view = self._view(example, int(numbers[row])) if stored is None else stored["view"][row]
             pixels[row] = self.policy.replay(example.image, view)
             # A model is judged against the mask as it is, at its own resolution.
             whole = self.views == 0
             targets.append(example.target if whole else self.task.replay_target(example.target, view, self.policy.size))
+            if whole and "video" in example.about:
+                groups[row] = video_and_frame(example)
         if stored is not None:
             self._check_pixels(ids, epoch, examples, pixels, stored)
         keys = tuple(example.key for example in examples)
-        return Rows(keys, pixels, targets, stored, (True,) * len(keys), ())
+        return Rows(keys, pixels, targets, stored, (True,) * len(keys), (), groups)
 
     def _signals(self, stored: np.ndarray) -> TeacherSignal:
         """The logits decoded; of the features their fields as they are."""
@@ -318,7 +325,7 @@ class Corridor(Dataset[Batch]):
 
 def joined(parts: list[Rows]) -> Rows:
     """The rows of all parts, in order."""
-    keys, pixels, targets, stored, valid, failed = zip(*parts, strict=True)
+    keys, pixels, targets, stored, valid, failed, groups = zip(*parts, strict=True)
     return Rows(
         keys=sum(keys, ()),
         pixels=np.concatenate(pixels),
@@ -326,7 +333,17 @@ def joined(parts: list[Rows]) -> Rows:
         stored=None if stored[0] is None else np.concatenate(stored),
         valid=sum(valid, ()),
         failed=sum(failed, ()),
+        groups=np.concatenate(groups),
     )
+
+
+def video_and_frame(example: Example) -> tuple[int, int]:
+    """Digests of the video of an example that names one, and of the frame within it: without one, it is a frame of its
+    own."""
+    names = example.about["video"], example.about.get("frame", f"of {example.key}")
+    payloads = (json.dumps(names[:count]).encode() for count in (1, 2))
+    video, frame = (hashlib.blake2b(payload, digest_size=8).digest() for payload in payloads)
+    return int.from_bytes(video, "little", signed=True), int.from_bytes(frame, "little", signed=True)
 
 
 def describe(versions: dict[str, str]) -> str:

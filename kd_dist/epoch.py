@@ -11,12 +11,12 @@ from torch import nn
 
 from kd_dist import checkpoint, monitor, places
 from kd_dist.checkpoint import Progress
-from kd_dist.errors import TrainingError, cause, is_out_of_memory
+from kd_dist.errors import DataError, TrainingError, cause, is_out_of_memory
 from kd_dist.evaluation import agree_on_buffers, evaluate, picture
 from kd_dist.loader import batches
 from kd_dist.losses import Objective
 from kd_dist.stage import Run
-from kd_dist.tasks import is_better, retention
+from kd_dist.tasks import is_better, retention, undefined
 
 
 def end_epoch(run: Run, progress: Progress, means: dict[str, float]) -> None:
@@ -24,6 +24,8 @@ def end_epoch(run: Run, progress: Progress, means: dict[str, float]) -> None:
     accelerator, metric = run.accelerator, run.metric
     agree_on_buffers(accelerator, run.student)
     values = run_evaluation(run)
+    if math.isnan(values[metric]) and math.isfinite(values.get("nll", math.nan)):  # the model says something
+        raise DataError(f"{undefined(metric, run.validation.examples.folder)} evaluate.metric")
     epoch = -(-progress.step // run.train.plan.steps_per_epoch) - 1
     record = {
         "epoch": epoch,

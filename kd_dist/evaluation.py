@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,6 @@ from kd_dist.loader import to_device
 from kd_dist.tasks import Task
 
 
-@torch.no_grad()  # not inference mode: under ZeRO 3 weights that are gathered in it could not be trained again
 def evaluate(
     predict: Callable[[Batch], Tensor],
     batches: Iterable[Batch],
@@ -26,11 +25,30 @@ def evaluate(
     device: torch.device,
     error_limit: int | None = None,
 ) -> dict[str, float]:
-    """Metrics of `predict(batch) -> (B, C) or (B, C, h, w) logits` over every valid row, once each.
+    """Metrics of `predict(batch) -> (B, C) or (B, C, h, w) logits` over every valid row, once each: see `judge`."""
+    return numbers(judge(predict, batches, task, device, error_limit))
 
-    The metrics hold sums; in a distributed run `compute` adds them over the ranks, so no row is padded or repeated.
-    `name/part` is left out where it is undefined, as the IoU of a class that nobody saw. Failed examples are left out
-    too, with a warning on stderr; more of them over all ranks than `error_limit` are a DataError on each.
+
+def numbers(found: Mapping[str, Tensor]) -> dict[str, float]:
+    """Those of the metrics that are numbers. `name/part` is left out where it is undefined, as the IoU of a class that
+    nobody saw."""
+    values = {name: float(value) for name, value in found.items() if value.dim() == 0}
+    return {name: value for name, value in values.items() if not ("/" in name and math.isnan(value))}
+
+
+@torch.no_grad()  # not inference mode: under ZeRO 3 weights that are gathered in it could not be trained again
+def judge(
+    predict: Callable[[Batch], Tensor],
+    batches: Iterable[Batch],
+    task: Task,
+    device: torch.device,
+    error_limit: int | None = None,
+) -> dict[str, Tensor]:
+    """As `evaluate`, with curves: all that the task's metrics come to.
+
+    The metrics hold sums, or every score; in a distributed run `compute` puts those of the ranks together, so no row is
+    padded or repeated. Failed examples are left out, with a warning on stderr; more of them over all ranks than
+    `error_limit` are a DataError on each.
     """
     metrics = task.metrics().to(device)
     failed, first = 0, ""
@@ -42,14 +60,14 @@ def evaluate(
         logits = predict(batch)
         if not empty:  # torchmetrics refuses zero rows
             sizes = batch.sizes if batch.sizes is None else batch.sizes[batch.valid]
-            task.update(metrics, logits[batch.valid].float(), batch.targets[batch.valid], sizes)
+            groups = batch.groups if batch.groups is None else batch.groups[batch.valid]
+            task.update(metrics, logits[batch.valid].float(), batch.targets[batch.valid], sizes, groups)
     failed, first, speaks = _of_all_ranks(failed, first)
     if error_limit is not None and failed > error_limit:
         raise DataError(f"{failed} examples failed, data.error_limit allows {error_limit}; the first: {first}")
     if failed and speaks:
         print(f"warning: the metrics leave out {failed} examples; the first: {first}", file=sys.stderr, flush=True)
-    values = {name: float(value) for name, value in metrics.compute().items()}
-    return {name: value for name, value in values.items() if not ("/" in name and math.isnan(value))}
+    return metrics.compute()
 
 
 def _of_all_ranks(failed: int, first: str) -> tuple[int, str, bool]:

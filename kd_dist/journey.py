@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.table import Table
 
-from kd_dist import assemble, manifest, places, report, trial
+from kd_dist import assemble, compare, cost, manifest, places, report, trial
 from kd_dist.checkpoint import read_record, write_atomic
 from kd_dist.config import load, to_dict
 from kd_dist.disk import alone
 from kd_dist.errors import INTERRUPTED, DataError, Preempted
-from kd_dist.evaluation import evaluate, first_examples, picture
+from kd_dist.evaluation import first_examples, judge, numbers, picture
 from kd_dist.launch import PATIENCE, killed, tied
 from kd_dist.loader import batches
 from kd_dist.models import Network
@@ -28,9 +29,14 @@ from kd_dist.pack import pack
 from kd_dist.preempt import SIGNALS, noticed
 from kd_dist.recipe import Recipe
 from kd_dist.remote import Remote
+from kd_dist.tasks import METRICS, undefined
+from kd_dist.tasks.binary import ROC
 from kd_dist.train_gan import train_gan
 
-COST = ("name", "parameters", "macs", "latency_ms")  # what a model is and takes, in the record of its evaluation
+# What a model is and takes, in the record of its evaluation.
+COST = ("name", "parameters", "macs", "latency_ms", "memory_mb")
+RECORD_VERSION = 2  # of that record; 1 knew neither memory nor curves
+ROC_DIGITS = 6  # of a rate in the record
 DRAWN_AT_ONCE = 32  # examples of a picture in a forward pass
 
 
@@ -183,31 +189,38 @@ def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def measured(recipe: Recipe, folder: Path, which: str, weights: str, build: Callable[[], Network]) -> dict[str, Any]:
-    """The metric and the cost of the `teacher` or `student` whose weights have the digest `weights`, from the record in
-    `folder` or measured now and recorded there."""
+    """The metrics and the cost of the `teacher` or `student` whose weights have the digest `weights`, from the record
+    in `folder` or measured now and recorded there; of two classes the ROC curve too."""
     split, metric, task = recipe.evaluate.split, recipe.evaluate.metric, assemble.task(recipe)
     record, section = folder / f"evaluation-{split}.json", getattr(recipe, which)
     corridor = assemble.evaluation_corridor(recipe, split, 0, 1, cached=False)
     identity = {"weights": weights, "examples": corridor.examples.fingerprint, "model": to_dict(section)}
-    identity["views"] = assemble.views_identity(recipe, split)
-    known = read_record(record, "identity", "metrics", *COST) if record.is_file() else {"identity": None}
-    if known["identity"] != manifest.plain(identity):
+    identity["views"], identity["version"] = assemble.views_identity(recipe, split), RECORD_VERSION
+    known = read_record(record, "identity") if record.is_file() else {"identity": None}
+    fresh = known["identity"] != manifest.plain(identity)
+    if not fresh:
+        known = read_record(record, "metrics", *COST)
+    else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = build().eval().to(device)
         stream = batches(corridor, 0, len(corridor), 0, pin=False)
-        values = evaluate(lambda batch: network(batch.images), stream, task, device, recipe.data.error_limit)
-        if math.isnan(values[metric]):
-            raise DataError(
-                f"{corridor.examples.folder}: {metric} is undefined there; label its examples, or choose another "
-                f"evaluate.split"
-            )
+        found = judge(lambda batch: network(batch.images), stream, task, device, recipe.data.error_limit)
+        values = {name: None if math.isnan(value) else value for name, value in numbers(found).items()}
         known = {"identity": identity, "metrics": values, "name": section.model}
-        known |= report.measure(network, recipe.views.shape)
+        known |= cost.measure(network, recipe.views.shape)
+        if ROC in found:
+            known[ROC] = [[round(rate, ROC_DIGITS) for rate in point] for point in found[ROC].tolist()]
+    values = known["metrics"]
+    if values[metric] is None:
+        raise DataError(f"{undefined(metric, corridor.examples.folder)} evaluate.split")
+    if fresh:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(record, json.dumps(known, indent=1, sort_keys=True))
-    cost = {field: known[field] for field in COST}
-    parts = task.table(known["metrics"], corridor.examples.manifest["class_names"])
-    return {"metric": metric, "value": known["metrics"][metric], "parts": parts, **cost}
+    every = {name: values[name] for name in METRICS if name in values}
+    defined = {name: one for name, one in values.items() if one is not None}
+    parts = task.table(defined, corridor.examples.manifest["class_names"])
+    taken = {field: known[field] for field in (*COST, ROC) if field in known}
+    return {"metric": metric, "value": values[metric], "metrics": every, "parts": parts, **taken}
 
 
 def unique(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -250,7 +263,33 @@ def draw(recipe: Recipe) -> np.ndarray | None:
     return picture(task, batch, said)
 
 
+def compare_recipe(path: Path, overrides: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
+    """Measure all that has been trained of a recipe, with every seed that is found, and write the comparison."""
+    first = load(path, overrides)
+    recipes = [load(path, [*overrides, f"seed={seed}"]) for seed in trained_seeds(first)]
+    models = unique([row for recipe in recipes or [first] for row in evaluate_recipe(recipe)])
+    return first, compare.write(Path(first.runs) / first.name, first.name, first.evaluate.split, models)
+
+
+def trained_seeds(recipe: Recipe) -> list[int]:
+    """The seeds with which a student's stage of the recipe has been trained to its end, in order."""
+    stages = [name for name, stage in recipe.stages.items() if stage.model == "student"]
+    folders = [places.stage_folder(recipe, name).parent for name in stages]
+    found = {path.parent.name.removeprefix("seed-") for folder in folders for path in folder.glob(f"*/{places.RESULT}")}
+    return sorted(int(seed) for seed in found if seed.isdecimal())
+
+
 def show(rows: Sequence[dict[str, Any]], recipe: Recipe) -> None:
-    """Print summary rows as a table, wide enough where nothing says how wide the output is."""
+    """Print summary rows as a table."""
+    on_terminal(report.table(rows, heading(recipe)))
+
+
+def heading(recipe: Recipe) -> str:
+    return f"{recipe.name}, {recipe.evaluate.split} split"
+
+
+def on_terminal(*tables: Table) -> None:
+    """Print tables, wide enough where nothing says how wide the output is."""
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(report.table(rows, f"{recipe.name}, {recipe.evaluate.split} split"))
+    for one in tables:
+        console.print(one)

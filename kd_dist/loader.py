@@ -110,6 +110,7 @@ def to_device(batch: Batch, device: torch.device, codecs: Mapping[str, FeatureCo
         sizes=batch.sizes if batch.sizes is None else batch.sizes.to(device, non_blocking=True),
         valid=batch.valid.to(device, non_blocking=True),
         signals=signals,
+        groups=batch.groups if batch.groups is None else batch.groups.to(device, non_blocking=True),
     )
 
 

@@ -237,7 +237,8 @@ class Evaluate:
     """`evaluate`: what a trained model is judged by."""
 
     split: str = "test"  # a split of `data.splits`
-    metric: str | None = None  # accuracy, nll; miou, pixel_accuracy; ccc, mae; null: the first of the task's
+    # accuracy, nll, ece, and of two classes auc, eer, video_auc; miou, pixel_accuracy; ccc, mae; null: the task's first
+    metric: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

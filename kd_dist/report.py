@@ -3,47 +3,19 @@
 import json
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 from kd_dist.checkpoint import write_atomic
-from kd_dist.models import Network
 from kd_dist.tasks import retention
 
 ROLES = ("teacher", "student_alone", "student_kd")
-LATENCY_RUNS, LATENCY_SECONDS = 30, 10.0  # as many, or what fits into that time, but at least 3
-
-
-def measure(network: Network, size: tuple[int, int]) -> dict[str, Any]:
-    """Parameters, multiply-accumulates of one image, and the median latency in ms of one image on one CPU thread."""
-    network = network.cpu().eval()
-    image = torch.zeros(1, network.channels, *size, dtype=torch.uint8)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            with FlopCounterMode(display=False) as counter:
-                network(image)
-            seconds = []
-            while len(seconds) < (LATENCY_RUNS if sum(seconds) < LATENCY_SECONDS else 3):
-                start = time.perf_counter()
-                network(image)
-                seconds.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return {
-        "parameters": sum(value.numel() for value in network.parameters()),
-        "macs": counter.get_total_flops() // 2,
-        "latency_ms": statistics.median(seconds) * 1e3,
-    }
+COST = ("parameters", "MACs", "latency ms", "memory MB")
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -60,7 +32,8 @@ def summarise(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a stage, over its seeds, in the order of first appearance; retention is against the mean teacher.
 
     `parts` of a model are what its metric is made of, such as each class's IoU, as (name, value); those of a row
-    are (name, mean, interval).
+    are (name, mean, interval). `metrics` of a row are all that the task has: mean, interval and retention of each, None
+    where a seed has no such number.
     """
     stages = list(dict.fromkeys((model["role"], model["stage"]) for model in models))
     rows = []
@@ -68,16 +41,28 @@ def summarise(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         group = [model for model in models if model["stage"] == stage]
         mean, half = interval([model["value"] for model in group])
         latency = statistics.median(model["latency_ms"] for model in group)
-        same = {name: group[0][name] for name in ("name", "metric", "parameters", "macs")}
+        same = {name: group[0][name] for name in ("name", "metric", "parameters", "macs", "memory_mb")}
         rows.append({"role": role, "stage": stage, **same, "seeds": len(group), "mean": mean, "interval": half})
         rows[-1]["latency_ms"] = latency
         parts = list(dict.fromkeys(part for model in group for part, _ in model["parts"]))
         values = {part: [value for model in group for name, value in model["parts"] if name == part] for part in parts}
         rows[-1]["parts"] = [(part, *interval(values[part])) for part in parts]
-    teachers = [row["mean"] for row in rows if row["role"] == "teacher"]
+        every = {metric: [model["metrics"][metric] for model in group] for metric in group[0]["metrics"]}
+        known = {metric: (None, None) if None in of else interval(of) for metric, of in every.items()}
+        rows[-1]["metrics"] = {metric: {"mean": mean, "interval": half} for metric, (mean, half) in known.items()}
+    teachers = [row for row in rows if row["role"] == "teacher"]
     for row in rows:
-        row["retention"] = retention(row["metric"], row["mean"], statistics.fmean(teachers)) if teachers else None
+        row["retention"] = kept(row["metric"], row["mean"], [teacher["mean"] for teacher in teachers])
+        for metric, one in row["metrics"].items():
+            one["retention"] = kept(metric, one["mean"], [teacher["metrics"][metric]["mean"] for teacher in teachers])
     return rows
+
+
+def kept(metric: str, value: float | None, teachers: Sequence[float | None]) -> float | None:
+    """The retention of a metric against the mean of the teachers'; None where one of them is not known."""
+    if value is None or not teachers or None in teachers:
+        return None
+    return retention(metric, value, statistics.fmean(teachers))
 
 
 def gains(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -100,22 +85,32 @@ def gains(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def spread(mean: float, half: float | None) -> str:
-    """A mean and its interval as a table shows them."""
+def spread(mean: float | None, half: float | None) -> str:
+    """A mean and its interval as a table shows them; a dash where there is none."""
+    if mean is None:
+        return "-"
     return f"{mean:.4f}" + ("" if half is None else f" ± {half:.4f}")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A summary row as a table shows it."""
+    share = "" if row["retention"] is None else f"{row['retention']:.1%}"
     value = spread(row["mean"], row["interval"])
-    kept = "" if row["retention"] is None else f"{row['retention']:.1%}"
-    label = row["role"].replace("_kd", " + KD").replace("_", " ")
+    return [role_in_words(row), row["name"], row["stage"], str(row["seeds"]), value, *cost(row), share]
+
+
+def role_in_words(row: dict[str, Any]) -> str:
+    return row["role"].replace("_kd", " + KD").replace("_", " ")
+
+
+def cost(row: dict[str, Any]) -> list[str]:
+    """What a model takes, as COST heads it."""
     size, macs = f"{row['parameters'] / 1e6:.3f} M", f"{row['macs'] / 1e6:.2f} M"
-    return [label, row["name"], row["stage"], str(row["seeds"]), value, size, macs, f"{row['latency_ms']:.2f}", kept]
+    return [size, macs, f"{row['latency_ms']:.2f}", f"{row['memory_mb']:.2f}"]
 
 
 def headings(metric: str) -> list[str]:
-    return ["role", "model", "stage", "seeds", metric, "parameters", "MACs", "latency ms", "retention"]
+    return ["role", "model", "stage", "seeds", metric, *COST, "retention"]
 
 
 def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
@@ -128,18 +123,42 @@ def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     return shown
 
 
+def metrics_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Every metric of each stage, for a terminal."""
+    names = list(rows[0]["metrics"])
+    shown = Table(title="all metrics")
+    for heading in ("stage", *names):
+        shown.add_column(heading, overflow="fold")
+    for row in rows:
+        found = [row["metrics"][name] for name in names]
+        shown.add_row(row["stage"], *(spread(one["mean"], one["interval"]) for one in found))
+    return shown
+
+
 def markdown(
-    rows: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]], title: str, split: str, pictured: bool
+    rows: Sequence[dict[str, Any]],
+    differences: Sequence[dict[str, Any]],
+    title: str,
+    split: str,
+    pictures: Sequence[str],
 ) -> str:
-    """The table and the gains as a page; the pictures lie beside it."""
+    """The table and the gains as a page; the `pictures`, named without their `.png`, lie beside it."""
     names = headings(rows[0]["metric"])
-    lines = [f"# {title}", "", f"Measured on the `{split}` split; latency is one example on one CPU thread.", ""]
+    lines = [f"# {title}", "", measured_on(split), ""]
     lines += ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     lines += ["", *(gain_sentence(one, rows[0]["metric"]) for one in differences)]
     lines += part_lines(rows)
-    lines += ["", "![curves](curves.png)", *(["", "![examples](examples.png)"] if pictured else [])]
+    lines += [line for name in pictures for line in ("", f"![{name}]({name}.png)")]
     return "\n".join([*lines, ""])
+
+
+def measured_on(split: str) -> str:
+    """What the numbers of a table are."""
+    return (
+        f"Measured on the `{split}` split; latency is one example on one CPU thread; memory is the weights and the "
+        f"most that one example's activations take at once."
+    )
 
 
 def part_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -171,17 +190,20 @@ def write(
     histories: dict[str, list],
     examples: np.ndarray | None,
 ) -> list[dict]:
-    """Write `report.json`, `report.md`, `curves.png` and the picture of some `examples`, if any; return the summary.
+    """Write `report.json`, `report.md`, `curves.png`, `roc.png` where there are such curves, and the picture of some
+    `examples`, if any; return the summary.
 
     `histories`: epoch records by run; `examples`: (height, width, 3) uint8.
     """
     rows, differences = summarise(models), gains(models)
     content = {"split": split, "models": models, "summary": rows, "gains": differences}
     write_atomic(folder / "report.json", json.dumps(content, indent=1, sort_keys=True))
-    write_atomic(folder / "report.md", markdown(rows, differences, title, split, examples is not None))
+    pictures = ["curves", *(["roc"] if plot_roc(folder / "roc.png", models, split) else [])]
     if examples is not None:
         Image.fromarray(examples).save(folder / "examples.png")
+        pictures.append("examples")
     plot(folder / "curves.png", histories, rows[0]["metric"])
+    write_atomic(folder / "report.md", markdown(rows, differences, title, split, pictures))
     return rows
 
 
@@ -200,3 +222,26 @@ def plot(path: Path, histories: dict[str, list[dict[str, Any]]], metric: str) ->
         axes.grid(alpha=0.3)
     right.legend(fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def plot_roc(path: Path, models: Sequence[dict[str, Any]], split: str) -> bool:
+    """The ROC curves of all models that have one, a colour a stage, its area in the legend; returns whether any has."""
+    from matplotlib.figure import Figure
+
+    drawn = [model for model in models if model.get("roc")]
+    if not drawn:
+        return False
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+    for number, stage in enumerate(dict.fromkeys(model["stage"] for model in drawn)):
+        group = [model for model in drawn if model["stage"] == stage]
+        label = f"{stage}, AUC {spread(*interval([model['metrics']['auc'] for model in group]))}"
+        for place, model in enumerate(group):
+            false, true = zip(*model["roc"], strict=True)
+            axes.plot(false, true, color=f"C{number}", linewidth=1, label=None if place else label)
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", title=split)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="lower right")
+    figure.savefig(path, dpi=120)
+    return True

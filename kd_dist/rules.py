@@ -17,7 +17,7 @@ from kd_dist.models.taps import reads_shares
 from kd_dist.recipe import Network, Recipe, Views
 from kd_dist.remote import url_problem
 from kd_dist.sources import SOURCES
-from kd_dist.tasks import TASKS
+from kd_dist.tasks import TASKS, metrics_of
 
 Keys = tuple[str, ...]  # the way from the top of a recipe to a value: ("stages", "distill", "lr")
 Problems = Iterator[tuple[Keys, str]]  # where a value is, and the sentence that says what is wrong with it
@@ -64,7 +64,8 @@ def _name_problems(recipe: Recipe) -> Problems:
 
 
 def _task_problems(recipe: Recipe) -> Problems:
-    task, known = recipe.task, TASKS[recipe.task.name].metrics_known
+    task = recipe.task
+    known = metrics_of(task.name, task.classes)
     regression = task.name == "regression"
     if regression and (task.classes is not None or not task.outputs):
         yield ("task",), "a regression names its `outputs`, such as [valence, arousal], and has no classes"
@@ -80,8 +81,12 @@ def _task_problems(recipe: Recipe) -> Problems:
         yield ("audio",), "segmentation is for images; leave `audio` out"
     if task.name == "segmentation" and task.classes > MOST_MASK_CLASSES:
         yield ("task", "classes"), f"a mask has room for {MOST_MASK_CLASSES} classes, not for {task.classes}"
-    if recipe.evaluate.metric not in known:
-        metric = recipe.evaluate.metric
+    metric = recipe.evaluate.metric
+    if metric in TASKS[task.name].metrics_known and metric not in known:
+        yield ("evaluate", "metric"), (
+            f"'{metric}' is for two classes, the task has {task.classes}; choose one of {', '.join(known)}"
+        )
+    elif metric not in known:
         yield ("evaluate", "metric"), f"unknown metric '{metric}' of {task.name}{hint(metric, known)}"
     if recipe.cache.logits == "uint8" and regression:
         yield ("cache", "logits"), "the outputs of a regression are stored as 'fp32' or 'fp16'; 'uint8' is for classes"

@@ -21,6 +21,9 @@ def test_certainty_agrees_with_scipy():
 def test_a_warning_for_a_teacher_without_doubt():
     [warning] = certainty_warnings(SATURATED_ENTROPY * 0.9)
     assert warning.startswith(
-        "warning: the teacher's mean entropy is 0.0180 nat: it says little beyond its top class; "
+        "warning: the teacher's mean entropy is 0.0180 nat: it says little beyond its top class; raise the temperature"
     )
+    for remedy in ("label smoothing", "a temperature that calibrates it", "learn from its features"):
+        assert remedy in warning
+    assert "\n" not in warning and ". " not in warning
     assert certainty_warnings(SATURATED_ENTROPY) == []

@@ -14,7 +14,8 @@ from scipy.stats import entropy
 from sklearn.metrics import accuracy_score, log_loss
 
 from kd_dist.errors import DataError
-from kd_dist.tasks.classification import HIGHER_IS_BETTER, Classification, check_label
+from kd_dist.evaluation import numbers
+from kd_dist.tasks.classification import BINS, HIGHER_IS_BETTER, Classification, check_label
 from kd_dist.views import ImageViews
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)
@@ -142,7 +143,7 @@ def measured(logits: np.ndarray, targets: np.ndarray, cuts: list[int]) -> dict[s
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             task.update(collection, torch.from_numpy(part), torch.from_numpy(labels), None)
-    return {name: float(value) for name, value in collection.compute().items()}
+    return numbers(collection.compute())
 
 
 def test_metrics_agree_with_scikit_learn():
@@ -152,6 +153,35 @@ def test_metrics_agree_with_scikit_learn():
     assert set(found) == set(HIGHER_IS_BETTER)
     assert found["accuracy"] == pytest.approx(accuracy_score(targets, logits.argmax(1)), abs=1e-7)
     assert found["nll"] == pytest.approx(log_loss(targets, p, labels=range(7)), rel=1e-12)
+    assert found["ece"] == pytest.approx(calibration_by_hand(p, targets), rel=1e-12)
+
+
+def calibration_by_hand(p: np.ndarray, targets: np.ndarray) -> float:
+    """Guo et al. 2017, bin by bin: ((m - 1) / 15, m / 15]."""
+    top, right, total = p.max(1), p.argmax(1) == targets, 0.0
+    for m in range(1, BINS + 1):
+        inside = (top > (m - 1) / BINS) & (top <= m / BINS)
+        if inside.any():
+            total += inside.sum() * abs(right[inside].mean() - top[inside].mean())
+    return total / len(p)
+
+
+@pytest.mark.parametrize(("classes", "scale"), [(2, 1.0), (2, 30.0), (7, 0.1), (7, 10.0)])
+def test_the_calibration_error_is_the_sum_over_bins(classes, scale):
+    logits, targets = rows(classes=classes)
+    logits = (logits * scale).astype(np.float32)
+    p = softmax(logits.astype(np.float64), axis=1)
+    assert measured(logits, targets, [])["ece"] == pytest.approx(calibration_by_hand(p, targets), rel=1e-12)
+
+
+def test_calibration_errors_that_can_be_read_off():
+    """One bin's distance does not make up for another's: 0.59 lies in (8/15, 9/15], 0.61 above it; 1 in the last."""
+    sure = np.array([[50, 0], [50, 0], [0, 50], [0, 50]], np.float32)
+    assert measured(sure, np.array([0, 0, 1, 1]), [])["ece"] == pytest.approx(0, abs=1e-15)
+    assert measured(sure, np.array([0, 0, 0, 0]), [])["ece"] == pytest.approx(0.5)
+    edge = np.log(np.array([[0.59, 0.41], [0.61, 0.39]])).astype(np.float32)
+    assert measured(edge, np.array([0, 1]), [])["ece"] == pytest.approx((0.41 + 0.61) / 2, abs=1e-6)
+    assert measured(np.zeros((4, 2), np.float32), np.array([0, 0, 0, 1]), [])["ece"] == 0.25
 
 
 def test_accuracy_is_over_examples_and_not_over_classes():

@@ -27,10 +27,12 @@ ROW = {
     "name",
     "metric",
     "value",
+    "metrics",
     "parts",
     "parameters",
     "macs",
     "latency_ms",
+    "memory_mb",
 }
 
 SOURCE = '''\
@@ -90,7 +92,7 @@ def commands() -> list[str]:
 
 
 def test_help_of_each_command_shows_an_example():
-    assert {"run", "pack", "train", "cache-teacher", "evaluate"} <= set(commands())
+    assert {"run", "pack", "train", "cache-teacher", "evaluate", "compare"} <= set(commands())
     top = CliRunner().invoke(app, ["--help"])
     assert top.exit_code == 0
     for name in commands():

@@ -692,7 +692,7 @@ def test_every_key_refuses_a_value_of_another_type(written):
         name, wrong = ".".join(keys), "3" if free else "{no: 1}"
         assert refusal(path, [f"{name}={wrong}"]).startswith(f"command line: {name}: must be "), name
         seen += 1
-    assert seen == 107
+    assert seen == 108
 
 
 def test_every_bounded_value_refuses_what_is_below_it(written):
@@ -782,7 +782,14 @@ def test_a_damaged_recipe_is_read_or_refused_in_one_sentence(written, data):
             "cache.features.f.pool: 'attention(a.attn, 8x16)' reads shares of places, which are none when pooled; "
             "leave `pool` out and name a smaller grid in the tap, as in saliency(PATH, 4x8)",
         ),
-        (["evaluate.metric=miou"], "evaluate.metric: unknown metric 'miou' of classification; known: accuracy, nll"),
+        (
+            ["evaluate.metric=miou"],
+            "evaluate.metric: unknown metric 'miou' of classification; known: accuracy, ece, nll",
+        ),
+        (
+            ["evaluate.metric=auc"],
+            "evaluate.metric: 'auc' is for two classes, the task has 10; choose one of accuracy, nll, ece",
+        ),
         (
             ["task={name: segmentation, classes: 256}", "evaluate.metric=miou"],
             "task.classes: a mask has room for 255 classes, not for 256",

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import picture
 from processes import inside, laboratory
 
 from kd_dist import assemble, cache_teacher, journey, manifest
-from kd_dist.batch import IGNORED, Batch, Example, TeacherSignal
+from kd_dist.batch import IGNORED, Batch, Example, TeacherSignal, valid_rows
 from kd_dist.compress import STORES, Basis, FeatureCodec
 from kd_dist.config import load
 from kd_dist.data import CHECK_ONE_IN, Corridor, Shards, SignalShards
@@ -22,6 +23,8 @@ from kd_dist.loader import batches, to_device
 from kd_dist.losses import Objective
 from kd_dist.plan import Plan
 from kd_dist.signals import CODECS, LogitsCodec
+from kd_dist.sources import Listing
+from kd_dist.sources.image_folder import image_folder
 from kd_dist.tasks import Classification
 from kd_dist.views import input_crc
 
@@ -83,6 +86,56 @@ def joined(shares: list[Batch]) -> tuple[tuple[str, ...], bytes]:
 def bytes_of(batch: Batch) -> tuple:
     tensors = (batch.images, batch.targets, batch.valid, batch.signals.logits)
     return batch.keys, batch.total, *(tensor.numpy().tobytes() for tensor in tensors)
+
+
+# ---------------------------------------------------------------------------------------------- what they show
+
+
+FILMED = {"blue/00": ("a", 3), "blue/01": ("a", 3), "green/00": ("a", 4), "green/01": ("b", 3), "red/01": ("b", None)}
+
+
+def filmed(root: str) -> Listing:
+    """The pictures of a folder, some of which are of videos; the frame of the last is not known."""
+    listing = image_folder(root)
+    items = []
+    for item in listing.items:
+        video, frame = FILMED.get(item.name.removesuffix(".png"), (None, None))
+        about = {} if video is None else {"video": video} if frame is None else {"video": video, "frame": frame}
+        items.append(item._replace(about=about))
+    return listing._replace(items=items)
+
+
+def test_a_batch_says_which_rows_are_of_one_video_and_of_one_frame(experiment):
+    recipe = load("tiny.yaml", [f"data.source={__name__}:filmed", "data.root=filmed", "data.shard_size=3"])
+    for split, many in (("train", 4), ("val", 2), ("test", 2)):
+        for name in ("blue", "green", "red"):
+            place = experiment / "filmed" / split / name
+            place.mkdir(parents=True)
+            for number in range(many):
+                picture(0, number).save(place / f"{number:02d}.png")
+    journey.pack_recipe(recipe)
+    corridor = assemble.evaluation_corridor(recipe, "val", 0, 1, cached=False)
+    [batch] = [corridor[number] for number in range(len(corridor))]
+    rows = dict(zip(batch.keys, batch.groups.tolist(), strict=True))
+    assert len(rows) == 6 and batch.groups.dtype == torch.int64
+    assert [key for key, group in rows.items() if group == [0, 0]] == ["red/00"]
+    assert rows["blue/00"] == rows["blue/01"] != rows["green/00"]
+    assert len({video for video, _ in rows.values()}) == 3 and rows["blue/00"][0] == rows["green/00"][0]
+    assert len({frame for _, frame in rows.values()}) == 5  # frame 3 of another video is another frame
+    learning = assemble.training_corridor(recipe, "pretrain", 0, 1)
+    assert len(learning[0].keys) == 8 and learning[0].groups is None  # of 12, of which 5 name a video
+    # Masked rows keep their place, those that are left out lose it.
+    path = corridor.examples.paths[0]
+    path.write_bytes(bytes(path.stat().st_size))
+    damaged = replace(assemble.evaluation_corridor(recipe, "val", 0, 1, cached=False), on_error="replace_masked")
+    [batch] = [damaged[number] for number in range(len(damaged))]
+    assert batch.valid.tolist() == [False] * 3 + [True] * 3 and batch.groups[:3].eq(0).all()
+    assert valid_rows(batch).groups.tolist() == batch.groups[3:].tolist() == [rows[key] for key in batch.keys[3:]]
+    assert to_device(batch, torch.device("cpu")).groups.tolist() == batch.groups.tolist()
+
+
+def test_where_nothing_is_named_no_video_is_known(corridor):
+    assert assemble.evaluation_corridor(load("tiny.yaml", RECIPE), "val", 0, 1, cached=True)[0].groups is None
 
 
 # ---------------------------------------------------------------------------------------------- which examples

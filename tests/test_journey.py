@@ -63,7 +63,7 @@ def pictures(root):
 '''
 
 # What a report must say of each model, and what of it cannot be the same twice.
-ROW = {"role", "name", "metric", "value", "seed", "parameters", "macs", "latency_ms"}
+ROW = {"role", "name", "metric", "value", "seed", "metrics", "parameters", "macs", "latency_ms", "memory_mb"}
 RUNS = "runs/tiny/{}/seed-{}"
 STUDENTS = [RUNS.format("pretrain", 0), RUNS.format("distill", 0)]
 

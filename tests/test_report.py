@@ -3,26 +3,21 @@
 import io
 import json
 import re
-import time
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from rich.console import Console
 from scipy import stats
-from torch import nn
 
-from kd_dist import report
-from kd_dist.models import Built, Network
 from kd_dist.report import (
-    LATENCY_RUNS,
     gain_sentence,
     gains,
     headings,
     interval,
     markdown,
-    measure,
+    metrics_table,
+    plot_roc,
     summarise,
     table,
     write,
@@ -30,8 +25,9 @@ from kd_dist.report import (
 
 
 def row(role: str, stage: str, seed: int, value: float, metric: str = "accuracy", **other) -> dict:
-    cost = {"name": f"timm/{role}", "parameters": 1000, "macs": 2000, "latency_ms": 1.5}
-    return {"role": role, "stage": stage, "seed": seed, "metric": metric, "value": value, "parts": [], **cost, **other}
+    about = {"role": role, "stage": stage, "seed": seed, "metric": metric, "value": value, "parts": []}
+    cost = {"name": f"timm/{role}", "parameters": 1000, "macs": 2000, "latency_ms": 1.5, "memory_mb": 0.25}
+    return {**about, "metrics": {metric: value}, **cost, **other}
 
 
 THREE = [
@@ -43,63 +39,6 @@ THREE = [
     row("student_alone", "pretrain", 2, 0.77),
     row("teacher", "teacher", 0, 0.90),
 ]
-
-
-# ------------------------------------------------------------------------------------------------ cost
-
-
-class Calls(nn.Module):
-    """A known convolution and a known linear layer; remembers how it was called."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 8 * 6, 5)
-        self.seen = []
-
-    def forward(self, images):
-        self.seen.append((images.shape, self.training, torch.get_num_threads(), torch.is_inference_mode_enabled()))
-        return self.head(self.conv(images).flatten(1))
-
-
-def test_parameters_and_macs_of_known_layers():
-    backbone = Calls()
-    network = Network(Built(backbone, (0.5,) * 3, (0.5,) * 3), 5, None, "calls")
-    cost = measure(network, (8, 6))
-    assert cost["parameters"] == (3 * 4 * 9 + 4) + (192 * 5 + 5)
-    assert cost["macs"] == 8 * 6 * 4 * 27 + 192 * 5
-    assert 0 < cost["latency_ms"] < 1000
-    assert len(backbone.seen) == 1 + LATENCY_RUNS
-    assert set(backbone.seen) == {(torch.Size((1, 3, 8, 6)), False, 1, True)}
-
-
-def test_a_slow_model_is_timed_three_times(monkeypatch):
-    monkeypatch.setattr(report, "LATENCY_SECONDS", 0.1)
-
-    class Slow(Calls):
-        def forward(self, images):
-            time.sleep(report.LATENCY_SECONDS / 2)
-            return super().forward(images)
-
-    backbone = Slow()
-    measure(Network(Built(backbone, (0.5,) * 3, (0.5,) * 3), 5, None, "slow"), (8, 6))
-    assert len(backbone.seen) == 1 + 3
-
-
-def test_measuring_gives_the_threads_back():
-    class Broken(nn.Module):
-        def forward(self, images):
-            raise KeyError
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        measure(Network(Built(Calls(), (0.0,) * 3, (1.0,) * 3), 5, None, "calls"), (8, 6))
-        assert torch.get_num_threads() == 2
-        with pytest.raises(KeyError):
-            measure(Network(Built(Broken(), (0.0,) * 3, (1.0,) * 3), 5, None, "broken"), (8, 6))
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------------------------------ numbers
@@ -189,20 +128,49 @@ def test_a_gain_in_words():
         assert twin == f"`distill` against `pretrain`, which has no generated examples, {said}: -0.0100 nll (one seed)."
 
 
+def two(seed: int, auc: float | None, nll: float, **other) -> dict:
+    metrics = {"accuracy": 0.5, "nll": nll, "auc": auc}
+    return row("student_kd", "distill", seed, 0.5, metrics=metrics, **other)
+
+
+def test_every_metric_has_an_interval_and_a_retention():
+    teacher = row("teacher", "teacher", 0, 0.9, metrics={"accuracy": 0.9, "nll": 0.2, "auc": 0.96})
+    [taught, found] = summarise([teacher, two(0, 0.7, 0.5), two(1, 0.74, 0.3)])
+    assert taught["metrics"]["auc"] == {"mean": 0.96, "interval": None, "retention": 1.0}
+    mean, half = interval([0.7, 0.74])
+    assert found["metrics"]["auc"] == {"mean": mean, "interval": half, "retention": pytest.approx(0.72 / 0.96)}
+    assert found["metrics"]["nll"]["retention"] == pytest.approx(0.5)  # the teacher's is half of it
+    assert found["retention"] == pytest.approx(0.5 / 0.9) == found["metrics"]["accuracy"]["retention"]
+
+
+def test_a_metric_that_a_seed_has_not_has_no_mean():
+    teacher = row("teacher", "teacher", 0, 0.9, metrics={"accuracy": 0.9, "nll": 0.2, "auc": None})
+    for rows in ([teacher, two(0, 0.7, 0.5)], [two(0, None, 0.5), two(1, 0.7, 0.5)], [two(0, 0.7, 0.5)]):
+        assert summarise(rows)[-1]["metrics"]["auc"]["retention"] is None
+    assert summarise([two(0, None, 0.5), two(1, 0.7, 0.5)])[0]["metrics"]["auc"]["mean"] is None
+
+
+def test_the_table_of_all_metrics_has_a_row_a_stage():
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(metrics_table(summarise([two(0, None, 0.5), two(1, 0.7, 0.25)])))
+    lines = [re.split(r" *[│┃] *", line.strip("│┃ ")) for line in console.export_text().splitlines() if "│" in line]
+    assert lines == [["distill", "0.5000 ± 0.0000", f"0.3750 ± {interval([0.5, 0.25])[1]:.4f}", "-"]]
+
+
 def test_parts_have_intervals_too():
     models = [
         {**row("student_kd", "a", seed, value), "parts": [("mae", value / 2)]} for seed, value in enumerate((0.4, 0.6))
     ]
     [found] = summarise(models)
     assert found["parts"] == [("mae", *interval([0.2, 0.3]))]
-    assert f"| mae | 0.2500 ± {interval([0.2, 0.3])[1]:.4f} |" in markdown([found], [], "x", "test", False)
+    assert f"| mae | 0.2500 ± {interval([0.2, 0.3])[1]:.4f} |" in markdown([found], [], "x", "test", [])
 
 
 # ------------------------------------------------------------------------------------------------ what is shown
 
 
 def test_the_page_holds_every_row_and_gain():
-    page = markdown(summarise(THREE), gains(THREE), "pets", "test", pictured=False)
+    page = markdown(summarise(THREE), gains(THREE), "pets", "test", ["curves"])
     lines = page.splitlines()
     assert lines[0] == "# pets"
     assert "Measured on the `test` split" in page
@@ -232,11 +200,31 @@ def test_what_is_written(tmp_path):
     content = json.loads((tmp_path / "report.json").read_text())
     assert content == {"split": "test", "models": THREE, "summary": rows, "gains": gains(THREE)}
     assert rows == summarise(THREE)
-    assert (tmp_path / "report.md").read_text() == markdown(rows, gains(THREE), "pets", "test", pictured=False)
+    assert (tmp_path / "report.md").read_text() == markdown(rows, gains(THREE), "pets", "test", ["curves"])
     curves = Image.open(tmp_path / "curves.png")
     assert curves.size == (1200, 480)
     assert len(np.unique(np.asarray(curves.convert("L")))) > 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "report.json", "report.md"]
+
+
+CURVES = {"roc": [[0.0, 0.0], [0.2, 0.7], [1.0, 1.0]]}
+
+
+def test_curves_of_two_classes_are_drawn(tmp_path):
+    pictures = []
+    for height in (0.7, 0.9):
+        models = [two(0, 0.7, 0.5, roc=[[0.0, 0.0], [0.2, height], [1.0, 1.0]]), two(1, 0.8, 0.5, **CURVES)]
+        history = {"distill seed-0": [{"step": 5, "loss": 0.5, "val_accuracy": 0.3}]}
+        write(tmp_path, "pets", "test", models, history, None)
+        pictures.append(np.asarray(Image.open(tmp_path / "roc.png").convert("L")))
+    assert pictures[0].shape == (600, 600) and not np.array_equal(*pictures)
+    assert "![roc](roc.png)" in (tmp_path / "report.md").read_text().splitlines()
+
+
+def test_without_a_curve_there_is_no_picture(tmp_path):
+    assert plot_roc(tmp_path / "roc.png", [two(0, None, 0.5), *THREE], "test") is False
+    assert not list(tmp_path.iterdir())
+    assert plot_roc(tmp_path / "roc.png", [two(0, 0.7, 0.5, **CURVES), *THREE], "test") is True
 
 
 def test_the_picture_shows_the_histories(tmp_path):

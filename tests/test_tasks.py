@@ -7,9 +7,21 @@ import numpy as np
 import pytest
 import torch
 
+from kd_dist.evaluation import numbers
 from kd_dist.inputs.images import Images
 from kd_dist.inputs.spectrograms import LogMel, Spectrograms
-from kd_dist.tasks import METRICS, TASKS, Classification, Regression, Segmentation, is_better, packed_for, retention
+from kd_dist.tasks import (
+    METRICS,
+    TASKS,
+    Classification,
+    Regression,
+    Segmentation,
+    is_better,
+    metrics_of,
+    packed_for,
+    retention,
+    undefined,
+)
 
 MADE = {
     "classification": Classification(3),
@@ -40,15 +52,17 @@ def test_every_metric_of_a_task_is_measured_and_has_a_direction():
     logits = {**dict.fromkeys(TASKS, torch.eye(3)), "segmentation": torch.eye(3)[:, :, None, None]}
     targets = {"classification": torch.tensor([0, 1, 1]), "segmentation": torch.tensor([0, 1, 1]).byte().view(3, 1, 1)}
     targets["regression"] = torch.eye(3) / 2
-    for name, task in MADE.items():
+    logits["classification"], targets["classification"] = torch.eye(3)[:, :2], torch.tensor([0, 1, 1])
+    for name, task in {**MADE, "classification": Classification(2)}.items():
+        groups = torch.tensor([[1, 1], [2, 2], [3, 3]])
         sizes = torch.ones(3, 2, dtype=torch.int64)
         metrics = task.metrics()
-        task.update(metrics, logits[name], targets[name], sizes if task.maps else None)
-        measured = {metric: float(value) for metric, value in metrics.compute().items()}
+        task.update(metrics, logits[name], targets[name], sizes if task.maps else None, groups)
+        measured = numbers(metrics.compute())
         assert {metric for metric in measured if "/" not in metric} == set(task.metrics_known) <= set(METRICS)
         assert all(np.isfinite(measured[metric]) for metric in task.metrics_known)
     assert [kind.metrics_known[0] for kind in TASKS.values()] == ["accuracy", "miou", "ccc"]
-    assert len(METRICS) == sum(len(kind.metrics_known) for kind in TASKS.values()) == 6
+    assert len(METRICS) == sum(len(kind.metrics_known) for kind in TASKS.values()) == 10
 
 
 @pytest.mark.parametrize(
@@ -63,6 +77,10 @@ def test_every_metric_of_a_task_is_measured_and_has_a_direction():
         ("miou", 0.6, 0.8, 0.75),
         ("ccc", 0.6, 0.8, 0.75),
         ("mae", 0.4, 0.2, 0.5),
+        ("auc", 0.8, 1.0, 0.8),
+        ("video_auc", 0.8, 1.0, 0.8),
+        ("eer", 0.4, 0.1, 0.25),
+        ("ece", 0.2, 0.1, 0.5),
     ],
 )
 def test_retention_is_one_when_all_is_kept_and_less_when_not(metric, student, teacher, kept):
@@ -83,6 +101,10 @@ def test_retention_is_one_when_all_is_kept_and_less_when_not(metric, student, te
         ("nll", 0.4, math.nan, True),
         ("miou", 0.5, 0.4, True),
         ("pixel_accuracy", 0.4, 0.5, False),
+        ("auc", 0.6, 0.5, True),
+        ("eer", 0.6, 0.5, False),
+        ("ece", 0.4, 0.5, True),
+        ("auc", math.nan, 0.5, False),
     ],
 )
 def test_what_counts_as_better(metric, value, best, better):
@@ -99,3 +121,22 @@ def test_what_a_manifest_says_of_a_task():
         "range": [0, 5],
     }
     assert about["input"]["mels"] == 64 and about["input"]["shortest"] == 2.0 and about["input"]["db"] == [-60.0, 40.0]
+
+
+def test_two_classes_have_metrics_of_their_own():
+    assert metrics_of("classification", 2) == ("accuracy", "nll", "ece", "auc", "eer", "video_auc")
+    assert metrics_of("classification", 3) == ("accuracy", "nll", "ece")
+    assert metrics_of("segmentation", 2) == metrics_of("segmentation", 9) == ("miou", "pixel_accuracy")
+    assert metrics_of("regression", None) == ("ccc", "mae")
+
+
+@pytest.mark.parametrize(
+    ("metric", "remedy"),
+    [
+        ("ccc", "label its examples"),
+        ("auc", "give it examples of both classes"),
+        ("video_auc", "give it videos of both classes, named by its source"),
+    ],
+)
+def test_a_metric_without_a_value_is_one_sentence(metric, remedy):
+    assert undefined(metric, "a/val") == f"a/val: {metric} is undefined there; {remedy}, or choose another"

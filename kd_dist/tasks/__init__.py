@@ -6,7 +6,7 @@ A task is a value, which holds the kind of its input.
 import math
 from typing import Any
 
-from kd_dist.tasks import classification, regression, segmentation
+from kd_dist.tasks import binary, classification, regression, segmentation
 from kd_dist.tasks.classification import Classification
 from kd_dist.tasks.regression import Regression
 from kd_dist.tasks.segmentation import Segmentation
@@ -19,9 +19,24 @@ TASKS: dict[str, type[Task]] = {
 }
 METRICS = {  # metric: whether higher is better
     **classification.HIGHER_IS_BETTER,
+    **binary.HIGHER_IS_BETTER,
     **segmentation.HIGHER_IS_BETTER,
     **regression.HIGHER_IS_BETTER,
 }
+
+
+def metrics_of(task: str, classes: int | None) -> tuple[str, ...]:
+    """The metrics of a task with so many classes, the one that it is judged by first."""
+    known = TASKS[task].metrics_known
+    return known if classes == 2 else tuple(metric for metric in known if metric not in binary.HIGHER_IS_BETTER)
+
+
+def undefined(metric: str, where: object) -> str:
+    """What to say, and what to do, where a metric has no value on a split."""
+    remedy = "give it examples of both classes" if metric in binary.HIGHER_IS_BETTER else "label its examples"
+    if metric == "video_auc":
+        remedy = "give it videos of both classes, named by its source"
+    return f"{where}: {metric} is undefined there; {remedy}, or choose another"
 
 
 def packed_for(task: Task) -> dict[str, Any]:

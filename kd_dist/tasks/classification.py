@@ -14,11 +14,12 @@ from kd_dist.batch import Example
 from kd_dist.errors import DataError
 from kd_dist.inputs import Input, Span
 from kd_dist.inputs.images import Images
-from kd_dist.tasks import records
+from kd_dist.tasks import binary, records
 from kd_dist.tasks.certainty import certainty, certainty_warnings
 from kd_dist.views.blended import FAKE, is_fake
 
-HIGHER_IS_BETTER = {"accuracy": True, "nll": False}
+HIGHER_IS_BETTER = {"accuracy": True, "nll": False, "ece": False}  # and of two classes: `binary`
+BINS = 15  # of the calibration error
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Classification:
     maps: ClassVar[bool] = False
     shown: ClassVar[int] = 0  # examples in a picture
     canonical_whole: ClassVar[bool] = False
-    metrics_known: ClassVar[tuple[str, ...]] = tuple(HIGHER_IS_BETTER)
+    metrics_known: ClassVar[tuple[str, ...]] = (*HIGHER_IS_BETTER, *binary.HIGHER_IS_BETTER)
 
     def encode(
         self, payload: bytes, extension: str, label: Any, metadata: Mapping[str, Any], span: Span = None
@@ -69,12 +70,22 @@ class Classification:
         collection = {
             "accuracy": torchmetrics.classification.MulticlassAccuracy(self.classes, average="micro"),
             "nll": NegativeLogLikelihood(),
+            "ece": CalibrationError(),
         }
+        if self.classes == 2:
+            collection["ranking"] = binary.Ranking()
         return torchmetrics.MetricCollection(collection, compute_groups=False)
 
-    def update(self, metrics: torchmetrics.MetricCollection, logits: Tensor, targets: Tensor, sizes: None) -> None:
-        """Count rows: logits (B, C) and targets (B,), B at least 1."""
-        metrics.update(logits, targets)
+    def update(
+        self,
+        metrics: torchmetrics.MetricCollection,
+        logits: Tensor,
+        targets: Tensor,
+        sizes: None,
+        groups: Tensor | None = None,
+    ) -> None:
+        """Count rows: logits (B, C), targets (B,) and what videos they are of, (B, 2) as in a batch; B at least 1."""
+        metrics.update(logits, targets, groups=groups)
 
     def teacher_sums(self, logits: np.ndarray, targets: np.ndarray, sizes: None) -> dict[str, Any]:
         """Sums over rows, logits (n, C) float32 and targets (n,), that add up over batches and shards."""
@@ -140,3 +151,25 @@ class NegativeLogLikelihood(torchmetrics.Metric):
 
     def compute(self) -> Tensor:
         return self.total / self.count
+
+
+class CalibrationError(torchmetrics.Metric):
+    """Expected calibration error of the top class (Guo et al. 2017): over BINS bins of equal width, open below, of its
+    probability, the mean distance of a bin's accuracy from its mean probability, weighted by its rows; in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("right", "confidence"):
+            self.add_state(name, torch.zeros(BINS, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        p, top = logits.detach().double().softmax(dim=1).max(dim=1)
+        edges = torch.arange(1, BINS, dtype=torch.float64, device=p.device) / BINS
+        bins = torch.bucketize(p, edges)
+        self.right.index_add_(0, bins, (top == targets).double())
+        self.confidence.index_add_(0, bins, p)
+        self.count += len(targets)
+
+    def compute(self) -> Tensor:
+        return (self.right - self.confidence).abs().sum() / self.count

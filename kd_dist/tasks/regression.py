@@ -84,7 +84,9 @@ class Regression:
         """Sums for `update`, which merge exactly over any number of processes; `compute()` gives values by name."""
         return Concordance(self.outputs)
 
-    def update(self, metrics: torchmetrics.Metric, logits: Tensor, targets: Tensor, sizes: None) -> None:
+    def update(
+        self, metrics: torchmetrics.Metric, logits: Tensor, targets: Tensor, sizes: None, groups: Tensor | None = None
+    ) -> None:
         """Count rows: what a model says (B, D) and targets (B, D), B at least 1."""
         metrics.update(logits, targets)
 

@@ -94,7 +94,9 @@ class Segmentation:
         """Counts for `update`, which merge exactly over any number of processes; `compute()` gives values by name."""
         return Confusion(self.classes)
 
-    def update(self, metrics: torchmetrics.Metric, logits: Tensor, targets: Tensor, sizes: Tensor) -> None:
+    def update(
+        self, metrics: torchmetrics.Metric, logits: Tensor, targets: Tensor, sizes: Tensor, groups: Tensor | None = None
+    ) -> None:
         """Count the pixels of logits (B, C, h, w), each row scaled up to its own mask: targets (B, H, W) uint8 with
         `sizes` (B, 2)."""
         metrics.update(logits, targets, sizes)
