@@ -265,7 +265,7 @@ def _splits_folder(top: Path, splits: str | None) -> Path | None:
         return next((folder for folder in (top / "splits", top) if has_splits(folder)), None)
     if not has_splits(Path(splits)):
         raise DataError(
-            f"data.options.splits: {splits}: holds none of train.json, val.json and test.json; name the folder that does"
+            f"data.options.splits: {splits}: holds none of train.json, val.json and test.json; name another"
         )
     return Path(splits)
 
@@ -290,7 +290,7 @@ def _with_boxes(
         for number in boxes[_relative(video, top)]:
             if number not in there and not (is_video_file(video.path) and isinstance(number, int)):
                 raise DataError(
-                    f"data.options.faces: {file} names frame {number!r} of {video.path}, which has none such; correct it"
+                    f"data.options.faces: {file} names frame {number!r} of {video.path}, which has none such; mend it"
                 )
     absent, without = len(boxes) - len(kept), len(videos) - len(kept)
     notes = [f"{absent} of {len(boxes)} videos that {file} names are not among those taken"] if absent else []

@@ -143,8 +143,8 @@ def _one_face(line: str) -> tuple[str, FrameId, Face]:
 
 
 def beside(path: Path) -> tuple[Path, Path]:
-    """Where the boxes and the landmarks of the frame `.../frames/<video>/<frame>.png` lie: `.../retina/<video>/<frame>.npy`
-    and `.../landmarks/<video>/<frame>.npy`. Raises DataError for a file that no such folder holds.
+    """Where the boxes and the landmarks of the frame `.../frames/1/2.png` lie: `.../retina/1/2.npy`, which is an array,
+    and `.../landmarks/1/2.npy`. Raises DataError for a file that is in no such folder.
     """
     parts = path.parts
     if FRAMES not in parts[:-1]:

@@ -1,6 +1,7 @@
 """Frames of video files, through PyAV: each the very one that its number says, in the order in which they are shown."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ class Table(NamedTuple):
     """What a video file says of its packets, before anything is decoded."""
 
     times: list[int | None]  # of each frame that is shown, in the order of the file
-    keys: list[tuple[int, int]]  # (time, where to seek to) of each frame that needs no other
+    keys: list[tuple[int, int]]  # (time, where to seek to) of each frame from which on decoding can begin
     timed: bool  # whether the times are those of decoded frames
 
 
@@ -59,19 +60,22 @@ def read_frame(path: Path, number: int, of: int | None = None) -> tuple[int, np.
     if number >= count:
         raise DataError(f"the video has {count} frames, counted from 0, and so none of number {number}")
     if not table.timed:
-        for place, frame in enumerate(_decoded(path, None)):
-            if place == number:
-                return number, _pixels(frame)
+        found = next(itertools.islice(_decoded(path, None), number, None), None)
     else:
         wanted = sorted(table.times)[number]
-        # A decoder may leave out frames behind a key, such as those that an open group of pictures begins with.
-        for start in (max((key for key in table.keys if key[0] <= wanted), default=(0, None))[1], None):
-            for frame in _decoded(path, start):
-                if frame.pts == wanted:
-                    return number, _pixels(frame)
-                if frame.pts is None or frame.pts > wanted:
-                    break
-    raise DataError(f"frame {number} of the video's {count} cannot be decoded; it is damaged")
+        found, keys = None, [key for key in table.keys if key[0] <= wanted]
+        with contextlib.suppress(DataError):  # not every key is one; from the first frame on is the last word
+            found = _at(wanted, _decoded(path, max(keys))) if keys else None
+        found = found or _at(wanted, _decoded(path, None))
+    if found is None:
+        raise DataError(f"frame {number} of the video's {count} cannot be decoded; it is damaged")
+    return number, found.to_ndarray(format="rgb24")
+
+
+def _at(time: int, frames: Iterator[Any]) -> Any | None:
+    """The frame that is shown at that time."""
+    found = next((frame for frame in frames if frame.pts is None or frame.pts >= time), None)
+    return found if found is not None and found.pts == time else None
 
 
 def _table(path: Path) -> Table:
@@ -93,22 +97,21 @@ def _table(path: Path) -> Table:
     return Table(times, keys, timed)
 
 
-def _decoded(path: Path, start: int | None) -> Iterator[Any]:
-    """The frames of a video file in the order in which they are shown, from the key at `start` on; None: from the
+def _decoded(path: Path, key: tuple[int, int] | None) -> Iterator[Any]:
+    """The frames of a video file in the order in which they are shown, from a key of its table on; None: from the
     first. Raises DataError at damage that the decoder notices."""
     with _opened(path) as (container, stream):
         stream.codec_context.thread_count = 1  # the items of a shard are read in threads already
         stream.codec_context.options = {"err_detect": "explode"}  # a decoder would paint over what is broken
-        if start is not None:
-            container.seek(start, stream=stream)
-        for frame in container.decode(stream):
-            if frame.is_corrupt:
-                raise DataError("the video is damaged")
-            yield frame
-
-
-def _pixels(frame: Any) -> np.ndarray:
-    return frame.to_ndarray(format="rgb24")
+        if key is not None:
+            container.seek(key[1], stream=stream)
+        for packet in container.demux(stream):
+            if key is not None and packet.pts is not None and packet.pts < key[0]:
+                continue  # made from what lies before the key, and shown before it
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise DataError("the video is damaged")
+                yield frame
 
 
 @contextlib.contextmanager
