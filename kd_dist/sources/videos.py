@@ -102,7 +102,6 @@ def _decoded(path: Path, key: tuple[int, int] | None) -> Iterator[Any]:
     first. Raises DataError at damage that the decoder notices."""
     with _opened(path) as (container, stream):
         stream.codec_context.thread_count = 1  # the items of a shard are read in threads already
-        stream.codec_context.options = {"err_detect": "explode"}  # a decoder would paint over what is broken
         if key is not None:
             container.seek(key[1], stream=stream)
         for packet in container.demux(stream):
