@@ -7,6 +7,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -179,10 +180,11 @@ def find_beside(boxes: Path, landmarks: Path, image: np.ndarray) -> Face:
 def _points(path: Path, least: int) -> np.ndarray:
     """(faces, `least` or more, 2) finite numbers of an npy file; DataError otherwise."""
     try:
-        points = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        with path.open("rb") as file:
+            points = np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, TypeError, TokenError) as error:  # the last two of a header that is no text of Python's
         raise DataError(f"{path}: is no array of numbers ({error}); make it again") from error
-    if not isinstance(points, np.ndarray) or points.dtype.kind not in "iuf" or points.ndim != 3:
+    if points.dtype.kind not in "iuf" or points.ndim != 3:
         raise DataError(f"{path}: is no array (faces, points, 2) of numbers; make it again")
     if points.shape[1] < least or points.shape[2] != 2 or not np.isfinite(points).all():
         raise DataError(f"{path}: has shape {points.shape}, or numbers that are not finite; make it again")
