@@ -41,7 +41,7 @@ FILE_LINES = 400
 FUNCTION_LINES = 60
 LONGER = {("train.py", "train"): 80}  # the loop is one flat function
 
-CHOSEN_ONLY = {"librosa", "deepspeed", "onnx", "timm", "sklearn", "webdataset", "matplotlib", "torchvision"}
+CHOSEN_ONLY = {"av", "librosa", "deepspeed", "onnx", "timm", "sklearn", "webdataset", "matplotlib", "torchvision"}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 ABOUT_NO_MODULE = {"faults", "architecture", "corrupt", "hostile", "parity"}  # tests of the whole
 ABOUT_NO_MODULE |= {"readme", "real_numbers", "recipes"}

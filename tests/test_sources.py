@@ -102,7 +102,7 @@ def test_a_class_that_training_does_not_have(tmp_path):
     ("name", "root", "options", "sentence"),
     [
         ("digit", None, {}, r"unknown source 'digit'; did you mean 'digits'\?"),
-        ("mnist", None, {}, "unknown source 'mnist'; known: audio_folder, deam, digits, image_folder, voc"),
+        ("mnist", None, {}, "unknown source 'mnist'; known: audio_folder, deam, digits, face_frames, .*, voc"),
         ("image_folder", None, {}, "option 'root' is missing"),
         ("image_folder", "x", {"rot": "y"}, r"unknown option 'rot'; did you mean 'root'\?"),
         ("digits", "somewhere", {}, "unknown option 'root'"),

@@ -42,6 +42,7 @@ SOURCES = {
     "audio_folder": "kd_dist.sources.audio_folder:audio_folder",
     "deam": "kd_dist.sources.deam:deam",
     "digits": "kd_dist.sources.digits:digits",
+    "face_frames": "kd_dist.sources.face_frames:face_frames",
     "image_folder": "kd_dist.sources.image_folder:image_folder",
     "voc": "kd_dist.sources.voc:voc",
 }
