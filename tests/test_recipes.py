@@ -267,3 +267,90 @@ def test_the_deam_recipe_runs_at_full_scale(tmp_path, fewer):
     assert all(np.isfinite([row["value"], *dict(row["parts"]).values()]).all() for row in rows)
     assert {name for name, _ in rows[0]["parts"]} == PARTS
     assert 85e6 < rows[0]["parameters"] < 87e6 and all(1e6 < row["parameters"] < 8e6 for row in rows[1:])
+
+
+METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
+PAIRS = {"train": ("000", "001"), "val": ("002", "003"), "test": ("004", "005")}
+FRAMES = 2
+
+
+def forensics_tree(root: Path) -> None:
+    """FaceForensics++ as it is published, with what SBI's preprocessing leaves beside it: two videos a list, each in
+    two frames with a face of noise, and each of the four methods on all of them."""
+    (root / "splits").mkdir(parents=True)
+    for split, pair in PAIRS.items():
+        (root / "splits" / f"{split}.json").write_text(json.dumps([list(pair)]))
+    videos = [("original_sequences/youtube", name) for pair in PAIRS.values() for name in pair]
+    fakes = [name for one, other in PAIRS.values() for name in (f"{one}_{other}", f"{other}_{one}")]
+    videos += [(f"manipulated_sequences/{method}", name) for method in METHODS for name in fakes]
+    for number, (folder, name) in enumerate(videos):
+        random, place = np.random.default_rng(number), root / folder / "c23"
+        for kind in ("frames", "retina", "landmarks"):
+            (place / kind / name).mkdir(parents=True)
+        for frame in range(FRAMES):
+            corner, size = random.integers(40, 80, 2), random.integers(180, 220, 2)
+            image = np.full((360, 480, 3), 90, np.uint8)
+            (left, top), (wide, tall) = corner, size
+            image[top : top + tall, left : left + wide] = random.integers(0, 256, (tall, wide, 3))
+            stem = f"{7 * frame:03d}"
+            Image.fromarray(image).save(place / "frames" / name / f"{stem}.png")
+            points = corner + random.uniform(0.1, 0.9, (1, 81, 2)) * size
+            box = np.stack([corner, corner + size, *points[0, :5]])[None]
+            np.save(place / "retina" / name / f"{stem}.npy", box)
+            np.save(place / "landmarks" / name / f"{stem}.npy", points)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@fewer(views=2)
+def test_the_deepfake_recipe_runs_at_full_scale(tmp_path, fewer):
+    """EfficientNet-B4 at 380 pixels from a file in the published form, MobileViTv2-2.0, all three stages, on
+    FaceForensics++'s folders."""
+    from efficientnet_pytorch import EfficientNet
+
+    forensics_tree(tmp_path / "FaceForensics++")
+    torch.manual_seed(0)
+    given = EfficientNet.from_name("efficientnet-b4", num_classes=2).state_dict()
+    published = {
+        "model": {f"net.{name}": value for name, value in given.items()},
+        "optimizer": {"state": {}},
+        "epoch": 1,
+    }
+    torch.save(published, tmp_path / "FFc23.tar")
+    words = [str(CONFIGS / "deepfake_sbi.yaml"), f"data.root={tmp_path}/FaceForensics++", *fewer]
+    words += [f"teacher.weights={tmp_path}/FFc23.tar"]
+    stages = ("pretrain", "distill", "distill_features")
+    words += [f"stages.{stage}.max_steps={STEPS}" for stage in stages]
+
+    def run(function: Callable, *arguments) -> str:
+        ended = start_run(function, *arguments, folder=tmp_path)
+        done(ended)
+        return ended.stdout
+
+    run(kd_dist, "pack", *words)
+    folder = tmp_path / "shards/deepfake_sbi"
+    packed = {split: json.loads((folder / split / "manifest.json").read_text()) for split in PAIRS}
+    faces = 2 * FRAMES  # of a list: real ones, with as many self-blended, or those of four methods
+    assert {name: one["examples"] for name, one in packed.items()} == {
+        "train": faces,
+        "val": 2 * faces,
+        "test": 5 * faces,
+    }
+    assert not any(one["quarantined"] for one in packed.values())
+    run(cache_teacher.main, words)
+    about = json.loads((folder / "train/teacher/manifest.json").read_text())
+    features = sum(one["bytes"] for one in about["feature_report"].values())
+    assert about["row_bytes"] - features == 212 and about["quarantined"] == []
+    real, fake = about["teacher_report"]["labelled_per_class"]
+    assert real + fake == about["teacher_report"]["rows"] and min(real, fake) > 0  # of real faces alone
+    assert about["codec_error"]["logits"]["top_class_agreement"] == 1
+    assert run(kd_dist, "verify", *words, "--examples", "1").count("the cache is this teacher's") == 3
+    for stage in stages:
+        run(train.main, [*words, "--stage", stage])
+        result = json.loads((tmp_path / f"runs/deepfake_sbi/{stage}/seed-0/result.json").read_text())
+        assert result["steps"] == STEPS and result["skipped"] == 0 and result["metric"] == "video_auc"
+        assert np.isfinite([one["loss"] for one in result["history"]]).all()
+    rows = json.loads(run(evaluate, *words))
+    assert [row["stage"] for row in rows] == ["given", *stages]
+    assert [row["parameters"] for row in rows] == [17_552_202, *[17_426_379] * 3]
+    assert all(0 <= row["value"] <= 1 for row in rows)
