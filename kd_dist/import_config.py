@@ -113,7 +113,7 @@ def _recipe_text(old: Old, source: str, out: Path, unknown: dict[str, Any], teac
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", out.stem).lstrip("_-")[:32] or "imported"
     hard, soft = _shares(old)
     lr = old.lr if student else old.lr / 2
-    start = "" if student else "\n  weights: pretrained                  # ImageNet's, which timm fetches; null: random ones"
+    start = "" if student else "\n  weights: pretrained                  # ImageNet's, from timm; null: random ones"
     first = f"""\
   pretrain:                            # the student alone, on labels
     losses: {{cross_entropy: {{}}}}
