@@ -23,9 +23,7 @@ from kd_dist.losses.logits import TEMPERATURE
 from kd_dist.recipe import Bound, Count, Fraction, Positive
 
 COLDEST, HOTTEST = TEMPERATURE
-Warmth = Annotated[
-    float, Bound(lambda number: COLDEST <= number <= HOTTEST, f"between {COLDEST:g} and {HOTTEST:g}")
-]
+Warmth = Annotated[float, Bound(lambda number: COLDEST <= number <= HOTTEST, f"between {COLDEST:g} and {HOTTEST:g}")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +108,12 @@ def _newest(path: Path, key: str, pattern: str) -> str:
     return newest
 
 
-def _recipe_text(
-    old: Old, source: str, out: Path, unknown: dict[str, Any], teacher: str, student: str | None
-) -> str:
+def _recipe_text(old: Old, source: str, out: Path, unknown: dict[str, Any], teacher: str, student: str | None) -> str:
     """The recipe, with comments."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", out.stem).lstrip("_-")[:32] or "imported"
     hard, soft = _shares(old)
     lr = old.lr if student else old.lr / 2
+    start = "" if student else "\n  weights: pretrained                  # ImageNet's, from timm; null: random ones"
     first = f"""\
   pretrain:                            # the student alone, on labels
     losses: {{cross_entropy: {{}}}}
@@ -150,8 +147,7 @@ teacher:
 cache: {{logits: fp16, batch_size: {old.batch_size}}}  # of two logits one margin
 
 student:
-  model: timm/mobilevitv2_200{"" if student else '''
-  weights: pretrained                  # ImageNet's, which timm fetches; null: random ones'''}
+  model: timm/mobilevitv2_200{start}
 
 stages:
 {"" if student else first}\

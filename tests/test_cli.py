@@ -349,6 +349,8 @@ def test_a_student_becomes_the_teacher_of_the_next(home, monkeypatch):
     next_one = f"teacher: {{run: {folder}, name: first}}\nname: tiny\nruns: next"
     Path("next.yaml").write_text(text.replace(teacher, next_one).replace("cache: {", "cache: {logits: fp32, "))
     before = contents(home, "runs/**/*")
+    identity = json.loads(Path("runs/tiny/teacher/seed-0/result.json").read_text())["identity"]
+    assert "model" in identity["teacher"] and "run" not in identity["teacher"]  # as it was before there was one
     said = done(run(kd_dist, "cache-teacher", "next.yaml", folder=home))
     assert "cache train: " in said
     for splits in ("train", "val", "test"):
