@@ -290,6 +290,6 @@ def heading(recipe: Recipe) -> str:
 
 def on_terminal(*tables: Table) -> None:
     """Print tables, wide enough where nothing says how wide the output is."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     for one in tables:
         console.print(one)
