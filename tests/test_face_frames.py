@@ -369,6 +369,8 @@ def test_a_file_of_boxes(tmp_path):
     assert one.about["landmarks"] == points and one.about["box"] == left
     assert number_in(examples["real/ben/11", 11].image) == 11
     assert np.array_equal(examples["fake/001", 1].image, noise(3, 1)[10:40, 30:60])
+    few = [item.name for item in listed(root, faces, frames=2) if item.about["video"] == "real/ben"]
+    assert few == ["real/ben/3", "real/ben/29"]
     everything = packed(tmp_path / "all", root, faces, frames=None)
     names = {one.key for one in everything["train"]}
     assert {"real/anna/002/0", "real/anna/002/1"} <= names and len(names) == 9
