@@ -230,11 +230,9 @@ def test_fakes_and_what_they_were_made_from_are_never_divided(pairs):
     for first, *others in pairs:
         assert len({splits[(name,)] for name in (first, *others)}) == 1
     reached = {name: {name} for (name,) in ids[:31]}
-    for _ in range(31):
-        for first, second in pairs:
-            joined = reached[first] | reached[second]
-            for name in joined:
-                reached[name] = joined
+    for first, second in pairs:
+        joined = reached[first] | reached[second]
+        reached |= dict.fromkeys(joined, joined)
     of = {one: group for one, group in zip(ids, named, strict=True)}
     for (name,) in ids[:31]:
         assert of[(name,)] == min(reached[name])

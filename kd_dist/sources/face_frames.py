@@ -204,7 +204,7 @@ def _frames(video: Video, count: int | None, known: Mapping[FrameId, list[Face]]
             yield from _frames_of_file(video.path, count)
             return
         loads = {number: partial(load_frame, video.path, number, None) for number in known}
-        files = {number: (str(number), video.path) for number in known}
+        files = {number: (str(number), video.path) for number in sorted(known)}
     else:
         files = _by_number(frames_of(video), alone=is_image_file(video.path))
         loads = {number: partial(load_image, path) for number, (_, path) in files.items()}

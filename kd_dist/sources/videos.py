@@ -1,6 +1,7 @@
 """Frames of video files, through PyAV: each the very one that its number says, in the order in which they are shown."""
 
 import contextlib
+import errno
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,6 +125,6 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
                 raise DataError("the file has no video in it")
             yield container, container.streams.video[0]
     except av.FFmpegError as error:
-        if isinstance(error, (OSError, MemoryError)):  # not the video's own fault
-            raise
+        if isinstance(error, (OSError, MemoryError)) and error.errno != errno.EIO:  # EIO also says: ends too early
+            raise  # no fault of the video's own
         raise DataError(f"the video cannot be decoded ({error.strerror}); it is damaged, or no video") from error
