@@ -129,6 +129,8 @@ task: {{name: classification, classes: 2}}
 data:
   source: face_frames
   root: FaceForensics++                # not in {source}: the folder of the data set
+  options:                             # faces by the arrays that SBI's preprocessing leaves beside the frames
+    {{faces: beside, frames: 16, blends: 1, blends_not_in: [train, test], fakes_not_in: [train, val]}}
   splits: {{train: 0.72, val: 0.14, test: 0.14}}
 
 views:
@@ -136,6 +138,7 @@ views:
   count: {math.ceil(old.epoch / 3)}
   size: {old.image_size}
   flip: 0.5
+  self_blend: 0.5                      # share of a real face's views
 
 teacher:
   model: timm/tf_efficientnet_b4
@@ -159,6 +162,8 @@ stages:
     epochs: {old.epoch}
     batch_size: {old.batch_size}
     lr: {_number(lr)}
+
+evaluate: {{metric: video_auc}}
 """
 
 
@@ -180,9 +185,10 @@ def _header(old: Old, source: str, out: Path, unknown: dict[str, Any], alone: bo
 #   kd-dist run {out} data.root=FOLDER
 #
 # What {source} does not say, and what stands here in its place:
-# * Where the images are: put the folder into data.root. How faces are found and cut out: data.options.
+# * Where the images are: put the folder into data.root. How faces are found and cut out: data.options. What students
+#   learn from: real faces and their self-blended views alone, as the teacher did; fakes are what they are judged by.
 {rate}
-# * The optimiser (adamw), what changes from view to view (a flip), what the student began with.
+# * The optimiser (adamw), what else changes from view to view (a flip), what the student began with.
 # * Whether the soft loss had the factor T^2; kd_binary has it, so that T does not change the size of its gradient.
 #
 # timm/mobilevitv2_200 (17.4 M parameters, 16.0 G multiply-adds at 380 pixels) is no compression of the teacher (17.6 M,

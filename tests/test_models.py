@@ -209,8 +209,8 @@ def test_models_of_three_channels_alone(model, maps, sentence):
 
 
 def test_probes_have_the_networks_channels():
+    from kd_dist.cost import measure
     from kd_dist.probe import gradient_cosine
-    from kd_dist.report import measure
     from kd_dist.teacher import Teacher
 
     model = build_network("timm/resnet10t", 2, channels=1, bounds=(-1, 1), options={})

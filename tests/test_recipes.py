@@ -13,8 +13,7 @@ from processes import run as start_run
 from recordings import encoded, tones
 from safetensors.torch import load_file, save_file
 
-from kd_dist import assemble, cache_teacher, train
-from kd_dist import report as costs
+from kd_dist import assemble, cache_teacher, cost, train
 from kd_dist.config import load
 from kd_dist.models import build_network
 from kd_dist.sources.voc import VOC_CLASSES
@@ -38,7 +37,7 @@ def test_a_shipped_recipe_can_be_read_and_its_header_says_how_to_run_it(path):
 
 def evaluate(*words: str) -> None:
     """`kd-dist evaluate`, where no model is timed more than three times; for a process to be."""
-    costs.LATENCY_SECONDS = 0.0
+    cost.LATENCY_SECONDS = 0.0
     kd_dist("evaluate", *words, "--json")
 
 

@@ -177,7 +177,7 @@ def load_weights(network: Network, path: str | Path) -> None:
     weights = {name: value for name, value in weights.items() if not name.startswith(network.ignored)}
     missing = sorted(name for name in expected.keys() - weights.keys() if not name.endswith(COUNTER))
     foreign = sorted(weights.keys() - expected.keys())
-    bent = [name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape]
+    bent = sorted(name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape)
     problems = [f"lacks '{missing[0]}' and {len(missing) - 1} more"] if missing else []
     problems += [f"has '{foreign[0]}' and {len(foreign) - 1} more that the model lacks"] if foreign else []
     problems += [
