@@ -482,11 +482,13 @@ def test_blends_of_real_items(tree, tmp_path):
     found = packed(tmp_path / "out", tree, "beside", **given)
     examples = {one.key: one for one in found["train"]}
     real = examples["youtube/071/000"]
-    assert examples.keys() == {"youtube/071/000", *(f"youtube/071%2Bblend/000/{number}" for number in range(2))}
+    names = ["youtube/071+blend", "youtube/071+blend1"]
+    keys = [f"{name.replace('+', '%2B')}/000" for name in names]
+    assert examples.keys() == {"youtube/071/000", *keys}
     for number in range(2):
-        fake = examples[f"youtube/071%2Bblend/000/{number}"]
+        fake = examples[keys[number]]
         assert (real.target, fake.target) == (0, 1)
-        assert (fake.about["video"], fake.about["frame"]) == ("youtube/071+blend", 0)
+        assert (fake.about["video"], fake.about["frame"]) == (names[number], 0)
         assert fake.about["landmarks"] == real.about["landmarks"] == [[10, 12], [20, 12], [15, 27]]
 
         def chance(name, number=number):
@@ -496,7 +498,7 @@ def test_blends_of_real_items(tree, tmp_path):
         assert fake.about["blend"] == json.loads(json.dumps(as_json(parameters)))
         assert np.array_equal(fake.image, blend(real.image, parameters))
         assert not np.array_equal(fake.image, real.image)
-    first, second = (examples[f"youtube/071%2Bblend/000/{number}"].about["blend"] for number in range(2))
+    first, second = (examples[key].about["blend"] for key in keys)
     assert first != second
     other = packed(tmp_path / "seed", tree, "beside", **given, seed=1)["train"]
     assert first not in [one.about.get("blend") for one in other]

@@ -173,9 +173,9 @@ def _blended(
     item: Item, video: Video, frame: Frame, packing: Packing, seed: int, not_in: tuple[str, ...], number: int
 ) -> Item:
     """The example of a blend of the frame that `item` is of."""
-    other = f"{video.name}+blend"
+    other = f"{video.name}+blend{number or ''}"  # a video of its own: each is to be found out by itself
     return item._replace(
-        name="/".join(part for part in (other, frame.name, str(number)) if part),
+        name="/".join(part for part in (other, frame.name) if part),
         extension=_extension(packing),
         label=FAKE,
         read=_reader(frame, packing, (seed, item.name, number)),
