@@ -10,11 +10,10 @@ import torch
 
 from kd_dist import manifest, places
 from kd_dist.checkpoint import best_digest, read_record, refuse_other_run
-from kd_dist.compress import FeatureCodec
 from kd_dist.config import to_dict
 from kd_dist.data import Corridor, Shards, SignalShards
 from kd_dist.disk import file_digest
-from kd_dist.errors import DataError, MismatchError, ModelError, RecipeError
+from kd_dist.errors import DataError, MismatchError, ModelError
 from kd_dist.inputs import Images, Input, Spectrograms
 from kd_dist.inputs.spectrograms import STEPS, LogMel
 from kd_dist.joined import JoinedShards, JoinedSignals
@@ -87,6 +86,12 @@ def examples(recipe: Recipe, split: str) -> Shards:
             )
     if split == manifest.GENERATED:
         refuse_other(folder, shards.manifest, generated_content(recipe))
+    first, *others = shards.manifest["class_names"]
+    if recipe.views.self_blend and ("fake" in first.lower() or any("real" in name.lower() for name in others)):
+        raise MismatchError(
+            f"{folder}: class 0 is '{first}', and views.self_blend makes fakes, class 1, of class 0; pack with the "
+            f"source face_frames, or name the class folders so that the real faces come first"
+        )
     return shards
 
 
@@ -159,22 +164,6 @@ def weights_sha256(recipe: Recipe, reference: str | None) -> str | None:
     if reference.startswith(places.STAGE_REFERENCE) and places.weights_ready(recipe, reference):
         return best_sha256(recipe, reference.removeprefix(places.STAGE_REFERENCE))
     return file_digest(file)
-
-
-def feature_codecs(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FeatureCodec]:
-    """How the features of these shapes (C, *grid) are stored, in the order of a row; none has its basis yet.
-
-    Raises a RecipeError for a feature that cannot be pooled or reduced so much.
-    """
-    found = {}
-    for name, one in sorted(recipe.cache.features.items()):
-        if one.pca is not None and one.pca > shapes[name][0]:
-            raise RecipeError(
-                f"cache.features.{name}.pca: {one.pca} components cannot be had from the {shapes[name][0]} channels of "
-                f"'{one.tap}'; use fewer"
-            )
-        found[name] = FeatureCodec(name, shapes[name], one.store, one.pool, None, one.dither)
-    return found
 
 
 def with_projections(recipe: Recipe, stage: Stage, built: Network, channels: Mapping[str, int]) -> Student:

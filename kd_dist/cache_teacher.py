@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from kd_dist import assemble, guard, manifest, places
-from kd_dist.calibrate import calibrate
+from kd_dist.calibrate import calibrate, planned_codecs
 from kd_dist.compress import Basis, save_bases
 from kd_dist.config import load
 from kd_dist.data import BASES, feature_codecs
@@ -109,7 +109,7 @@ def extraction(recipe: Recipe, split: str, teacher: Teacher) -> Extraction:
         policy=assemble.view_policy(recipe),
         views=places.stored_views(recipe, split),
         codec=codec_of(task.name, recipe.cache.logits, task.classes, grid[1:] or None),
-        features=assemble.feature_codecs(recipe, shapes) if wanted else {},
+        features=planned_codecs(recipe.cache.features, shapes) if wanted else {},
         batch_size=recipe.cache.batch_size,
         threads=recipe.cache.threads,
     )

@@ -25,6 +25,22 @@ BASIS_ROWS = 512  # views that the principal components are fitted on
 PROBE_ROWS = 16  # further views that the codecs are measured on
 
 
+def planned_codecs(wanted: Mapping[str, Feature], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FeatureCodec]:
+    """How features of these shapes (C, *grid) are to be stored, in the order of a row; none has its basis yet.
+
+    Raises a RecipeError for a feature that cannot be pooled or reduced so much.
+    """
+    found = {}
+    for name, one in sorted(wanted.items()):
+        if one.pca is not None and one.pca > shapes[name][0]:
+            raise RecipeError(
+                f"cache.features.{name}.pca: {one.pca} components cannot be had from the {shapes[name][0]} channels of "
+                f"'{one.tap}'; use fewer"
+            )
+        found[name] = FeatureCodec(name, shapes[name], one.store, one.pool, None, one.dither)
+    return found
+
+
 def calibrate(
     work: Extraction,
     wanted: Mapping[str, Feature],

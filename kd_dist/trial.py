@@ -4,6 +4,7 @@ import torch
 
 from kd_dist import assemble
 from kd_dist.batch import Batch, TeacherSignal
+from kd_dist.calibrate import planned_codecs
 from kd_dist.errors import ModelError, RecipeError
 from kd_dist.losses import LOSSES, Objective, filled
 from kd_dist.recipe import Recipe
@@ -22,7 +23,7 @@ def check_models(recipe: Recipe) -> None:
         except (ModelError, RecipeError) as error:
             raise type(error)(f"{which}.model: {error}") from error
     logits, features = shapes["teacher"]
-    codecs = assemble.feature_codecs(recipe, features)
+    codecs = planned_codecs(recipe.cache.features, features)
     stored = {name: (shape[0], *codecs[name].stored_shape[1:]) for name, shape in features.items()}
     said = TeacherSignal(torch.randn(2, *logits), {name: torch.randn(2, *shape) for name, shape in stored.items()})
     for name, stage in recipe.stages.items():

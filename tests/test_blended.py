@@ -15,7 +15,7 @@ from processes import inside, laboratory
 from kd_dist import assemble, cache_teacher, journey, manifest
 from kd_dist.batch import Example
 from kd_dist.config import load
-from kd_dist.errors import DataError, RecipeError
+from kd_dist.errors import DataError, MismatchError, RecipeError
 from kd_dist.views import VIEW_DTYPES, ImageViews, input_crc
 from kd_dist.views.blended import BLENDED_DTYPE, UNTOUCHED, BlendedViews, is_fake
 from kd_dist.views.blends import blend
@@ -120,6 +120,17 @@ def test_the_cache_and_the_student_know_which_views_are_fakes(home):
             changed = (batch.images != plain[cursor].images).flatten(1).any(1).numpy()
             assert np.array_equal(changed, rows["view"]["blended"] == 1)
         assert fakes >= PEOPLE
+
+
+def test_fakes_that_come_first_are_refused(home):
+    (home / "faces/train/a_real").rename(home / "faces/train/c_real")
+    (home / "faces/val/a_real").rename(home / "faces/val/c_real")
+    with inside(home):
+        recipe = load("tiny.yaml", WORDS)
+        journey.pack_recipe(recipe)
+        with pytest.raises(MismatchError, match="class 0 is 'b_fake', and views.self_blend makes fakes, class 1, of"):
+            assemble.examples(recipe, "train")
+        assert len(assemble.examples(load("tiny.yaml", WORDS[:-1]), "train")) == PEOPLE
 
 
 def test_another_process_replays_a_stored_view_from_its_bytes_alone(home):
