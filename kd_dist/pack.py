@@ -84,7 +84,8 @@ def pack(
         for split, items in sorted(splits.items()):
             about = {"split": split, "class_names": list(listing.classes), "listing": listing_digest(items)}
             try:
-                manifests[split] = pack_split(folder / split, items, {**identity, **about}, task, notice)
+                content, libraries = {**identity, **about}, listing.libraries
+                manifests[split] = pack_split(folder / split, items, content, task, notice, libraries)
             except Preempted:
                 raise Preempted(stopped(folder / split, len(items), shard_size, notice.name)) from None
     return manifests
@@ -230,7 +231,14 @@ def stopped(folder: Path, items: int, shard_size: int, signal: str) -> str:
     return f"pack {folder.name}: stopped by {signal} after {done} of {count} shards; the same command goes on"
 
 
-def pack_split(folder: Path, items: list[Item], content: dict[str, Any], task: Task, notice: Notice) -> dict[str, Any]:
+def pack_split(
+    folder: Path,
+    items: list[Item],
+    content: dict[str, Any],
+    task: Task,
+    notice: Notice,
+    libraries: Sequence[str] = (),
+) -> dict[str, Any]:
     """Write one split's shards and, last, its manifest marked complete."""
     workers = min(8, os.cpu_count() or 1)  # decoding releases the interpreter lock
     with ThreadPoolExecutor(workers) as pool:
@@ -238,7 +246,7 @@ def pack_split(folder: Path, items: list[Item], content: dict[str, Any], task: T
         def checked(numbers: range, quarantined: list[dict[str, str]]) -> Members:
             return _checked(items[numbers.start : numbers.stop], task, pool, quarantined, notice)
 
-        return write_folder(folder, len(items), content, task, f"pack {folder.name}", checked)
+        return write_folder(folder, len(items), content, task, f"pack {folder.name}", checked, libraries)
 
 
 def write_folder(
@@ -248,11 +256,13 @@ def write_folder(
     task: Task,
     title: str,
     examples: Callable[[range, list[dict[str, str]]], Members],
+    libraries: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write `count` examples as shards and, last, the manifest marked complete, which is returned. Shards that are
     there already are kept.
 
-    `examples` is asked for those with the numbers of one shard, and lists what it leaves out.
+    `examples` is asked for those with the numbers of one shard, and lists what it leaves out; the manifest states the
+    versions of the `libraries` that it needs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / manifest.FILE_NAME).exists():
@@ -269,10 +279,10 @@ def write_folder(
                 with contextlib.closing(examples(numbers, notes["quarantined"])) as made:
                     write_shard(path, made, notes)
             advance(len(numbers))
-    return _finish(folder, content, paths, task)
+    return _finish(folder, content, paths, (*task.input.libraries, *libraries))
 
 
-def _finish(folder: Path, content: dict[str, Any], paths: list[Path], task: Task) -> dict[str, Any]:
+def _finish(folder: Path, content: dict[str, Any], paths: list[Path], libraries: Sequence[str]) -> dict[str, Any]:
     """Write the manifest that completes a folder of example shards; returns it."""
     shards = [Shard(path) for path in paths]
     quarantined = [row for shard in shards for row in shard.note("quarantined")]
@@ -289,7 +299,7 @@ def _finish(folder: Path, content: dict[str, Any], paths: list[Path], task: Task
         "tar_bytes": sum(shard.tar_bytes for shard in shards),
         "shards": [manifest.shard_entry(shard) for shard in shards],
         "quarantined": quarantined,
-        "versions": manifest.versions(*task.input.libraries),
+        "versions": manifest.versions(*libraries),
     }
     manifest.write_manifest(folder, final)
     return manifest.read_manifest(folder)

@@ -588,6 +588,7 @@ def test_the_command_packs_a_tree_of_videos(tmp_path):
     done(run(kd_dist, "pack", "faces.yaml", folder=tmp_path))
     for split, some in PAIRS.items():
         shards = Shards(tmp_path / "shards/faces" / split)
+        assert {"av", "pillow"} <= shards.manifest["versions"].keys()
         examples = by_name(read_examples(shards, np.arange(len(shards)), Classification(2).decode))
         kinds = Counter(video.split("/")[0] + ("+blend" if "blend" in video else "") for video, _ in examples)
         count = 4 * 2 * len(some)

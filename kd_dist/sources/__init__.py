@@ -35,6 +35,7 @@ class Listing(NamedTuple):
     classes: tuple[str, ...]  # class names in index order
     items: Iterable[Item]
     notes: tuple[str, ...] = ()  # what was left out, for the user
+    libraries: tuple[str, ...] = ()  # that decide what is packed, beside those of every folder
 
 
 # Where each source lives: its library loads only when it is chosen.

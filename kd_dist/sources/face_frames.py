@@ -124,7 +124,8 @@ def face_frames(
             items.append(item._replace(not_in=fakes_not_in) if video.fake else item)
             if not video.fake:
                 items += [_blended(item, video, frame, packing, seed, blends_not_in, n) for n in range(blends)]
-    return Listing(CLASSES, items, tuple(notes))
+    decoders = ("av",) if any(is_video_file(video.path) for video in videos) else ()
+    return Listing(CLASSES, items, tuple(notes), decoders)
 
 
 def read_example(
