@@ -273,12 +273,12 @@ def test_the_deam_recipe_runs_at_full_scale(tmp_path, fewer):
 
 METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
 PAIRS = {"train": ("000", "001"), "val": ("002", "003"), "test": ("004", "005")}
-FRAMES = 2
+FRAMES = 1
 
 
 def forensics_tree(root: Path) -> None:
-    """FaceForensics++ as it is published, with what SBI's preprocessing leaves beside it: two videos a list, each in
-    two frames with a face of noise, and each of the four methods on all of them."""
+    """FaceForensics++ as it is published, with what SBI's preprocessing leaves beside it: two videos a list with a
+    frame of a face of noise each, and each of the four methods on all of them."""
     (root / "splits").mkdir(parents=True)
     for split, pair in PAIRS.items():
         (root / "splits" / f"{split}.json").write_text(json.dumps([list(pair)]))
