@@ -346,7 +346,7 @@ def test_tensorboard_holds_every_scalar(lab, tmp_path):
     found, stage = scalars(folder), load("tiny.yaml", words, "distill").stages["distill"]
     terms = {"loss", "cross_entropy", "kd"}
     rates = {"lr", "grad_norm", "logit_max", "examples_per_second", "data_wait"}
-    compared = {"val_accuracy", "val_nll", "teacher_accuracy", "retention"}
+    compared = {"val_accuracy", "val_nll", "val_ece", "teacher_accuracy", "retention"}
     assert {f"train/{name}" for name in terms | rates | {"skipped", "failed", "weight/cross_entropy", "weight/kd"}} | {
         f"epoch/{name}" for name in terms | rates | compared | {"epoch", "step", "skipped"}
     } == set(found)
