@@ -339,6 +339,8 @@ def stage_identity(recipe: Recipe, name: str, corridor: Corridor) -> dict[str, A
     stage: Stage = recipe.stages[name]
     # What may change between a stop and its resume; the plan gives a step the same examples for every `accumulate`.
     free = {"max_steps", "log_every", "checkpoint_every", "find_batch_size"}
+    if stage.sam is None:  # a stage without it is described as it always was
+        free.add("sam")
     if not any(LOSSES[loss].relational for loss in stage.losses):  # those compare the rows of a micro-batch
         free.add("accumulate")
     section = {key: one for key, one in to_dict(getattr(recipe, stage.model)).items() if key not in ("weights", "run")}

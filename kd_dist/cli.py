@@ -204,7 +204,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fa
 @app.command()
 def compare(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
     """Teacher and students side by side, over every seed that has been trained: metrics, cost, what is kept of the
-    teacher. Written to compare.md and compare.json, of two classes roc.png too, in the recipe's folder of runs.
+    teacher. Written to compare.md and compare.json, of two classes roc-SPLIT.png too, in the recipe's folder of runs.
 
     Example: kd-dist compare configs/digits.yaml
     """

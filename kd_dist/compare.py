@@ -49,15 +49,15 @@ def markdown(rows: Sequence[dict[str, Any]], title: str, split: str, pictured: b
     page = [f"# {title}", "", f"{measured_on(split)} In brackets: the share of the teacher's metric that is kept.", ""]
     page += ["| " + " | ".join(first) + " |", "|" + " --- |" * len(first)]
     page += ["| " + " | ".join(line) + " |" for line in others]
-    page += ["", "![roc](roc.png)"] if pictured else []
+    page += ["", f"![roc-{split}](roc-{split}.png)"] if pictured else []
     return "\n".join([*page, ""])
 
 
 def write(folder: Path, title: str, split: str, models: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write `compare.json`, `compare.md` and, of two classes, `roc.png`; return what the JSON holds."""
+    """Write `compare.json`, `compare.md` and, of two classes, `roc-<split>.png`; return what the JSON holds."""
     rows = summarise(models)
     content = {"split": split, "models": models, "summary": rows}
-    pictured = plot_roc(folder / "roc.png", models, split)
+    pictured = plot_roc(folder / f"roc-{split}.png", models, split)
     write_atomic(folder / "compare.json", json.dumps(content, indent=1, sort_keys=True))
     write_atomic(folder / "compare.md", markdown(rows, title, split, pictured))
     return content

@@ -207,11 +207,12 @@ def _with_run(root: _Node) -> tuple[_Node, dict | None]:
             raise _error(given.where, RUN, f"says what teacher.{name} is, which is given too; leave one of them out")
     result, best = Path(folder) / RESULT, Path(folder) / BEST
     if not result.is_file():
+        within = next(iter(sorted(Path(folder).glob(f"*/{RESULT}"))), Path("runs/<recipe>/<stage>/seed-0") / RESULT)
         raise _error(
             given.where,
             RUN,
             f"{folder} has no finished result ({RESULT}); train that stage to its end, or give the folder of one that "
-            f"is, such as runs/<recipe>/<stage>/seed-0",
+            f"is, such as {within.parent}",
         )
     record = read_record(result, "identity")
     try:
@@ -276,10 +277,14 @@ def _section(node: _Node, cls: type, keys: Keys) -> Any:
     for key, child in children.items():
         if key not in fields:
             raise _error(child.where, keys, f"unknown key '{key}'{hint(key, fields)}")
-    for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in children:
-            raise _error(node.where, keys, f"required key '{name}' is missing")
+    missing = [
+        f"'{name}'"
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING is field.default_factory and name not in children
+    ]
+    if missing:
+        some = f"key {missing[0]} is" if len(missing) == 1 else f"keys {', '.join(missing)} are"
+        raise _error(node.where, keys, f"required {some} missing")
     return cls(**{key: _build(child, hints[key], (*keys, key)) for key, child in children.items()})
 
 

@@ -285,7 +285,7 @@ class Corridor(Dataset[Batch]):
             # A model is judged against the mask as it is, at its own resolution.
             whole = self.views == 0
             targets.append(example.target if whole else self.task.replay_target(example.target, view, self.policy.size))
-            if whole and "video" in example.about:
+            if whole and example.about.get("video") is not None:
                 groups[row] = video_and_frame(example)
         if stored is not None:
             self._check_pixels(ids, epoch, examples, pixels, stored)

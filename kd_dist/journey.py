@@ -20,7 +20,7 @@ from kd_dist import assemble, compare, cost, manifest, places, report, trial
 from kd_dist.checkpoint import read_record, write_atomic
 from kd_dist.config import load, to_dict
 from kd_dist.disk import alone
-from kd_dist.errors import INTERRUPTED, DataError, Preempted
+from kd_dist.errors import INTERRUPTED, DataError, MismatchError, Preempted
 from kd_dist.evaluation import first_examples, judge, numbers, picture
 from kd_dist.launch import PATIENCE, killed, tied
 from kd_dist.loader import batches
@@ -29,14 +29,16 @@ from kd_dist.pack import pack
 from kd_dist.preempt import SIGNALS, noticed
 from kd_dist.recipe import Recipe
 from kd_dist.remote import Remote
+from kd_dist.rules import GIVEN
 from kd_dist.tasks import METRICS, undefined
 from kd_dist.tasks.binary import ROC
 from kd_dist.train_gan import train_gan
 
 # What a model is and takes, in the record of its evaluation.
 COST = ("name", "parameters", "macs", "latency_ms", "memory_mb")
-RECORD_VERSION = 2  # of that record; 1 knew neither memory nor curves
+RECORD_VERSION = 3  # of that record; 1 knew neither memory nor curves
 ROC_DIGITS = 6  # of a rate in the record
+OF_A_SEED = ("seed", "order", "start")  # parts of a stage's identity
 DRAWN_AT_ONCE = 32  # examples of a picture in a forward pass
 
 
@@ -176,7 +178,7 @@ def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         built = assemble.network(recipe, "teacher", recipe.teacher.weights, recipe.teacher.seed)
         weights = assemble.teacher_identity(recipe, built)["weights_sha256"]
         folder = Path(recipe.runs) / recipe.name / "given-teacher"
-        where = {"role": "teacher", "stage": "given", "seed": recipe.teacher.seed}
+        where = {"role": "teacher", "stage": GIVEN, "seed": recipe.teacher.seed}
         rows.append({**where, **measured(recipe, folder, "teacher", weights, lambda: built)})
     for name in trained:
         folder, which = places.stage_folder(recipe, name), recipe.stages[name].model
@@ -205,7 +207,7 @@ def measured(recipe: Recipe, folder: Path, which: str, weights: str, build: Call
         network = build().eval().to(device)
         stream = batches(corridor, 0, len(corridor), 0, pin=False)
         found = judge(lambda batch: network(batch.images), stream, task, device, recipe.data.error_limit)
-        values = {name: None if math.isnan(value) else value for name, value in numbers(found).items()}
+        values = {name: value if math.isfinite(value) else None for name, value in numbers(found).items()}
         known = {"identity": identity, "metrics": values, "name": section.model}
         known |= cost.measure(network, recipe.views.shape)
         if ROC in found:
@@ -267,8 +269,28 @@ def compare_recipe(path: Path, overrides: Sequence[str]) -> tuple[Recipe, dict[s
     """Measure all that has been trained of a recipe, with every seed that is found, and write the comparison."""
     first = load(path, overrides)
     recipes = [load(path, [*overrides, f"seed={seed}"]) for seed in trained_seeds(first)]
+    refuse_unlike(recipes)
     models = unique([row for recipe in recipes or [first] for row in evaluate_recipe(recipe)])
     return first, compare.write(Path(first.runs) / first.name, first.name, first.evaluate.split, models)
+
+
+def refuse_unlike(recipes: Sequence[Recipe]) -> None:
+    """Raise a MismatchError when a stage was trained otherwise with one seed than with another: they have no mean."""
+    for name in recipes[0].stages if recipes else ():
+        known: list[tuple[Path, dict[str, Any]]] = []
+        for recipe in recipes:
+            folder = places.stage_folder(recipe, name)
+            if (folder / places.RESULT).is_file():
+                said = read_record(folder / places.RESULT, "identity")["identity"]
+                known.append((folder, {what: one for what, one in said.items() if what not in OF_A_SEED}))
+        for folder, said in known[1:]:
+            difference = manifest.first_difference(said, known[0][1])
+            if difference is not None:
+                place, its, other = difference
+                raise MismatchError(
+                    f"{folder}: was trained with {place} = {its!r}, {known[0][0]} with {other!r}; train them alike, or "
+                    f"delete one of the two"
+                )
 
 
 def trained_seeds(recipe: Recipe) -> list[int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_dist import manifest
+from kd_dist.choose import hint
 from kd_dist.disk import alone
 from kd_dist.errors import DataError, KdError, MismatchError, Preempted, RecipeError
 from kd_dist.inputs.spectrograms import Spectrograms, filters
@@ -71,7 +72,7 @@ def pack(
         if not splits.get(split):
             raise DataError(
                 f"data.source {source}: no example for split '{split}'; it has {sorted(splits)}; name in data.splits "
-                f"those that the source names, or give larger shares of more examples"
+                f"those that the source names, or give larger shares of more examples; a group stays whole"
             )
     for items in splits.values():  # before anything is written
         refuse_twins(items)
@@ -148,7 +149,7 @@ def refuse_other(folder: Path | Remote, there: dict[str, Any], here: dict[str, A
 def assign(items: Iterable[Item], fractions: dict[str, float]) -> dict[str, list[Item]]:
     """Items by split, each split in a keyed random order that adding or removing items does not disturb.
 
-    Raises DataError when the source divides a group among splits.
+    Raises DataError when the source divides a group among splits, or leaves an item out of one that there is not.
     """
     splits: dict[str, list[tuple[int, Item]]] = defaultdict(list)
     groups: dict[str, tuple[str, str]] = {}  # the split of each, and who said so
@@ -156,6 +157,12 @@ def assign(items: Iterable[Item], fractions: dict[str, float]) -> dict[str, list
         name = item.name.encode("utf-8", "surrogateescape")  # not every file name is UTF-8
         rank = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
         split = item.split or choose_split(item.group or item.name, fractions)
+        for name in item.not_in:
+            if name not in fractions:
+                raise DataError(
+                    f"'{item.name}' is to be left out of split '{name}', which data.splits does not name"
+                    f"{hint(name, fractions)}; correct data.options or data.splits"
+                )
         if item.group is not None:
             known, first = groups.setdefault(item.group, (split, item.name))
             if known != split:

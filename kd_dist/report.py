@@ -190,15 +190,16 @@ def write(
     histories: dict[str, list],
     examples: np.ndarray | None,
 ) -> list[dict]:
-    """Write `report.json`, `report.md`, `curves.png`, `roc.png` where there are such curves, and the picture of some
-    `examples`, if any; return the summary.
+    """Write `report.json`, `report.md`, `curves.png`, `roc-<split>.png` where there are such curves, and the
+    picture of some `examples`, if any; return the summary.
 
     `histories`: epoch records by run; `examples`: (height, width, 3) uint8.
     """
     rows, differences = summarise(models), gains(models)
     content = {"split": split, "models": models, "summary": rows, "gains": differences}
     write_atomic(folder / "report.json", json.dumps(content, indent=1, sort_keys=True))
-    pictures = ["curves", *(["roc"] if plot_roc(folder / "roc.png", models, split) else [])]
+    roc = f"roc-{split}"
+    pictures = ["curves", *([roc] if plot_roc(folder / f"{roc}.png", models, split) else [])]
     if examples is not None:
         Image.fromarray(examples).save(folder / "examples.png")
         pictures.append("examples")
@@ -230,6 +231,7 @@ def plot_roc(path: Path, models: Sequence[dict[str, Any]], split: str) -> bool:
 
     drawn = [model for model in models if model.get("roc")]
     if not drawn:
+        path.unlink(missing_ok=True)  # of models that are no more
         return False
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.subplots()

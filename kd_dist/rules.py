@@ -29,6 +29,7 @@ FEATURE = re.compile(r"(?!(?:logits|margin|view|row_crc|input_crc)$)(?!.*_scale$
 # Options of views.
 OF_IMAGES = ("crop_scale", "crop_ratio", "flip", "brightness", "contrast", "saturation", "self_blend")
 OF_AUDIO = ("gain", "time_mask", "band_mask")
+GIVEN = "given"  # in reports: a teacher that no stage trains
 MODEL = re.compile(rf"({'|'.join(FAMILIES)})/\S+|" + FACTORY.pattern)
 
 
@@ -58,6 +59,8 @@ def _name_problems(recipe: Recipe) -> Problems:
     named = [(("name",), recipe.name), (("teacher", "name"), recipe.teacher.name)]
     named += [(("stages", name), name) for name in recipe.stages]
     named += [(("data", "splits", name), name) for name in recipe.data.splits]
+    if GIVEN in recipe.stages:
+        yield ("stages", GIVEN), "is the name of a teacher that no stage trains; take another one"
     for keys, name in named:
         if not NAME.fullmatch(name):
             yield keys, f"'{name}' is not a safe name; use 1 to 32 of A-Z a-z 0-9 _ -, a letter or digit first"

@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from kd_dist import checkpoint, guard
-from kd_dist.batch import Batch, StudentOutput
+from kd_dist.batch import Batch, StudentOutput, valid_rows
 from kd_dist.checkpoint import Progress
 from kd_dist.errors import TrainingError, is_lost_contact, is_out_of_memory
 from kd_dist.guard import Cause, Verdict
@@ -111,7 +111,8 @@ def explain(run: Run, progress: Progress, shares: list[Share]) -> list[Cause]:
     gradients, for which the step is done once more, with SAM both passes. Every rank calls it."""
     rank, first = run.accelerator.process_index, progress.step * run.train.plan.accumulate
     codecs = on_device(run.train.codecs, run.accelerator.device)
-    again = [to_device(run.train[first + micro], run.accelerator.device, codecs) for micro in range(len(shares))]
+    again = [valid_rows(run.train[first + micro]) for micro in range(len(shares))]
+    again = [to_device(batch, run.accelerator.device, codecs) for batch in again]
     own = [cause for batch in again for cause in guard.wrong_data(with_teacher(run, batch), rank)]
     causes = gather_object(own + guard.wrong_terms(shares, rank))
     if causes or (run.fp16 and progress.scale > 1):  # a scale that is too high needs no explanation

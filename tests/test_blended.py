@@ -64,8 +64,8 @@ def test_the_rest_of_a_view_is_that_of_the_plain_policy():
 
 
 def test_landmarks_decide_where_the_mask_is():
-    policy, corner = replace(POLICY, self_blend=1.0), [[2.0, 2.0], [12.0, 3.0], [7.0, 14.0]]
-    landmarks = [[x + step / 10, y] for x, y in corner for step in range(30)]
+    policy = replace(POLICY, self_blend=1.0)
+    landmarks = np.random.default_rng(0).uniform((1, 1), (31, 14), (120, 2)).tolist()
     blends = [policy.draw_for(example("face", landmarks=landmarks), number)["blend"] for number in range(20)]
     assert max(one["corners"][:, 1].max() for one in blends) <= 15 / 40 * 65536
     with pytest.raises(DataError, match="landmarks are no list of pairs"):

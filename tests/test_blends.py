@@ -225,9 +225,9 @@ def test_landmarks_of_a_whole_face_give_masks_of_its_parts():
     """68 of them: the jaw's line below, nose and mouth in the middle; masks reach as far as what they cover."""
     points = np.tile((35.0, 40.0), (68, 1))
     points[:17] = [(20 + 30 * step / 16, 60 + 20 * np.sin(np.pi * step / 16)) for step in range(17)]
-    points[17:27] = [(24 + 22 * step / 9, 30) for step in range(10)]
-    points[27:48] = [(28 + step % 14, 36 + step % 9) for step in range(21)]
-    points[48:68] = [(30 + step % 10, 55 + step % 4) for step in range(20)]
+    points[17:27] = [(24 + 22 * step / 9, 14) for step in range(10)]
+    points[27:48] = [(24 + step % 22, 28 + step % 17) for step in range(21)]
+    points[48:68] = [(26 + step % 18, 55 + step % 4) for step in range(20)]
     lowest = set()
     for number in range(40):
         corners = draw_blend(chance(number), SIZE, points.tolist())["corners"]
@@ -235,7 +235,22 @@ def test_landmarks_of_a_whole_face_give_masks_of_its_parts():
     assert lowest == {80, 58, 44}  # all; without the jaw's line, and nose and mouth; brows and eyes
 
 
-@pytest.mark.parametrize("wrong", [[[1, 2, 3]], ["nose"], [[1, None]], [[float("nan"), 1]], 7, [[1], [2, 3]]])
+@pytest.mark.parametrize("count", [3, 5, 68])
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.15, 0.3])
+def test_a_small_or_thin_face_has_a_mask_that_is_seen(count, share):
+    """Else a fake would be its real image, byte for byte."""
+    given, image = np.random.default_rng(count), np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8)
+    for number in range(60):
+        points = (given.uniform(0.3, 0.7, 2) + given.uniform(0, 1, (count, 2)) * (share, 0.4)) * SIZE[::-1]
+        drawn = draw_blend(chance(number), SIZE, points.tolist())
+        assert (np.asarray(mask(drawn)) > drawn["ratio"] / 2).mean() >= 0.01
+        assert (blend(image, drawn) != image).mean() > 0.005
+
+
+FAR = [[1e308, 1]] * 3
+
+
+@pytest.mark.parametrize("wrong", [[[1, 2, 3]], ["nose"], [[1, None]], [[float("nan"), 1]], FAR, 7, [[1], [2, 3]]])
 def test_landmarks_that_are_none_are_refused(wrong):
     with pytest.raises(DataError, match="landmarks are no list of pairs of numbers"):
         draw_blend(chance(), SIZE, wrong)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -65,14 +66,14 @@ def test_the_page_and_the_table_hold_every_cell(tmp_path):
     cells = [cell for line in compare.lines(rows) for cell in line]
     assert len(cells) == 3 * 11 and all(f" {cell} " in page or not cell for cell in cells)
     assert all(cell in shown for cell in cells)
-    assert "Measured on the `test` split" in page and page.endswith("![roc](roc.png)\n")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.json", "compare.md", "roc.png"]
+    assert "Measured on the `test` split" in page and page.endswith("![roc-test](roc-test.png)\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.json", "compare.md", "roc-test.png"]
 
 
 def test_without_curves_there_is_no_picture(tmp_path):
     plain = [{name: value for name, value in one.items() if name != "roc"} for one in MODELS]
     compare.write(tmp_path, "faces", "test", plain)
-    assert "roc.png" not in (tmp_path / "compare.md").read_text()
+    assert "roc-test.png" not in (tmp_path / "compare.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.json", "compare.md"]
 
 
@@ -139,9 +140,9 @@ def test_all_that_has_been_trained_is_compared(made):
         points = np.array(one["roc"])
         assert np.trapezoid(points[:, 1], points[:, 0]) == pytest.approx(one["metrics"]["auc"], abs=1e-5)
     page = (runs / "compare.md").read_text()
-    assert "|  | teacher | pretrain | distill |" in page and "![roc](roc.png)" in page
+    assert "|  | teacher | pretrain | distill |" in page and "![roc-test](roc-test.png)" in page
     assert "video_auc" in said and "eer (lower is better)" in said and "memory MB" in said
-    with Image.open(runs / "roc.png") as image:
+    with Image.open(runs / "roc-test.png") as image:
         assert image.size == (600, 600)
     again = run(kd_dist, "compare", "tiny.yaml", *WORDS, "--json", folder=made)
     assert done(again) and json.loads(again.stdout) == content  # not measured twice, latency included
@@ -172,6 +173,18 @@ def test_what_is_measured_is_what_the_scores_say(made, monkeypatch):
     truth = {video: label for (video, _), label in zip(batch.groups.tolist(), labels.tolist(), strict=True)}
     by_video = roc_auc_score(list(truth.values()), [means[video] for video in truth])
     assert record["metrics"]["video_auc"] == pytest.approx(by_video, rel=1e-12)
+
+
+@pytest.mark.slow
+def test_seeds_that_were_trained_otherwise_have_no_mean(made, tmp_path):
+    shutil.copytree(made, tmp_path / "home")
+    result = tmp_path / "home/runs/faces/distill/seed-4/result.json"
+    content = json.loads(result.read_text())
+    content["identity"]["stage"]["lr"] = 0.5
+    result.write_text(json.dumps(content))
+    said = sentence(run(kd_dist, "compare", "tiny.yaml", *WORDS, folder=tmp_path / "home"))
+    assert said.startswith("runs/faces/distill/seed-4: was trained with stage.lr = 0.5, runs/faces/distill/seed-0 with")
+    assert said.endswith("train them alike, or delete one of the two")
 
 
 @pytest.mark.slow
@@ -222,4 +235,4 @@ def test_a_run_of_two_classes_shows_its_curves(made):
         recipe = load("tiny.yaml", WORDS)
         journey.write_report([recipe], journey.evaluate_recipe(recipe))
     page = (made / "runs/faces/report.md").read_text()
-    assert "![curves](curves.png)" in page and "![roc](roc.png)" in page
+    assert "![curves](curves.png)" in page and "![roc-test](roc-test.png)" in page

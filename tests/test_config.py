@@ -426,6 +426,11 @@ def test_every_option_of_views_is_of_images_or_of_audio_or_of_both():
     assert {one.name for one in dataclasses.fields(sections.Views)} == options
 
 
+def test_a_stage_has_not_the_name_of_a_teacher_that_is_given(written):
+    said = refusal(written(TEXT), ["stages.given={losses: {cross_entropy: {}}, epochs: 1, batch_size: 4, lr: 1.0}"])
+    assert said == "command line: stages.given: is the name of a teacher that no stage trains; take another one"
+
+
 def test_self_blended_views_are_for_two_classes_of_images(written):
     path, word = written(TEXT), "views.self_blend=0.5"
     needs = "command line: views.self_blend: makes fakes of real faces; it is for a classification of two classes"
@@ -478,11 +483,14 @@ def test_an_unsafe_file_name_asks_for_a_name(written):
     assert load("configs/pets.v2.yaml", ["name=pets"]).name == "pets"
 
 
+ALL = "required keys 'task', 'data', 'teacher', 'views', 'student', 'stages' are missing"
+
+
 @pytest.mark.parametrize(
     "text, sentence",
     [
-        ("", "configs/pets.yaml:1: required key 'task' is missing"),
-        ("# nothing yet\n", "configs/pets.yaml:1: required key 'task' is missing"),
+        ("", f"configs/pets.yaml:1: {ALL}"),
+        ("# nothing yet\n", f"configs/pets.yaml:1: {ALL}"),
         ("- a\n", f"configs/pets.yaml:1: {MAPPING}, not ['a']"),
         ("pets", f"configs/pets.yaml:1: {MAPPING}, not 'pets'"),
     ],

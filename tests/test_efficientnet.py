@@ -120,6 +120,12 @@ def test_a_file_that_does_not_fit(tmp_path, changed, sentence):
         ours("timm/tf_efficientnet_b0", path)
 
 
+def test_a_weight_under_two_names_is_refused(tmp_path):
+    path = save(published("b0", 32), tmp_path / "w.tar", **{"net.conv_stem.weight": torch.ones(32, 3, 3, 3)})
+    with pytest.raises(ModelError, match=f"^{path}: has a weight under two names; give the file as it was published"):
+        ours("timm/tf_efficientnet_b0", path)
+
+
 def test_the_file_of_another_size(tmp_path):
     path = save(published("b1", 32), tmp_path / "w.tar")
     sentence = "lacks 'blocks.1.0.bn1.bias' and 4 more; has '_blocks.16._bn0.bias' and 153 more that the model lacks;"

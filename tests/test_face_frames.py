@@ -37,7 +37,7 @@ def listed(root: Path, faces: str = "whole", **options) -> list:
 
 def packed(folder: Path, root: Path, faces: str = "whole", **options) -> dict[str, list]:
     """The examples by split, packed and read back; what is quarantined is beside them, under `quarantined`."""
-    fractions = options.pop("fractions", {"train": 1.0})
+    fractions = options.pop("fractions", {"train": 1.0, "val": 0.0, "test": 0.0})
     manifests = pack(
         folder,
         source="face_frames",
@@ -137,7 +137,8 @@ def test_lists_of_a_folder_of_ones_own(tree, tmp_path):
     assert splits["youtube/071"] == splits["Deepfakes/054_071"] == "train"
     assert splits["youtube/500"] == splits["Face2Face/500_501"] == "test" and len(splits) == 11
     assert listing.notes == (
-        f"3 of 6 videos that the lists in {lists} name are not there",
+        f"3 of 6 videos that the lists in {lists} name are not there, such as 501",
+        f"the lists in {lists} have no video for val.json",
         f"24 of 35 videos are in none of the lists in {lists}, left out",
     )
     (tree / "splits").mkdir()
@@ -349,8 +350,8 @@ def test_a_file_of_boxes(tmp_path):
     faces = boxes_file(tmp_path / "boxes.jsonl", *rows)
     listing = list_items("face_frames", str(root), {"faces": faces, "frames": 2})
     assert listing.notes == (
-        f"2 of 5 videos that {faces} names are not among those taken",
-        f"1 of 4 videos have no face in {faces}, left out",
+        f"2 of 5 videos that {faces} names are not among those taken, such as fake/gone.png",
+        f"1 of 4 videos have no face in {faces}, left out, such as fake/000.png",
     )
     found = packed(tmp_path / "out", root, faces, frames=3, margin=0.0)
     assert found["quarantined"] == []

@@ -145,7 +145,7 @@ def test_plain_folders(tmp_path):
 
 
 def test_plain_folders_of_splits(tmp_path):
-    names = ("train/real/a/1.png", "train/fake/b/1.png", "test/real/a/1.png", "val/fake/a_b/1.png", "other/real/c.png")
+    names = ("train/real/a/1.png", "train/fake/b/1.png", "test/real/a/1.png", "val/fake/a_b/1.png", "other/c.png")
     root = touched(tmp_path, *names)
     videos = plain(root, "real", "fake")
     assert found(videos, root) == [
@@ -155,6 +155,29 @@ def test_plain_folders_of_splits(tmp_path):
         ("real/a", "test/real/a", False, "test"),
     ]
     assert groups(videos) == ["train/a", "train/b", "val/a_b", "test/a"]  # its user has divided them
+
+
+@pytest.mark.parametrize("stray", ["real", "fake", "validation/real", "dev/fake"])
+def test_videos_beside_those_of_splits_are_refused(tmp_path, stray):
+    root = touched(tmp_path, "train/real/a/1.png", f"{stray}/c/1.png")
+    with pytest.raises(DataError, match=rf"^{root}/{stray}: stands beside the splits train, val, test, whose folders"):
+        plain(root, "real", "fake")
+
+
+def test_fakes_of_other_names_stay_with_what_they_name(tmp_path):
+    names = ("real/anna", "fake/deepfakes/anna", "fake/fsgan/anna", "fake/x/ben", "real/ben")
+    names = [f"{name}/1.png" for name in names]
+    videos = plain(touched(tmp_path / "p", *names), "real", "fake")
+    grouped = dict(zip([one.name for one in videos], groups(videos), strict=True))
+    assert len({grouped[name] for name in ("real/anna", "fake/deepfakes/anna", "fake/fsgan/anna")}) == 1
+    assert grouped["fake/x/ben"] == grouped["real/ben"] != grouped["real/anna"]
+    frames = ["youtube/c23/frames/100", "youtube/c23/frames/101", "youtube/c23/frames/7"]
+    names = [f"original_sequences/{one}/1.png" for one in frames]
+    names += [f"manipulated_sequences/Deepfakes/c23/frames/{one}/1.png" for one in ("100_101_v2", "8-9")]
+    videos = forensics(touched(tmp_path / "f", *names), "c23", None, None)
+    grouped = dict(zip([one.name for one in videos], groups(videos), strict=True))
+    assert grouped["Deepfakes/100_101_v2"] == grouped["youtube/100"] == grouped["youtube/101"]
+    assert len(set(grouped.values())) == 3
 
 
 def test_every_folder_is_real(tmp_path):

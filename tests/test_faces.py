@@ -28,6 +28,7 @@ from kd_dist.sources.faces import (
 )
 
 IMAGE = noise(1, size=(60, 80))  # 60 rows, 80 columns
+FRAME = Path("frames/1/000.png")
 
 
 @pytest.mark.parametrize(
@@ -142,8 +143,8 @@ def test_lines_that_are_wrong(tmp_path, row, sentence):
 
 def test_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
-    for name in ("absent.jsonl", "bytes.jsonl"):
-        with pytest.raises(DataError, match=rf"^data\.options\.faces: {tmp_path}/{name}: cannot be read as a text"):
+    for name, what in (("absent.jsonl", "no such file; give its path"), ("bytes.jsonl", "cannot be read as a text")):
+        with pytest.raises(DataError, match=rf"^data\.options\.faces: {tmp_path}/{name}: {what}"):
             read_boxes(tmp_path / name)
 
 
@@ -202,7 +203,7 @@ def test_arrays_that_are_wrong(tmp_path, content, sentence):
 
 # ------------------------------------------------------------------------------------------------ detectors
 
-DETECTORS = '''\
+DETECTORS = """\
 import time
 
 import numpy as np
@@ -233,6 +234,10 @@ def writes(image):
     return [(0, 0, 5, 5)]
 
 
+def fails(image):
+    raise RuntimeError("no memory")
+
+
 def slow(image):
     global inside, most
     inside += 1
@@ -240,7 +245,7 @@ def slow(image):
     time.sleep(0.02)
     inside -= 1
     return [(0, 0, 5, 5)]
-'''
+"""
 
 
 @pytest.fixture
@@ -256,7 +261,7 @@ def detectors(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["tuples", "mappings", "array", "backwards"])
 def test_the_largest_face_that_a_detector_finds(detectors, name):
     detectors.NAME = name
-    face = find_detected("own_detectors:find", IMAGE)
+    face = find_detected("own_detectors:find", FRAME, IMAGE)
     assert face.box == (10.0, 10.0, 40.0, 30.0)
     assert face.landmarks == (((1.0, 1.0),) * 5 if name == "mappings" else None)
 
@@ -264,7 +269,7 @@ def test_the_largest_face_that_a_detector_finds(detectors, name):
 def test_a_detector_that_finds_nothing(detectors):
     detectors.NAME = "nothing"
     with pytest.raises(DataError, match="^no face was found in the frame$"):
-        find_detected("own_detectors:find", IMAGE)
+        find_detected("own_detectors:find", FRAME, IMAGE)
 
 
 @pytest.mark.parametrize(
@@ -282,18 +287,18 @@ def test_a_detector_that_returns_something_else(detectors, name, sentence):
     """It is no frame's fault: packing stops."""
     detectors.NAME = name
     with pytest.raises(ModelError, match=f"^data.options.faces: .*{sentence}"):
-        find_detected("own_detectors:find", IMAGE)
+        find_detected("own_detectors:find", FRAME, IMAGE)
 
 
 def test_a_detector_has_its_own_copy(detectors):
     image = noise(1, size=(60, 80))
     image.setflags(write=False)
-    find_detected("own_detectors:writes", image)
+    find_detected("own_detectors:writes", FRAME, image)
     assert np.array_equal(image, IMAGE) and detectors.seen == [((60, 80, 3), np.uint8)]
 
 
 def test_a_detector_is_called_by_one_thread_at_a_time(detectors):
-    threads = [threading.Thread(target=find_detected, args=("own_detectors:slow", IMAGE)) for _ in range(6)]
+    threads = [threading.Thread(target=find_detected, args=("own_detectors:slow", FRAME, IMAGE)) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -301,6 +306,11 @@ def test_a_detector_is_called_by_one_thread_at_a_time(detectors):
     assert detectors.most == 1
 
 
+def test_a_detector_that_fails_says_on_what(detectors):
+    with pytest.raises(ModelError, match=r"^data.options.faces: own_detectors:fails failed on frames/1/000.png \(no mem"):
+        find_detected("own_detectors:fails", FRAME, IMAGE)
+
+
 def test_a_detector_that_is_not_there(detectors):
     with pytest.raises(RecipeError, match="module 'own_detectors' has no 'fnid'; did you mean 'find'"):
-        find_detected("own_detectors:fnid", IMAGE)
+        find_detected("own_detectors:fnid", FRAME, IMAGE)

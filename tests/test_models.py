@@ -1,5 +1,6 @@
 """Models by name, their preprocessing, their weights, and what each cannot be."""
 
+import argparse
 import os
 import re
 
@@ -416,6 +417,12 @@ class Trap:
 
     def __reduce__(self):
         return os.mkdir, ("sprung",)
+
+
+def test_a_torch_file_with_more_than_tensors_is_refused_without_torchs_advice(experiment):
+    torch.save({"model": tiny().backbone.state_dict(), "args": argparse.Namespace(lr=1)}, "w.pth")
+    with pytest.raises(ModelError, match=r"^w.pth: cannot be read as weights \(it holds more than tensors, or pickled"):
+        read_weights("w.pth")
 
 
 def test_code_in_a_torch_file_is_not_executed(experiment):

@@ -159,6 +159,13 @@ def test_added_items_move_no_other():
         assert len(many[split]) > len(some)
 
 
+def test_an_item_is_left_out_where_it_has_no_place():
+    every = [item._replace(not_in=("train",)) for item in items(*(f"{number}.png" for number in range(100)))]
+    assert set(assign(every, FRACTIONS)) == {"val", "test"}
+    with pytest.raises(DataError, match="^'0.png' is to be left out of split 'trian', which data.splits does not name"):
+        assign([every[0]._replace(not_in=("trian",))], FRACTIONS)
+
+
 def test_splits_have_the_sizes_that_are_asked_for():
     names = [f"class/{number}.jpg" for number in range(30_000)]
     shares = {split: 0 for split in FRACTIONS}

@@ -216,15 +216,15 @@ def test_curves_of_two_classes_are_drawn(tmp_path):
         models = [two(0, 0.7, 0.5, roc=[[0.0, 0.0], [0.2, height], [1.0, 1.0]]), two(1, 0.8, 0.5, **CURVES)]
         history = {"distill seed-0": [{"step": 5, "loss": 0.5, "val_accuracy": 0.3}]}
         write(tmp_path, "pets", "test", models, history, None)
-        pictures.append(np.asarray(Image.open(tmp_path / "roc.png").convert("L")))
+        pictures.append(np.asarray(Image.open(tmp_path / "roc-test.png").convert("L")))
     assert pictures[0].shape == (600, 600) and not np.array_equal(*pictures)
-    assert "![roc](roc.png)" in (tmp_path / "report.md").read_text().splitlines()
+    assert "![roc-test](roc-test.png)" in (tmp_path / "report.md").read_text().splitlines()
 
 
 def test_without_a_curve_there_is_no_picture(tmp_path):
-    assert plot_roc(tmp_path / "roc.png", [two(0, None, 0.5), *THREE], "test") is False
+    assert plot_roc(tmp_path / "roc-test.png", [two(0, None, 0.5), *THREE], "test") is False
     assert not list(tmp_path.iterdir())
-    assert plot_roc(tmp_path / "roc.png", [two(0, 0.7, 0.5, **CURVES), *THREE], "test") is True
+    assert plot_roc(tmp_path / "roc-test.png", [two(0, 0.7, 0.5, **CURVES), *THREE], "test") is True
 
 
 def test_the_picture_shows_the_histories(tmp_path):

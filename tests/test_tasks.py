@@ -80,6 +80,8 @@ def test_every_metric_of_a_task_is_measured_and_has_a_direction():
         ("auc", 0.8, 1.0, 0.8),
         ("video_auc", 0.8, 1.0, 0.8),
         ("eer", 0.4, 0.1, 0.25),
+        ("eer", 0.1, 0.0, None),
+        ("eer", 0.0, 0.0, None),
         ("ece", 0.2, 0.1, 0.5),
     ],
 )

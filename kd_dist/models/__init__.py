@@ -173,7 +173,10 @@ def load_weights(network: Network, path: str | Path) -> None:
                 f"{path}: has weights named as in efficientnet_pytorch, of a model that pads and normalises as "
                 f"TensorFlow does, and {network.label} does not; write model: {better}"
             )
-        weights = renamed(weights, expected)
+        found = renamed(weights, expected)
+        if len(found) < len(weights):
+            raise ModelError(f"{path}: has a weight under two names; give the file as it was published")
+        weights = found
     weights = {name: value for name, value in weights.items() if not name.startswith(network.ignored)}
     missing = sorted(name for name in expected.keys() - weights.keys() if not name.endswith(COUNTER))
     foreign = sorted(weights.keys() - expected.keys())
@@ -213,7 +216,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # every reader has its own exception for a damaged file
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        if "weights_only" in first_line:  # torch's advice is to unpickle it all the same
+        # torch's advice is to unpickle it all the same.
+        if "weights_only" in first_line or first_line.startswith("Weights only"):
             first_line = "it holds more than tensors, or pickled code, which is not loaded"
         raise ModelError(f"{path}: cannot be read as weights ({first_line}); copy or make the file again") from error
     for wrapper in ("state_dict", "model"):

@@ -13,6 +13,7 @@ from kd_dist.inputs.images import decode_image
 from kd_dist.sources import Item, Listing, Raw
 from kd_dist.sources.face_layouts import (
     ORIGINAL,
+    SPLITS,
     Video,
     forensics,
     frames_of,
@@ -163,7 +164,8 @@ def _item(video: Video, group: str, frame: Frame, packing: Packing) -> Item:
     about: dict[str, Any] = {"video": video.name}
     about |= {} if frame.number is None else {"frame": frame.number}
     about |= {} if frame.face is None else described(frame.face, packing.margin)
-    if is_image_file(frame.path) and frame.face is None and packing.find is None:
+    # Of some quality are all or none: blends could be told by what it does to a picture.
+    if is_image_file(frame.path) and frame.face is None and packing.find is None and packing.quality is None:
         read, extension = frame.path.read_bytes, frame.path.suffix[1:].lower()  # as it is
     else:
         read, extension = _reader(frame, packing, None), _extension(packing)
@@ -257,7 +259,12 @@ def _listed(videos: list[Video], folder: Path | None) -> tuple[list[Video], list
     splits = read_splits(folder)
     kept = [video._replace(split=splits[video.ids[0]]) for video in videos if video.ids[0] in splits]
     absent = splits.keys() - {video.ids[0] for video in videos if not video.fake}
-    notes = [f"{len(absent)} of {len(splits)} videos that the lists in {folder} name are not there"] if absent else []
+    notes = []
+    if absent:
+        some = f"{len(absent)} of {len(splits)} videos that the lists in {folder} name"
+        notes.append(f"{some} are not there, such as {min(absent)}")
+    without = [f"{split}.json" for split in SPLITS if split not in splits.values()]
+    notes += [f"the lists in {folder} have no video for {', '.join(without)}"] if without else []
     left_out = len(videos) - len(kept)
     notes += [f"{left_out} of {len(videos)} videos are in none of the lists in {folder}, left out"] if left_out else []
     return kept, notes
@@ -296,9 +303,14 @@ def _with_boxes(
                 raise DataError(
                     f"data.options.faces: {file} names frame {number!r} of {video.path}, which has none such; mend it"
                 )
-    absent, without = len(boxes) - len(kept), len(videos) - len(kept)
-    notes = [f"{absent} of {len(boxes)} videos that {file} names are not among those taken"] if absent else []
-    notes += [f"{without} of {len(videos)} videos have no face in {file}, left out"] if without else []
+    names = {_relative(video, top) for video in videos}
+    absent, without = sorted(boxes.keys() - names), sorted(names - boxes.keys())
+    notes = []
+    if absent:
+        some = f"{len(absent)} of {len(boxes)} videos that {file} names"
+        notes.append(f"{some} are not among those taken, such as {absent[0]}")
+    if without:
+        notes.append(f"{len(without)} of {len(videos)} videos have no face in {file}, left out, such as {without[0]}")
     return kept, notes
 
 
@@ -317,7 +329,7 @@ def _finder(faces: str) -> Callable[[Path], Find] | None:
         imported(faces)
     except RecipeError as error:
         raise RecipeError(f"data.options.faces: {error}") from error
-    return lambda path: partial(find_detected, faces)
+    return lambda path: partial(find_detected, faces, path)
 
 
 def _refuse_numbers(frames: int | None, margin: float, quality: int | None, blends: int) -> None:

@@ -19,6 +19,7 @@ ORIGINAL, MANIPULATED = "original_sequences", "manipulated_sequences"
 VIDEOS = "videos"
 SPLITS = ("train", "val", "test")
 IDS = re.compile(r"(\d+)(?:_(\d+))?(?:__.*)?")  # 071; 071_054, whose face in whose place; 01_02__a_scene__another
+NUMBER = re.compile(r"\d+")
 
 
 class Video(NamedTuple):
@@ -32,7 +33,7 @@ class Video(NamedTuple):
 
 
 def is_image(path: Path) -> bool:
-    return path.suffix[1:].lower() in IMAGE_EXTENSIONS
+    return path.suffix[1:].lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
 
 
 def is_image_file(path: Path) -> bool:
@@ -85,7 +86,15 @@ def forensics(
                 found = IDS.fullmatch(stem)
                 ids = tuple(one for one in found.groups() if one) if found else (stem,)
                 videos.append(Video(f"{name}/{stem}", path, kind == MANIPULATED, None, ids))
-    return videos
+    originals = {video.ids[0] for video in videos if not video.fake}
+    return [_related(video, originals) for video in videos]
+
+
+def _related(video: Video, originals: set[str]) -> Video:
+    """A video whose name is of no known form, with the originals that it names."""
+    stem = video.ids[0]
+    named = sorted(originals.intersection(NUMBER.findall(stem)))
+    return video if IDS.fullmatch(stem) else video._replace(ids=(stem, *named))
 
 
 def _stems(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -103,6 +112,8 @@ def plain(top: Path, real: str, fake: str) -> list[Video]:
     its own begins or ends with, joined by `_`. Raises DataError without a folder of real ones.
     """
     splits = [split for split in SPLITS if (top / split / real).is_dir() or (top / split / fake).is_dir()]
+    if splits:
+        _refuse_beside(top, real, fake)
     videos = []
     for split in splits or [None]:
         home = top / (split or "")
@@ -125,14 +136,26 @@ def plain(top: Path, real: str, fake: str) -> list[Video]:
     return videos
 
 
+def _refuse_beside(top: Path, real: str, fake: str) -> None:
+    """Raise a DataError for videos that would be left out beside those of the splits."""
+    for home in (top, *(one for one in _folders(top) if one.name not in SPLITS)):
+        for name in (real, fake):
+            if name != "." and (home / name).is_dir() and (home / name).name not in SPLITS:
+                raise DataError(
+                    f"{home / name}: stands beside the splits {', '.join(SPLITS)}, whose folders alone are taken; move "
+                    f"it into one of them, or out of {top}"
+                )
+
+
 def _refuse_nested(real: Path, fake: Path) -> None:
     if fake.is_dir() and real.resolve() in (fake.resolve(), *fake.resolve().parents):
         raise DataError(f"data.options.real: {real} holds {fake} as well; give each a folder of its own")
 
 
 def _parts(name: str) -> Iterator[str]:
-    """What a fake may be named after: all that stands before or behind one of the `_` in the last part of its name."""
+    """What a fake may be named after: the last part of its name, and all that stands before or behind a `_` in it."""
     last = name.rpartition("/")[2]
+    yield last
     for place in (place for place, letter in enumerate(last) if letter == "_"):
         yield last[:place]
         yield last[place + 1 :]

@@ -14,10 +14,12 @@ import numpy as np
 from PIL import Image
 
 from kd_dist import choose
-from kd_dist.errors import DataError, ModelError
+from kd_dist.errors import DataError, ModelError, cause
+from kd_dist.views.blends import FARTHEST
 
 FRAMES, BOXES, LANDMARKS = "frames", "retina", "landmarks"  # folders beside each other
 LEAST_LANDMARKS = 3
+LONGEST_NUMBER = 18  # digits
 ONE_AT_A_TIME = threading.Lock()  # a detector need not be made for threads
 
 Point = tuple[float, float]
@@ -38,11 +40,12 @@ def made_face(box: Any, landmarks: Any = None) -> Face:
         points = None if landmarks is None else np.asarray(landmarks, np.float64)
     except (TypeError, ValueError, OverflowError):
         raise DataError(f"the box {_shown(box)} or its landmarks are no numbers") from None
-    if corners.shape != (4,) or not np.isfinite(corners).all():
+    if corners.shape != (4,) or not (np.abs(corners) <= FARTHEST).all():  # NaN is not either
         raise DataError(f"the box {_shown(box)} is not (left, top, right, bottom)")
     if points is None:
         return Face(tuple(corners.tolist()))
-    if points.ndim != 2 or points.shape[1] != 2 or len(points) < LEAST_LANDMARKS or not np.isfinite(points).all():
+    of_points = points.ndim == 2 and points.shape[1] == 2 and len(points) >= LEAST_LANDMARKS
+    if not of_points or not (np.abs(points) <= FARTHEST).all():
         raise DataError(f"the landmarks {_shown(landmarks)} are not {LEAST_LANDMARKS} or more points (x, y)")
     return Face(tuple(corners.tolist()), tuple(map(tuple, points.tolist())))
 
@@ -102,7 +105,7 @@ def encoded(image: np.ndarray, quality: int | None) -> bytes:
 
 def frame_id(stem: str) -> FrameId:
     """What a frame is called whose file has that name: its number, `0071` as 71, or the name."""
-    return int(stem) if stem.isascii() and stem.isdecimal() else stem
+    return int(stem) if stem.isascii() and stem.isdecimal() and len(stem) <= LONGEST_NUMBER else stem
 
 
 def read_boxes(path: Path) -> dict[str, dict[FrameId, list[Face]]]:
@@ -113,6 +116,10 @@ def read_boxes(path: Path) -> dict[str, dict[FrameId, list[Face]]]:
     found: dict[str, dict[FrameId, list[Face]]] = defaultdict(lambda: defaultdict(list))
     try:
         lines = path.read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(
+            f"data.options.faces: {path}: no such file; give its path from the folder that the command is run from"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.options.faces: {path}: cannot be read as a text in UTF-8 ({error})") from error
     for number, line in enumerate(lines, 1):
@@ -151,7 +158,7 @@ def beside(path: Path) -> tuple[Path, Path]:
     if FRAMES not in parts[:-1]:
         raise DataError(
             f"data.options.faces: {path}: 'beside' asks for frames in a folder '{FRAMES}' with '{BOXES}' and "
-            f"'{LANDMARKS}' beside it; name the faces otherwise"
+            f"'{LANDMARKS}' beside it; extract its frames, take it out, or name the faces otherwise"
         )
     place = max(place for place, part in enumerate(parts[:-1]) if part == FRAMES)
     boxes, landmarks = (Path(*parts[:place], name, *parts[place + 1 :]) for name in (BOXES, LANDMARKS))
@@ -182,7 +189,8 @@ def _points(path: Path, least: int) -> np.ndarray:
     try:
         with path.open("rb") as file:
             points = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, TypeError, TokenError) as error:  # the last two of a header that is no text of Python's
+    # Of a header that is no text of Python's, or that names more than there can be.
+    except (ValueError, TypeError, TokenError, OverflowError, MemoryError) as error:
         raise DataError(f"{path}: is no array of numbers ({error}); make it again") from error
     if points.dtype.kind not in "iuf" or points.ndim != 3:
         raise DataError(f"{path}: is no array (faces, points, 2) of numbers; make it again")
@@ -191,14 +199,18 @@ def _points(path: Path, least: int) -> np.ndarray:
     return points.astype(np.float64)
 
 
-def find_detected(name: str, image: np.ndarray) -> Face:
-    """The largest face that the user's detector `package.module:detector` finds in an image (H, W, 3) uint8 RGB.
+def find_detected(name: str, path: Path, image: np.ndarray) -> Face:
+    """The largest face that the user's detector `package.module:detector` finds in an image (H, W, 3) uint8 RGB of
+    `path`.
 
-    Raises DataError when it finds none, and ModelError when what it returns is no list of faces.
+    Raises DataError when it finds none, and ModelError when it fails, or what it returns is no list of faces.
     """
     detector = choose.imported(name)
-    with ONE_AT_A_TIME:
-        found = detector(np.array(image))  # a copy of its own, which it may write to
+    try:
+        with ONE_AT_A_TIME:
+            found = detector(np.array(image))  # a copy of its own, which it may write to
+    except Exception as error:  # whatever a user's own function raises
+        raise ModelError(f"data.options.faces: {name} failed on {path} ({cause(error)}); mend it") from error
     if not isinstance(found, (list, tuple, np.ndarray)):
         raise ModelError(f"data.options.faces: {name} returned {type(found).__name__}, not a list of faces; mend it")
     return largest([_detected(name, one) for one in found])

@@ -56,6 +56,7 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
 
 
 def retention(metric: str, student: float, teacher: float) -> float | None:
-    """The share of the teacher's metric that the student keeps (1.0 = all); None where that is undefined."""
+    """The share of the teacher's metric that the student keeps (1.0 = all); None where that is undefined, as beside a
+    teacher who makes no error at all."""
     kept, reference = (student, teacher) if METRICS[metric] else (teacher, student)
-    return kept / reference if reference > 0 else None
+    return kept / reference if teacher > 0 and reference > 0 else None

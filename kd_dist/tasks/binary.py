@@ -55,8 +55,8 @@ def equal_error(roc: Tensor) -> float:
 def thinned(roc: Tensor) -> Tensor:
     """A curve of `counts` as rates (n, 2) float64, false and true positive, of POINTS of its points at most."""
     rates = roc.double() / roc[-1]
-    inner = rates[1:-1] - rates[:-2], rates[2:] - rates[1:-1]
-    bends = (inner[0][:, 0] * inner[1][:, 1] - inner[0][:, 1] * inner[1][:, 0]).abs() > 1e-12
+    steps = roc.diff(dim=0)
+    bends = steps[:-1, 0] * steps[1:, 1] != steps[:-1, 1] * steps[1:, 0]
     kept = torch.cat([bends.new_ones(1), bends, bends.new_ones(1)])
     rates = rates[kept]
     if len(rates) <= POINTS:
@@ -78,7 +78,8 @@ def by_video(scores: Tensor, positive: Tensor, groups: Tensor) -> tuple[Tensor, 
     rows = zip(groups.tolist(), torch.sigmoid(scores).tolist(), positive.tolist(), strict=True)
     for (video, frame), p, label in rows:
         if video != NO_VIDEO:
-            frames[video, frame] = max(p, frames.get((video, frame), p))
+            known = frames.get((video, frame), p)
+            frames[video, frame] = p if math.isnan(p) or p > known else known
             labels[video] = labels.get(video, False) or label
     videos = defaultdict(list)
     for (video, _), p in frames.items():

@@ -23,7 +23,7 @@ def certainty_warnings(entropy: float) -> list[str]:
     if entropy >= SATURATED_ENTROPY:
         return []
     return [
-        f"warning: the teacher's mean entropy is {entropy:.4f} nat: it says little beyond its top class; raise the "
-        f"temperature of the losses, train the teacher with label smoothing or divide its logits by a temperature that "
-        f"calibrates it, or learn from its features"
+        f"warning: the teacher's mean entropy is {max(entropy, 0.0):.4f} nat: it says little beyond its top class; "
+        f"raise the temperature of the losses, train the teacher with label smoothing or divide its logits by a "
+        f"temperature that calibrates it, or learn from its features"
     ]

@@ -113,7 +113,18 @@ class Classification:
             f"accuracy {report['accuracy']:.4f}, nll {report['nll']:.4f}, entropy {report['entropy']:.4f} nat, "
             f"saturated {report['saturated']:.1%} of {report['rows']:,} rows",
             f"  rows per class, labelled / predicted: {report['labelled_per_class']} / {report['predicted_per_class']}",
+            *self._ignorance_warnings(report),
             *certainty_warnings(report["entropy"]),
+        ]
+
+    def _ignorance_warnings(self, report: Mapping[str, Any]) -> list[str]:
+        """A sentence about a teacher that knows nothing, or was not given what it was trained on."""
+        commonest = max(report["labelled_per_class"]) / max(report["rows"], 1)
+        if report["accuracy"] > commonest:
+            return []
+        return [
+            f"warning: the teacher is right no more often than the commonest class is there ({commonest:.4f}); see to "
+            f"its weights, and that mean and std are those that it was trained with"
         ]
 
     def picture(self, images: np.ndarray, targets: list[int], predictions: dict[str, list[np.ndarray]]) -> None:

@@ -24,6 +24,8 @@ NODES = 6  # of the displacement grid, along each side
 SIDE = 1 << 16  # units of a polygon's coordinates along a side
 MASK = 128  # pixels of the mask along each side, before it is brought to the image's size
 STEP = 64  # units of one step of a displacement
+SEEN = 0.01  # share of the mask's pixels
+FARTHEST = 1e6  # pixels from an image's corner that a landmark may be
 
 # One blend: 172 bytes.
 BLEND_DTYPE = np.dtype(
@@ -46,6 +48,7 @@ BLEND_DTYPE = np.dtype(
     align=True,
 )
 
+LONGEST_SIDE = 65535  # of an image
 RGB_SHIFT = 20  # levels
 FACTORS = {"brightness": 0.1, "contrast": 0.1, "saturation": 0.3}  # x: from 1 - x to 1 + x
 SHRUNK = (0.25, 0.5)  # of the side
@@ -62,11 +65,19 @@ def draw_blend(chance: Chance, size: tuple[int, int], landmarks: Sequence[Sequen
     """The parameters of one blend of an image of `size` (H, W): a record of BLEND_DTYPE.
 
     `landmarks` are (x, y) in pixels of the face that it shows. The mask covers the convex hull of all of them or of
-    some; without any, or where they lie on one line, an ellipse about the centre, or a part of it.
+    some; without any, or where hardly anything of it would be left, an ellipse about the centre, or a part of it.
     Raises DataError for landmarks that are no pairs of numbers.
     """
-    polygon = _hull(_region(chance, size, landmarks)) if landmarks else []
-    polygon = _reduced(polygon if _area(polygon) else _hull(_ellipse(chance)))
+    hull = _hull(_region(chance, size, landmarks)) if landmarks else []
+    if _area(hull):
+        made = _drawn(chance, size, _reduced(hull))
+        if _is_seen(made):
+            return made
+    return _drawn(chance, size, _hull(_ellipse(chance)))
+
+
+def _drawn(chance: Chance, size: tuple[int, int], polygon: Points) -> np.void:
+    """The parameters with this polygon."""
     factors = [1 + most * (2 * chance(f"blend {name}") - 1) for name, most in FACTORS.items()]
     resized = [_near(chance(f"blend {axis} size"), RESIZED, side) for axis, side in zip("yx", size, strict=True)]
     place = [
@@ -196,7 +207,7 @@ def _region(chance: Chance, size: tuple[int, int], landmarks: Sequence[Sequence[
         points = np.asarray(landmarks, np.float64)
     except (TypeError, ValueError):
         points = np.empty(0)
-    if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
+    if points.ndim != 2 or points.shape[1] != 2 or not (np.abs(points) <= FARTHEST).all():  # NaN is not either
         raise DataError("its landmarks are no list of pairs of numbers, [[x, y], ...]; correct them and pack again")
     if len(points) >= NUMBERED:
         points = points[PARTS[int(chance("blend part") * len(PARTS))]]
@@ -238,7 +249,13 @@ def _turn(first: tuple[int, int], second: tuple[int, int], third: tuple[int, int
 
 
 def _area(polygon: Points) -> int:
+    """Twice the area of a convex polygon."""
     return sum(abs(_turn(polygon[0], one, other)) for one, other in zip(polygon[1:], polygon[2:], strict=False))
+
+
+def _is_seen(parameters: np.void) -> bool:
+    """Whether enough of the mask is left, blurred and cut at its threshold, to be seen."""
+    return bool((np.asarray(mask(parameters)) > parameters["ratio"] / 2).mean() >= SEEN)
 
 
 def _reduced(polygon: Points) -> Points:
@@ -262,5 +279,5 @@ def _whole(share: float, low: int, high: int) -> int:
 
 
 def _near(share: float, most: float, side: int) -> int:
-    """A side multiplied by a factor from 1 - most to 1 + most."""
-    return max(1, round(side * (1 + most * (2 * share - 1))))
+    """A side multiplied by a factor from 1 - most to 1 + most, in 16 bits."""
+    return min(max(1, round(side * (1 + most * (2 * share - 1)))), LONGEST_SIDE)
