@@ -307,7 +307,8 @@ def test_a_detector_is_called_by_one_thread_at_a_time(detectors):
 
 
 def test_a_detector_that_fails_says_on_what(detectors):
-    with pytest.raises(ModelError, match=r"^data.options.faces: own_detectors:fails failed on frames/1/000.png \(no mem"):
+    said = r"^data.options.faces: own_detectors:fails failed on frames/1/000.png \(no memory\); mend it"
+    with pytest.raises(ModelError, match=said):
         find_detected("own_detectors:fails", FRAME, IMAGE)
 
 
