@@ -16,6 +16,7 @@ from kd_dist import assemble, cache_teacher, journey, manifest
 from kd_dist.batch import Example
 from kd_dist.config import load
 from kd_dist.errors import DataError, MismatchError, RecipeError
+from kd_dist.signals import LogitsCodec, row_dtype
 from kd_dist.views import VIEW_DTYPES, ImageViews, input_crc
 from kd_dist.views.blended import BLENDED_DTYPE, UNTOUCHED, BlendedViews, is_fake
 from kd_dist.views.blends import blend
@@ -41,6 +42,11 @@ def test_a_view_is_200_bytes_in_a_fixed_layout():
         ("blend", 28),
     ]
     assert VIEW_DTYPES["self-blended"] == BLENDED_DTYPE
+
+
+def test_a_row_of_two_classes_is_36_bytes_and_212_with_a_blend():
+    margin = LogitsCodec("fp16", 2).fields()
+    assert [row_dtype(kind.dtype, margin).itemsize for kind in (ImageViews, BlendedViews)] == [36, 212]
 
 
 def test_a_share_of_the_views_of_real_images_are_fakes_and_none_of_fakes():
