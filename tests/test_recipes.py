@@ -38,6 +38,18 @@ def test_a_shipped_recipe_can_be_read_and_its_header_says_how_to_run_it(path, tm
     assert any("Hardware: " in line for line in header)
 
 
+@pytest.fixture
+def ran(tmp_path) -> Callable[..., str]:
+    """Run a function to a good end in a process of its own, in the test's folder; returns what it printed."""
+
+    def run(function: Callable, *arguments) -> str:
+        ended = start_run(function, *arguments, folder=tmp_path)
+        done(ended)
+        return ended.stdout
+
+    return run
+
+
 def evaluate(*words: str) -> None:
     """`kd-dist evaluate`, where no model is timed more than three times; for a process to be."""
     cost.LATENCY_SECONDS = 0.0
@@ -72,7 +84,7 @@ def fewer(views: int) -> pytest.MarkDecorator:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @fewer(views=2)
-def test_the_voc_recipe_runs_at_full_scale(tmp_path, fewer):
+def test_the_voc_recipe_runs_at_full_scale(tmp_path, ran, fewer):
     """FCN-ResNet50 at 520 pixels with its three features, the student, both stages; weights are random."""
     recipe = str(CONFIGS / "voc_fcn_resnet50.yaml")
     voc_tree(tmp_path / "voc")
@@ -81,13 +93,8 @@ def test_the_voc_recipe_runs_at_full_scale(tmp_path, fewer):
     torch.save(teacher.backbone.state_dict(), tmp_path / "teacher.pth")
     words = [recipe, f"data.root={tmp_path}/voc", f"teacher.weights={tmp_path}/teacher.pth", *fewer]
 
-    def run(function: Callable, *arguments) -> str:
-        ended = start_run(function, *arguments, folder=tmp_path)
-        done(ended)
-        return ended.stdout
-
-    run(kd_dist, "pack", *words)
-    run(cache_teacher.main, words)
+    ran(kd_dist, "pack", *words)
+    ran(cache_teacher.main, words)
     about = json.loads((tmp_path / "shards/voc_fcn_resnet50/train/teacher/manifest.json").read_text())
     assert about["row_bytes"] - sum(one["bytes"] for one in about["feature_report"].values()) <= 92_000
     assert about["codec"]["grid"] == [65, 65] and about["quarantined"] == []
@@ -96,13 +103,13 @@ def test_the_voc_recipe_runs_at_full_scale(tmp_path, fewer):
     for name, one in about["feature_report"].items():
         assert one["bytes"] * 8 <= one["fp16_bytes"], name
         assert one["gradient_cosine"] >= 0.99, name
-    assert "the cache is this teacher's" in run(kd_dist, "verify", *words, "--examples", "1")
+    assert "the cache is this teacher's" in ran(kd_dist, "verify", *words, "--examples", "1")
     for stage in ("pretrain", "distill"):
-        run(train.main, [*words, "--stage", stage, f"train.max_steps={STEPS}"])
+        ran(train.main, [*words, "--stage", stage, f"train.max_steps={STEPS}"])
         result = json.loads((tmp_path / f"runs/voc_fcn_resnet50/{stage}/seed-0/result.json").read_text())
         assert result["steps"] == STEPS and result["skipped"] == 0
         assert np.isfinite([one["loss"] for one in result["history"]]).all()
-    rows = json.loads(run(evaluate, *words))
+    rows = json.loads(ran(evaluate, *words))
     assert [row["stage"] for row in rows] == ["given", "pretrain", "distill"]
     assert rows[0]["parameters"] > 30e6 and 2.4e6 < rows[1]["parameters"] < 3.0e6
 
@@ -213,7 +220,7 @@ def published_deam(root: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @fewer(views=1)
-def test_the_deam_recipe_runs_at_full_scale(tmp_path, fewer):
+def test_the_deam_recipe_runs_at_full_scale(tmp_path, ran, fewer):
     """ViT-B/16 at 128 x 1280, the student, all three stages. The pretrained weights are a file of random ones, of
     timm's own ViT-B/16: 3 channels, 224 pixels, 1,000 classes."""
     published_deam(tmp_path / "DEAM")
@@ -225,33 +232,28 @@ def test_the_deam_recipe_runs_at_full_scale(tmp_path, fewer):
     stages = ("teacher", "pretrain", "distill")
     words += [f"stages.{stage}.max_steps={STEPS}" for stage in stages]
 
-    def run(function: Callable, *arguments) -> str:
-        ended = start_run(function, *arguments, folder=tmp_path)
-        done(ended)
-        return ended.stdout
-
-    run(kd_dist, "pack", *words)
+    ran(kd_dist, "pack", *words)
     folder = tmp_path / "shards/emotion_deam"
     packed = {split: json.loads((folder / split / "manifest.json").read_text()) for split in PUBLISHED}
     assert {split: one["examples"] for split, one in packed.items()} == {"train": 2, "val": 2, "test": 2}
     quarantined = [row for one in packed.values() for row in one["quarantined"]]
     assert [row["name"] for row in quarantined] == [BROKEN] and "cannot be decoded" in quarantined[0]["reason"]
-    run(train.main, [*words, "--stage", "teacher"])
+    ran(train.main, [*words, "--stage", "teacher"])
     kept = load_file(tmp_path / "runs/emotion_deam/teacher/seed-0/best.safetensors")
     assert kept["pos_embed"].shape == (1, 1 + 8 * 80, 768) and kept["patch_embed.proj.weight"].shape == (768, 1, 16, 16)
     same = {block: torch.equal(kept[name], given[name]) for block in range(12) if (name := WEIGHT.format(block))}
     assert [block for block, equal in same.items() if equal] == list(range(8))  # the last four have learnt
     assert [kept[f"head.{layer}.weight"].shape for layer in (0, 3, 6)] == [(512, 768), (128, 512), (2, 128)]
-    run(cache_teacher.main, words)
+    ran(cache_teacher.main, words)
     about = json.loads((folder / "train/teacher/manifest.json").read_text())
     features = sum(one["bytes"] for one in about["feature_report"].values())
     assert 0 < about["row_bytes"] - features <= 56
     assert about["teacher"]["head"] == {"hidden": [512, 128], "dropout": 0.3} and about["quarantined"] == []
     assert about["feature_report"]["tokens"]["bytes"] * 64 <= about["feature_report"]["tokens"]["fp16_bytes"]
     assert about["feature_report"]["attention"]["bytes"] == 2 * 8 * 16
-    assert run(kd_dist, "verify", *words, "--examples", "1").count("the cache is this teacher's") == 3
+    assert ran(kd_dist, "verify", *words, "--examples", "1").count("the cache is this teacher's") == 3
     for stage in ("pretrain", "distill"):
-        run(train.main, [*words, "--stage", stage])
+        ran(train.main, [*words, "--stage", stage])
     for stage in stages:
         result = json.loads((tmp_path / f"runs/emotion_deam/{stage}/seed-0/result.json").read_text())
         assert result["steps"] == STEPS and result["skipped"] == 0 and result["metric"] == "ccc"
@@ -264,7 +266,7 @@ def test_the_deam_recipe_runs_at_full_scale(tmp_path, fewer):
         cached = assemble.signals(recipe, "train", assemble.examples(recipe, "train"))
         said = cached.codec.decode(cached.rows(np.arange(2), np.zeros(2, int)))
     assert said.shape == (2, 2) and 0 < np.abs(said).max() <= 1
-    rows = json.loads(run(evaluate, *words))
+    rows = json.loads(ran(evaluate, *words))
     assert [row["stage"] for row in rows] == list(stages)
     assert all(np.isfinite([row["value"], *dict(row["parts"]).values()]).all() for row in rows)
     assert {name for name, _ in rows[0]["parts"]} == PARTS
@@ -305,7 +307,7 @@ def forensics_tree(root: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @fewer(views=2)
-def test_the_deepfake_recipe_runs_at_full_scale(tmp_path, fewer):
+def test_the_deepfake_recipe_runs_at_full_scale(tmp_path, ran, fewer):
     """EfficientNet-B4 at 380 pixels from a file in the published form, MobileViTv2-2.0, all three stages, on
     FaceForensics++'s folders."""
     from efficientnet_pytorch import EfficientNet
@@ -324,12 +326,7 @@ def test_the_deepfake_recipe_runs_at_full_scale(tmp_path, fewer):
     stages = ("pretrain", "distill", "distill_features")
     words += [f"stages.{stage}.max_steps={STEPS}" for stage in stages]
 
-    def run(function: Callable, *arguments) -> str:
-        ended = start_run(function, *arguments, folder=tmp_path)
-        done(ended)
-        return ended.stdout
-
-    run(kd_dist, "pack", *words)
+    ran(kd_dist, "pack", *words)
     folder = tmp_path / "shards/deepfake_sbi"
     packed = {split: json.loads((folder / split / "manifest.json").read_text()) for split in PAIRS}
     faces = 2 * FRAMES  # of a list: real ones, with as many self-blended, or those of four methods
@@ -339,20 +336,20 @@ def test_the_deepfake_recipe_runs_at_full_scale(tmp_path, fewer):
         "test": 5 * faces,
     }
     assert not any(one["quarantined"] for one in packed.values())
-    run(cache_teacher.main, words)
+    ran(cache_teacher.main, words)
     about = json.loads((folder / "train/teacher/manifest.json").read_text())
     features = sum(one["bytes"] for one in about["feature_report"].values())
     assert about["row_bytes"] - features == 212 and about["quarantined"] == []
     real, fake = about["teacher_report"]["labelled_per_class"]
     assert real + fake == about["teacher_report"]["rows"] and min(real, fake) > 0  # of real faces alone
     assert about["codec_error"]["logits"]["top_class_agreement"] == 1
-    assert run(kd_dist, "verify", *words, "--examples", "1").count("the cache is this teacher's") == 3
+    assert ran(kd_dist, "verify", *words, "--examples", "1").count("the cache is this teacher's") == 3
     for stage in stages:
-        run(train.main, [*words, "--stage", stage])
+        ran(train.main, [*words, "--stage", stage])
         result = json.loads((tmp_path / f"runs/deepfake_sbi/{stage}/seed-0/result.json").read_text())
         assert result["steps"] == STEPS and result["skipped"] == 0 and result["metric"] == "video_auc"
         assert np.isfinite([one["loss"] for one in result["history"]]).all()
-    rows = json.loads(run(evaluate, *words))
+    rows = json.loads(ran(evaluate, *words))
     assert [row["stage"] for row in rows] == ["given", *stages]
     assert [row["parameters"] for row in rows] == [17_552_202, *[17_426_379] * 3]
     assert all(0 <= row["value"] <= 1 for row in rows)

@@ -83,3 +83,12 @@ def assert_same_weights(one: Path, other: Path, tolerance: float, tensors: int =
     assert mine.keys() == theirs.keys() and len(mine) == tensors
     for name, value in mine.items():
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def assert_scale_was_found(folder: Path, output: str) -> None:
+    """A run in fp16 of 11 steps has skipped steps for its loss scale alone, and said so."""
+    skipped = result(folder)["skipped"]
+    assert skipped >= 1 and output.count("the loss scale falls to") == skipped
+    assert scalars(folder)["train/loss_scale"][11] == 2.0 ** (16 - skipped)
+    assert not (folder / "suspects.jsonl").exists() and result(folder)["streak"] == 0
+    assert all(value.isfinite().all() for value in weights(folder).values())

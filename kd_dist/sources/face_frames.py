@@ -38,11 +38,11 @@ from kd_dist.sources.faces import (
     read_boxes,
 )
 from kd_dist.sources.videos import count_frames, picked, read_frame, refuse_without_library
+from kd_dist.views.blended import FAKE, REAL
 from kd_dist.views.blends import as_json, blend, draw_blend
 from kd_dist.views.chance import uniform
 
 CLASSES = ("real", "fake")
-REAL, FAKE = 0, 1
 WHOLE, BESIDE, BOX_FILE = "whole", "beside", ".jsonl"
 
 Load = Callable[[], tuple[np.ndarray, dict[str, Any]]]  # the pixels of a frame, and what is known with them

@@ -15,6 +15,7 @@ from PIL import Image, ImageFilter
 from kd_dist.errors import DataError
 from kd_dist.views.chance import record
 from kd_dist.views.colours import coloured
+from kd_dist.views.images import LONGEST_SIDE
 
 Chance = Callable[[str], float]  # a number in [0, 1) for each name
 Points = list[tuple[int, int]]  # (x, y), in units of which a side has SIDE
@@ -48,7 +49,6 @@ BLEND_DTYPE = np.dtype(
     align=True,
 )
 
-LONGEST_SIDE = 65535  # of an image
 RGB_SHIFT = 20  # levels
 FACTORS = {"brightness": 0.1, "contrast": 0.1, "saturation": 0.3}  # x: from 1 - x to 1 + x
 SHRUNK = (0.25, 0.5)  # of the side
