@@ -1,83 +1,49 @@
 """From a recipe to the values that parts are made of. Below the commands, the only file that sees a whole recipe."""
 
 import math
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kd_dist import manifest, places
-from kd_dist.checkpoint import best_digest, read_record, refuse_other_run
+from kd_dist import caches, manifest, places
+from kd_dist.checkpoint import read_record, refuse_other_run
 from kd_dist.config import to_dict
-from kd_dist.data import Corridor, Shards, SignalShards
-from kd_dist.disk import file_digest
+from kd_dist.data import Corridor
+from kd_dist.ensemble import MeanSignals
 from kd_dist.errors import DataError, MismatchError, ModelError
-from kd_dist.inputs import Images, Input, Spectrograms
-from kd_dist.inputs.spectrograms import STEPS, LogMel
+from kd_dist.folders import Shards
 from kd_dist.joined import JoinedShards, JoinedSignals
 from kd_dist.losses import LOSSES, features_read, filled, projections, signals_needed
-from kd_dist.models import Network, build_network, load_weights, weights_digest
+from kd_dist.losses.served import refuse_unserved
+from kd_dist.models import Network, build_network, load_weights
 from kd_dist.models.blocks import freeze
+from kd_dist.models.ensemble import together
 from kd_dist.pack import refuse_other
 from kd_dist.plan import Order, Plan, Sequential
+from kd_dist.policies import split_policy, task, view_policy
 from kd_dist.recipe import Recipe, Stage
+from kd_dist.rows import Signals
 from kd_dist.student import Student
-from kd_dist.tasks import TASKS, Regression, Task, packed_for
+from kd_dist.tasks import TASKS, packed_for
 from kd_dist.teacher import Teacher
-from kd_dist.views import BlendedViews, ImageViews, SpectrogramViews, ViewPolicy
 
+# Keys of a stage that came later, and what they are when not used: a stage without them is described as it always was.
+LATER = {"sam": None, "shards": None, "ema": None, "layer_decay": 1.0, "unfreeze": {}}
+LATER |= {"cycle_epochs": None, "cycle_factor": 1.0}
 EVALUATION_BATCH, EVALUATION_PIXELS = 256, 2**21  # the most images, and the most pixels of them, in one batch
 
 
-def view_policy(recipe: Recipe) -> ViewPolicy:
-    """The policy by which the recipe draws its views."""
-    v = recipe.views
-    if recipe.audio is not None:
-        low, high = recipe.audio.db
-        gain = round(v.gain * STEPS / (high - low))
-        return SpectrogramViews(v.shape, gain=gain, time_mask=v.time_mask, band_mask=v.band_mask, seed=v.seed)
-    make = partial(BlendedViews, self_blend=v.self_blend) if v.self_blend else ImageViews
-    return make(
-        size=v.shape,
-        crop_scale=v.crop_scale,
-        crop_ratio=v.crop_ratio,
-        flip=v.flip,
-        brightness=v.brightness,
-        contrast=v.contrast,
-        saturation=v.saturation,
-        seed=v.seed,
-        whole=TASKS[recipe.task.name].canonical_whole,
-    )
-
-
-def task(recipe: Recipe) -> Task:
-    """The recipe's task, for its kind of input."""
-    t = recipe.task
-    if t.name == "regression":
-        return Regression(t.outputs, t.range, input_kind(recipe))
-    return TASKS[t.name](t.classes, input_kind(recipe))
-
-
-def input_kind(recipe: Recipe) -> Input:
-    """How the recipe's examples are packed and decoded."""
-    a = recipe.audio
-    if a is None:
-        return Images()
-    front_end = LogMel(
-        sample_rate=a.sample_rate, n_fft=a.n_fft, hop=a.hop, mels=a.mels, fmin=a.fmin, fmax=a.fmax, db=a.db
-    )
-    return Spectrograms(front_end, a.shortest)
-
-
-def examples(recipe: Recipe, split: str) -> Shards:
-    """The packed examples of a split. Raises DataError when they are not there or of another task."""
+def examples(recipe: Recipe, split: str, limit: int | None = None) -> Shards:
+    """The packed examples of a split, or of its first `limit` shards. Raises DataError when they are not there or of
+    another task."""
     folder = places.shards_folder(recipe) / split
     command = "train-gan" if split == manifest.GENERATED else "pack"
     if isinstance(folder, Path) and not folder.is_dir():
         raise DataError(f"{folder}: no example shards; run `kd-dist {command}` first")
-    shards = Shards(folder, recipe.data.on_error)
+    shards = Shards(folder, recipe.data.on_error, limit)
     for name, wanted in packed_for(task(recipe)).items():
         if shards.manifest.get(name) != wanted:
             raise MismatchError(
@@ -127,7 +93,7 @@ def network(recipe: Recipe, which: str, reference: str | None, seed: int) -> Net
             f"--stage {reference.removeprefix(places.STAGE_REFERENCE)}` first"
         )
     if reference is not None and reference.startswith(places.STAGE_REFERENCE):
-        best_sha256(recipe, reference.removeprefix(places.STAGE_REFERENCE))  # refuses what is lost or damaged
+        caches.best_sha256(recipe, reference.removeprefix(places.STAGE_REFERENCE))  # refuses what is lost or damaged
     torch.manual_seed(seed)
     built = build_network(
         section.model,
@@ -148,24 +114,6 @@ def network(recipe: Recipe, which: str, reference: str | None, seed: int) -> Net
     return built
 
 
-def best_sha256(recipe: Recipe, name: str) -> str:
-    """The digest of the best weights of a stage that has ended. Raises TrainingError when they are lost, or not those
-    that its result tells of."""
-    folder = places.stage_folder(recipe, name)
-    return best_digest(folder / places.BEST, read_record(folder / places.RESULT).get("best_sha256"))
-
-
-def weights_sha256(recipe: Recipe, reference: str | None) -> str | None:
-    """The digest of the file that `reference` means; None when there is none. Raises TrainingError for weights that are
-    not those that their stage ended with."""
-    file = places.weights_file(recipe, reference)
-    if file is None or not file.is_file():
-        return None
-    if reference.startswith(places.STAGE_REFERENCE) and places.weights_ready(recipe, reference):
-        return best_sha256(recipe, reference.removeprefix(places.STAGE_REFERENCE))
-    return file_digest(file)
-
-
 def with_projections(recipe: Recipe, stage: Stage, built: Network, channels: Mapping[str, int]) -> Student:
     """The network with taps for these features, the teacher's `channels` of each, and the projections to them."""
     wanted = {
@@ -176,13 +124,15 @@ def with_projections(recipe: Recipe, stage: Stage, built: Network, channels: Map
 
 
 def freeze_blocks(recipe: Recipe, name: str, built: Network) -> None:
-    """Leave what a stage's `train_last` says of a network to be trained."""
-    last = recipe.stages[name].train_last
-    try:
-        if last is not None:
-            freeze(built, last)
-    except ModelError as error:
-        raise ModelError(f"stages.{name}.train_last: {error}") from error
+    """Leave what a stage's `train_last` says of a network to be trained; what `unfreeze` says later is tried, too."""
+    stage = recipe.stages[name]
+    phases = {f"unfreeze.{epoch}": last for epoch, last in stage.unfreeze.items()} | {"train_last": stage.train_last}
+    for key, last in phases.items():
+        try:
+            if last is not None:
+                freeze(built, last)
+        except ModelError as error:
+            raise ModelError(f"stages.{name}.{key}: {error}") from error
 
 
 def feature_taps(recipe: Recipe, names: Iterable[str]) -> dict[str, str]:
@@ -192,8 +142,34 @@ def feature_taps(recipe: Recipe, names: Iterable[str]) -> dict[str, str]:
 
 def teacher(recipe: Recipe, features: Iterable[str] = ()) -> Teacher:
     """The teacher with its weights, which gives the named features beside its logits."""
-    built = network(recipe, "teacher", recipe.teacher.weights, recipe.teacher.seed)
-    return Teacher(built, feature_taps(recipe, features))
+    return Teacher(teacher_network(recipe), feature_taps(recipe, features))
+
+
+def teacher_network(recipe: Recipe) -> Network:
+    """The first teacher's network with its weights."""
+    return network(recipe, "teacher", recipe.teacher.weights, recipe.teacher.seed)
+
+
+def online_teacher(recipe: Recipe, name: str) -> Teacher:
+    """The live teacher of a stage, or the mean of several, with the features that its losses read."""
+    names = recipe.teachers_of(recipe.stages[name])
+    networks = [teacher_network(recipe.with_teacher(one)) for one in names]
+    return Teacher(together(networks), feature_taps(recipe, stage_features(recipe, name)))
+
+
+def stage_signals(
+    recipe: Recipe, name: str, splits: Sequence[str], parts: Sequence[Shards], packed: Shards
+) -> Signals:
+    """What a stage learns from: the cached signals of its teacher, or the mean of several, for the examples of all
+    splits, `parts`, which are `packed` as one sequence."""
+    stage, features, found = recipe.stages[name], stage_features(recipe, name), []
+    for teacher in recipe.teachers_of(stage):
+        each = recipe.with_teacher(teacher)
+        own = features if teacher == recipe.teacher.name else ()  # the first alone has some
+        known = [caches.signals(each, split, part, own) for split, part in zip(splits, parts, strict=True)]
+        refuse_unserved(stage.losses, known[0].manifest, f"{known[0].folder}: stages.{name}.losses")
+        found.append(JoinedSignals(known, parts) if stage.generated else known[0])
+    return found[0] if len(found) == 1 else MeanSignals(found, packed, features)
 
 
 def stage_features(recipe: Recipe, name: str) -> tuple[str, ...]:
@@ -221,64 +197,6 @@ def module(recipe: Recipe, name: str, corridor: Corridor, taught_by: Teacher | N
     return with_projections(recipe, stage, built, {feature: shapes[feature][0] for feature in features})
 
 
-def teacher_identity(recipe: Recipe, built: Network | None = None) -> dict[str, Any]:
-    """Who the teacher is, for a manifest. The digest is of the weights file, or of `built` where there is no file;
-    None when neither is at hand (a machine that only trains)."""
-    t = recipe.teacher
-    file = places.weights_file(recipe, t.weights)
-    digest = weights_sha256(recipe, t.weights)
-    if file is None and built is not None:
-        digest = weights_digest(built)
-    kind = "file" if file is not None else t.weights or f"random, seed {t.seed}"
-    described = {name: getattr(t, name) for name in ("name", "model", "options", "image_size", "mean", "std")}
-    if t.head is not None:  # one without a head is described as it always was
-        described["head"] = to_dict(t.head)
-    return {**described, "weights": kind, "weights_sha256": digest}
-
-
-def signals(recipe: Recipe, split: str, of: Shards) -> SignalShards:
-    """The cached signals of a split. Raises MismatchError, naming both values, when they are not this recipe's."""
-    folder = places.signals_folder(recipe, split)
-    if isinstance(folder, Path) and not folder.is_dir():
-        raise DataError(f"{folder}: no cached signals; run `kd-dist cache-teacher` first")
-    cache = SignalShards(folder, of, recipe.data.on_error)
-    ours, theirs = manifest.plain(teacher_identity(recipe)), dict(cache.manifest["teacher"])
-    if ours["weights_sha256"] is None:
-        ours["weights_sha256"] = theirs["weights_sha256"]
-    expected = {"teacher": ours, "views": views_identity(recipe, split), **codec_identity(recipe, split)}
-    codec = cache.manifest["codec"]
-    kept = {
-        name: {option: value for option, value in one.items() if option != "shape"}
-        for name, one in codec["features"].items()
-        if name in expected["features"]  # more than the recipe names do no harm
-    }
-    there = {"teacher": theirs, "views": cache.manifest["views"], "logits": codec["logits"], "features": kept}
-    difference = manifest.first_difference(expected, there)
-    if difference is not None:
-        place, mine, its = difference
-        raise MismatchError(
-            f"{folder}: was made with {place} = {its!r}, the recipe has {mine!r}; restore the recipe, or delete the "
-            f"folder and run `kd-dist cache-teacher`"
-        )
-    return cache
-
-
-def codec_identity(recipe: Recipe, split: str) -> dict[str, Any]:
-    """How the signals of a split are stored, as the recipe says it. Features are for training."""
-    features = recipe.cache.features if places.is_trained_on(split) else {}
-    return {"logits": recipe.cache.logits, "features": {name: to_dict(one) for name, one in features.items()}}
-
-
-def views_identity(recipe: Recipe, split: str) -> dict[str, Any]:
-    """The view policy of a split as a manifest states it. Canonical views depend on nothing but their size."""
-    views = places.stored_views(recipe, split)
-    policy = view_policy(recipe)
-    kind = {} if policy.kind == ImageViews.kind else {"kind": policy.kind}
-    if not views:
-        return {**kind, "canonical": True, "count": 1, "size": list(policy.size)}
-    return manifest.plain({**kind, "canonical": False, "count": views, **vars(policy)})
-
-
 def reads_cache(stage: Stage) -> bool:
     """Whether a stage learns from cached signals."""
     return stage.teacher == "cached" and bool(signals_needed(stage.losses))
@@ -297,16 +215,15 @@ def training_corridor(recipe: Recipe, name: str, rank: int, world: int) -> Corri
     """
     stage = recipe.stages[name]
     splits = [places.TRAINING_SPLIT, *([manifest.GENERATED] if stage.generated else [])]
-    parts = [examples(recipe, split) for split in splits]
+    parts = [examples(recipe, split, stage.shards) for split in splits]
     packed = JoinedShards(parts) if stage.generated else parts[0]
     taught, cached = bool(signals_needed(stage.losses)), reads_cache(stage)
     d = recipe.data
     seed = places.stage_seed(recipe, name)
     order = Order.default(len(packed), packed.example_bytes(), seed, d.block, d.lanes, d.window)
-    known = [signals(recipe, split, part) for split, part in zip(splits, parts, strict=True)] if cached else [None]
     return Corridor(
         examples=packed,
-        signals=JoinedSignals(known) if cached and stage.generated else known[0],
+        signals=stage_signals(recipe, name, splits, parts, packed) if cached else None,
         task=task(recipe),
         policy=view_policy(recipe),
         plan=Plan(order, stage.batch_size, world, stage.accumulate),
@@ -318,15 +235,22 @@ def training_corridor(recipe: Recipe, name: str, rank: int, world: int) -> Corri
     )
 
 
-def evaluation_corridor(recipe: Recipe, split: str, rank: int, world: int, cached: bool) -> Corridor:
-    """Every example of a split once, in its canonical view, with the teacher's signals if `cached`."""
-    packed = examples(recipe, split)
+def evaluation_corridor(
+    recipe: Recipe, split: str, rank: int, world: int, cached: bool, teachers: Sequence[str] = ()
+) -> Corridor:
+    """Every example of a split once, in its canonical view, with the teacher's signals if `cached`: the first's, or of
+    the named `teachers` the mean."""
+    packed, signals = examples(recipe, split), None
+    if cached:
+        each = [recipe.with_teacher(name) for name in teachers or [recipe.teacher.name]]
+        known = [caches.signals(one, split, packed, ()) for one in each]
+        signals = known[0] if len(known) == 1 else MeanSignals(known, packed)
     batch = max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // math.prod(recipe.views.shape)))
     return Corridor(
         examples=packed,
-        signals=signals(recipe, split, packed) if cached else None,
+        signals=signals,
         task=task(recipe),
-        policy=view_policy(recipe),
+        policy=split_policy(recipe, split),
         plan=Plan(Sequential(len(packed)), batch * world, world, 1),
         rank=rank,
         views=0,
@@ -339,8 +263,11 @@ def stage_identity(recipe: Recipe, name: str, corridor: Corridor) -> dict[str, A
     stage: Stage = recipe.stages[name]
     # What may change between a stop and its resume; the plan gives a step the same examples for every `accumulate`.
     free = {"max_steps", "log_every", "checkpoint_every", "find_batch_size"}
-    if stage.sam is None:  # a stage without it is described as it always was
-        free.add("sam")
+    free |= {"gradient_checkpointing", "compile", "channels_last"}  # how a step is computed
+    free |= {key for key, off in LATER.items() if getattr(stage, key) == off}
+    taught_by = recipe.teachers_of(stage)
+    if taught_by == [recipe.teacher.name]:  # likewise one that listens to the first alone
+        free.add("teachers")
     if not any(LOSSES[loss].relational for loss in stage.losses):  # those compare the rows of a micro-batch
         free.add("accumulate")
     section = {key: one for key, one in to_dict(getattr(recipe, stage.model)).items() if key not in ("weights", "run")}
@@ -350,21 +277,29 @@ def stage_identity(recipe: Recipe, name: str, corridor: Corridor) -> dict[str, A
     file = places.weights_file(recipe, start)
     return manifest.plain(
         {
-            "stage": {key: value for key, value in to_dict(stage).items() if key not in free},
-            "start": start if file is None else weights_sha256(recipe, start) or str(file),
+            "stage": {key: one for key, one in to_dict(replace(stage, teachers=taught_by)).items() if key not in free},
+            "start": start if file is None else caches.weights_sha256(recipe, start) or str(file),
             stage.model: section,
             "task": to_dict(recipe.task),
             "metric": recipe.evaluate.metric,
             "seed": places.stage_seed(recipe, name),
             # Fresh views, as a stage without a teacher takes them, do not depend on how many are stored.
-            "views": {**views_identity(recipe, places.TRAINING_SPLIT), "count": corridor.views},
+            "views": {**caches.views_identity(recipe, places.TRAINING_SPLIT), "count": corridor.views},
             "order": manifest.plain(vars(corridor.plan.order)),
             "examples": corridor.examples.fingerprint,
             "signals": None if corridor.signals is None else corridor.signals.fingerprint,
             "features": {feature: {"teacher": tap, "student": taps[feature]} for feature, tap in used.items()},
-            "online_teacher": teacher_identity(recipe) if is_online(stage) else None,
+            "online_teacher": online_identity(recipe, stage),
         }
     )
+
+
+def online_identity(recipe: Recipe, stage: Stage) -> dict[str, Any] | list[dict[str, Any]] | None:
+    """Who speaks in the training loop: nobody, one teacher, or several."""
+    if not is_online(stage):
+        return None
+    first, *others = [caches.teacher_identity(recipe.with_teacher(name)) for name in recipe.teachers_of(stage)]
+    return [first, *others] if others else first
 
 
 def planned_steps(stage: Stage, corridor: Corridor) -> int:
@@ -386,5 +321,5 @@ def stage_result(recipe: Recipe, name: str) -> dict[str, Any] | None:
     refuse_other_run(path.parent, result["identity"], stage_identity(recipe, name, corridor))
     if result["steps"] != planned_steps(recipe.stages[name], corridor):
         return None
-    best_sha256(recipe, name)
+    caches.best_sha256(recipe, name)
     return result

@@ -1,6 +1,6 @@
 """The structures that cross rooms, with the shape, dtype and unit of each field."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,20 @@ class Example(NamedTuple):
     # Class index, 0 <= target < classes; a mask of them (H, W) uint8, 255: ignored; or numbers (D,) float32, NaN: none
     target: int | np.ndarray
     about: Mapping[str, Any] = {}  # what its source told of it: the metadata that it was packed with
+    partner: tuple[int, "Example"] | None = None  # what one view of it is mixed with, and its place in the shard
+
+
+class TopLogits(NamedTuple):
+    """A teacher's logits z of C classes by the largest K of them and the others' mass, as `signals.topk` keeps them."""
+
+    ids: Tensor  # (B, K) int64: classes, the largest first; the labels are among them
+    logits: Tensor  # (B, K) float32: their z - max z
+    tail: Tensor  # (B, n) float32: log sum exp(b (z - max z)) over the other classes, at the b of `signals.topk`
+
+
+def each_tensor(logits: Any, function: Callable[[Any], Tensor]) -> Any:
+    """Logits, dense or TopLogits, with `function` applied to each of their tensors."""
+    return TopLogits(*map(function, logits)) if isinstance(logits, TopLogits) else function(logits)
 
 
 class TeacherSignal(NamedTuple):
@@ -27,9 +41,16 @@ class TeacherSignal(NamedTuple):
     """
 
     # (B, C) or (B, C, h, w) float32; exact at each place up to an additive constant, at any temperature. Or the numbers
-    # of a regression (B, D), exact.
-    logits: Tensor
+    # of a regression (B, D), exact. Or the largest of (B, C), and what is known of the others.
+    logits: Tensor | TopLogits
     features: dict[str, Tensor] = {}  # by feature name, each (B, C, *grid) float32
+
+
+class Mixture(NamedTuple):
+    """The second of the two examples that each row of a batch shows."""
+
+    targets: Tensor  # (B,) int64
+    share: Tensor  # (B,) float32, 0 to 1: how much of it is seen; 0: the row is not mixed
 
 
 class Batch(NamedTuple):
@@ -48,6 +69,8 @@ class Batch(NamedTuple):
     # (B, 2) int64, digests of the video and the frame that each example shows, 0: of none. None where no video is
     # named, and where students learn.
     groups: Tensor | None = None
+    # None where views are not mixed. `targets` are those of the first; what reads them weighs both: see Objective.
+    mixture: Mixture | None = None
 
 
 def valid_rows(batch: Batch) -> Batch:
@@ -57,7 +80,8 @@ def valid_rows(batch: Batch) -> Batch:
         return batch
     signals = batch.signals
     if signals is not None:
-        signals = TeacherSignal(signals.logits[kept], {name: value[kept] for name, value in signals.features.items()})
+        features = {name: value[kept] for name, value in signals.features.items()}
+        signals = TeacherSignal(each_tensor(signals.logits, lambda value: value[kept]), features)
     return batch._replace(
         keys=tuple(key for key, valid in zip(batch.keys, kept.tolist(), strict=True) if valid),
         images=batch.images[kept],
@@ -66,6 +90,7 @@ def valid_rows(batch: Batch) -> Batch:
         valid=kept[kept],
         signals=signals,
         groups=batch.groups if batch.groups is None else batch.groups[kept],
+        mixture=batch.mixture and Mixture(*(one[kept] for one in batch.mixture)),
     )
 
 

@@ -1,85 +1,217 @@
-"""Before the teacher is run over everything: how many bytes its signals take, and which codecs fit a disk budget."""
+"""Before the teacher is run over everything: how many bytes its signals take, which codecs fit a disk budget, and,
+measured in small, the hours."""
 
 import json
 import shutil
 import tarfile
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from kd_dist import assemble, manifest, places
+from kd_dist import assemble, caches, forecast, manifest, places
 from kd_dist.cache_teacher import extraction
-from kd_dist.calibrate import heard, measure, measure_moments, probed, size
+from kd_dist.caches import Piece
 from kd_dist.compress import FeatureCodec
 from kd_dist.errors import RecipeError
-from kd_dist.extract import Extraction
-from kd_dist.models.taps import reads_shares
+from kd_dist.extract import Extraction, Rows, Said, note
+from kd_dist.forecast import Timing
 from kd_dist.pack import refuse_writing
+from kd_dist.proposals import combinations, device_of, measure_ladder, smaller_logits
 from kd_dist.recipe import Feature, Recipe
-from kd_dist.shards import BLOCK
-from kd_dist.signals import npy_header_size
+from kd_dist.rehearsal import Counted, Small, counted, likely_teacher, quiet, small, tar_bytes
+from kd_dist.rehearsal import measure as rehearse
+from kd_dist.rows import LOGITS
+from kd_dist.shards import BLOCK, index_bytes
+from kd_dist.signals import Codec, codec_of, npy_header_size, pack_rows
 from kd_dist.teacher import Teacher
 
-SAMPLE_ROWS = 64  # views that a proposal's bases are fitted on
-INDEX_BYTES, NOTES_BYTES = 80, 500  # of an index, about: an example's entries and its key; the rest
-# From the faithful to the small: (pool, share of the channels that PCA keeps, number format).
-LADDER = (
-    (1, None, "fp16"),
-    (1, None, "int8"),
-    (1, 4, "int8"),
-    (2, None, "int8"),
-    (1, 8, "int8"),
-    (1, 16, "int8"),
-    (2, 4, "int8"),
-    (1, 32, "int8"),
-    (2, 8, "int8"),
-    (2, 16, "int8"),
-    (4, 16, "int8"),
-    (4, 32, "int8"),
-)
+INDEX_OF_EXAMPLE = 130  # bytes, about, of a packed example's entries in the index and its key
 
 
-def plan(recipe: Recipe, budget: int | None) -> dict[str, Any]:
-    """What caching will take, and, given a budget in bytes, the codec of each feature that keeps most within it.
+class Planned(NamedTuple):
+    """What is to be cached: how each split is extracted, and how much of it there is."""
 
-    Returns the views and the bytes of each split, of a row and of all, the bytes free on the disk; with a budget also
-    `proposal`, by feature a recipe's own words with the measured report, and the bytes they come to. Raises RecipeError
-    when no proposal fits.
+    works: dict[str, Extraction]  # of the splits that a source gives
+    there: Counted
+    more: float  # generated examples for each of the training split: they may be yet to be made, and take as much
+
+    @property
+    def train(self) -> Extraction:
+        return self.works[places.TRAINING_SPLIT]
+
+    @property
+    def examples(self) -> dict[str, int]:
+        """Of each split, the generated ones among them."""
+        found = {split: sum(sizes) for split, sizes in self.there.shards.items()}
+        made = {manifest.GENERATED: max(1, round(self.more * found[places.TRAINING_SPLIT]))} if self.more else {}
+        return found | made
+
+    def rows(self, split: str) -> int:
+        """Of an example."""
+        return (self.train if places.is_trained_on(split) else self.works[split]).rows
+
+    def bytes(self, codec: Codec, features: Mapping[str, Feature]) -> dict[str, int]:
+        """That the signals of each split take on the disk, logits and features being stored in this way."""
+        found = {}
+        for split, work in self.works.items():
+            found[split] = self.work_bytes(split, replace(work, codec=codec), features)
+        if self.more:
+            found[manifest.GENERATED] = round(self.more * found[places.TRAINING_SPLIT])
+        return found
+
+    def work_bytes(self, split: str, work: Extraction, features: Mapping[str, Feature]) -> int:
+        """That an extraction over a split takes."""
+        trained = places.is_trained_on(split)
+        stored = stored_as(work, features) if trained else work
+        taken = split_bytes(stored, self.there.shards[split], self.there.key_bytes[split])
+        return taken + (bases_bytes(work, features) if trained else 0)
+
+    def piece_bytes(self, split: str, piece: Piece, features: Mapping[str, Feature]) -> int:
+        """That one folder of a split takes: some of the views, and some of what is stored of each."""
+        if split == manifest.GENERATED:
+            return round(self.more * self.piece_bytes(places.TRAINING_SPLIT, piece, features))
+        work = self.works[split]
+        if LOGITS not in piece.stored:
+            work = replace(work, codec=codec_of(work.task.name, None, work.codec.classes, work.codec.grid))
+        work = replace(work, views=piece.count if work.views else 0, first=piece.first)
+        return self.work_bytes(split, work, {name: one for name, one in features.items() if name in piece.stored})
+
+
+def plan(
+    recipe: Recipe, budget: int | None, timing: Timing | None = None, students: bool = True
+) -> dict[str, Any]:
+    """What caching will take, and, given a budget in bytes, how to store most within it; with `timing` also the hours.
+
+    Returns the views and the bytes of each split, of a row, an example and of all, what is still to be written and the
+    bytes free on the disk, and what is `estimated` from what; with a budget also `proposal`, by feature a recipe's own
+    words with the measured report, how logits are to be stored, and the bytes they come to; with `timing` what
+    `forecast.outlook` says. Further teachers count too, their splits as `places.beside` calls them.
+    Without `students` nothing is said of stages. Raises RecipeError when no proposal fits, or what is still to be
+    written not on the disk.
     """
+    further = {one.teacher.name: plan(one, None, timing, False) for one in places.cached_teachers(recipe)[1:]}
     refuse_writing(places.shards_folder(recipe))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = assemble.teacher(recipe, recipe.cache.features).to(device)
-    works = {split: extraction(recipe, split, teacher) for split in places.splits(recipe)}
-    train = works[places.TRAINING_SPLIT]
-    stored = works[places.TRAINING_SPLIT] = stored_as(train, recipe.cache.features)
-    splits = {
-        split: training_bytes(train, recipe.cache.features) if work is stored else split_bytes(work)
+    there, (likely, trained) = counted(recipe), likely_teacher(recipe)
+    tried, processes = None, 1 if timing is None else timing.processes
+    with tempfile.TemporaryDirectory(prefix="kd-dist-plan-") as folder:
+        if there.listing is not None or timing is not None:
+            with quiet():
+                tried = small(likely, there, Path(folder), processes)
+        teacher = assemble.teacher(likely, recipe.cache.features)
+        teacher = teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+        planned = planned_of(likely if there.listing is None else tried.recipe, recipe, there, teacher)
+        found = counts(recipe, planned, tried)
+        found["estimated"] = estimated(recipe, there, trained)
+        for one in further.values():
+            found["total_bytes"] += one["total_bytes"]
+            found["still_bytes"] += one["still_bytes"] - one["packing_bytes"]
+        if budget is not None:
+            beside = sum(one["total_bytes"] for one in further.values())
+            found |= proposal(recipe, planned, teacher, trained, budget, beside)
+        else:
+            refuse_full(recipe, planned, teacher, trained, found)
+        if timing is not None:
+            measured = rehearse(tried, teacher, timing.clock, timing.seconds, students)
+            found["time"] = forecast.outlook(recipe, measured, planned.there.shards, found, timing, further)
+    for name, one in further.items():
+        for part in ("rows", "row_bytes", "split_bytes"):
+            found[part] |= {places.beside(recipe, name, split): taken for split, taken in one[part].items()}
+    return found
+
+
+def planned_of(read: Recipe, recipe: Recipe, there: Counted, teacher: Teacher) -> Planned:
+    """The extractions of a recipe whose examples `read` has, or some of them."""
+    works = {split: extraction(read, split, teacher) for split in places.splits(recipe)}
+    works = {
+        split: replace(work, views=places.stored_views(recipe, split), folder=places.signals_folder(recipe, split))
         for split, work in works.items()
     }
-    rows = {split: len(work.examples) * work.rows for split, work in works.items()}
-    more = 0.0  # generated examples for each packed one: they may be yet to be made, and take as much
-    if manifest.GENERATED in places.cached_splits(recipe):
-        more = assemble.generated_count(recipe) / len(train.examples)
-        rows[manifest.GENERATED] = assemble.generated_count(recipe) * train.rows
-        splits[manifest.GENERATED] = round(more * splits[places.TRAINING_SPLIT])
-    found = {
-        "rows": rows,
-        "row_bytes": {split: work.dtype.itemsize for split, work in works.items()},
+    generated = manifest.GENERATED in places.cached_splits(recipe)
+    return Planned(works, there, recipe.gan.share / (1 - recipe.gan.share) if generated else 0.0)
+
+
+def counts(recipe: Recipe, planned: Planned, tried: Small | None) -> dict[str, Any]:
+    """The bytes of a plan: see `plan`."""
+    stored, examples = stored_as(planned.train, recipe.cache.features), planned.examples
+    splits = planned.bytes(stored.codec, recipe.cache.features)
+    each, packing = planned.train.examples.example_bytes(), 0
+    if tried is not None and planned.there.listing is not None:
+        each = tried.example_bytes
+        for split, count in examples.items():
+            there = written(places.shards_folder(recipe) / split, "data")
+            packing += max(0, round(count * (each + INDEX_OF_EXAMPLE)) - there)
+    return {
+        "rows": {split: count * planned.rows(split) for split, count in examples.items()},
+        "row_bytes": {split: work.dtype.itemsize for split, work in {**planned.works, "train": stored}.items()},
         "logits_row_bytes": replace(stored, features={}).dtype.itemsize,
         "feature_row_bytes": {name: codec.row_bytes for name, codec in stored.features.items()},
+        "example_bytes": {"packed": each, "signals": splits[places.TRAINING_SPLIT] / examples[places.TRAINING_SPLIT]},
         "split_bytes": splits,
         "total_bytes": sum(splits.values()),
-        "free_bytes": shutil.disk_usage(train.examples.folder).free,
+        "packing_bytes": packing,
+        "still_bytes": packing + sum(still_to_write(recipe, planned, split) for split in splits),
+        "free_bytes": shutil.disk_usage(nearest(places.shards_folder(recipe))).free,
     }
-    if budget is not None:
-        others = sum(taken for split, taken in splits.items() if not places.is_trained_on(split))
-        left = int((budget - others) / (1 + more))
-        found["proposal"] = propose(train, recipe.cache.features, teacher, device, left)
-        found["proposal_bytes"] = others + round((1 + more) * training_bytes(train, features_of(found["proposal"])))
-        found["cache"] = {option: getattr(recipe.cache, option) for option in ("logits", "batch_size", "threads")}
-    return found
+
+
+def still_to_write(recipe: Recipe, planned: Planned, split: str) -> int:
+    """Bytes of signals of a split that are not there yet: of the folders that caching would begin, or finish."""
+    total = 0
+    for piece in caches.pieces(recipe, split):
+        if not caches.is_finished(recipe, split, piece):
+            taken = planned.piece_bytes(split, piece, recipe.cache.features)
+            total += max(0, taken - written(places.signals_folder(recipe, split, piece.number), "signals"))
+    return total
+
+
+def written(folder: Path, stem: str) -> int:
+    """Bytes of the shards that are in a folder already."""
+    return sum(path.stat().st_size for path in folder.glob(f"{stem}-*") if path.suffix in (".tar", ".idx"))
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the first around it that there is."""
+    return next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
+
+
+def estimated(recipe: Recipe, there: Counted, trained: bool) -> list[str]:
+    """What the figures rest on where there is not yet all that there will be."""
+    said = []
+    if there.listing is not None:
+        said.append(
+            f"not packed yet: examples are counted from what data.source {recipe.data.source} lists, bytes of examples "
+            f"and hours are those of its first ones"
+        )
+    if not trained:
+        said.append(
+            f"{recipe.teacher.weights} is not there yet: the teacher has random weights, which changes no bytes and "
+            f"hardly the hours; what codecs keep can be told of a trained one only"
+        )
+    return said
+
+
+def refuse_full(recipe: Recipe, planned: Planned, teacher: Teacher, trained: bool, found: Mapping[str, Any]) -> None:
+    """Raise a RecipeError when the disk has not the room for what is still to be written."""
+    short = found["still_bytes"] - found["free_bytes"]
+    if short <= 0:
+        return
+    advice = ""
+    for codec in smaller_logits(recipe, planned.train, teacher, trained):
+        taken = sum(planned.bytes(codec, recipe.cache.features).values())
+        if found["total_bytes"] - taken >= short:
+            advice = f", store logits as `cache: {{logits: {codec.name}}}`, which takes {taken:,} bytes in all"
+            break
+    else:
+        advice = ", let `--budget` say how features fit" if recipe.cache.features else ""
+    raise RecipeError(
+        f"{places.shards_folder(recipe)}: {found['still_bytes']:,} bytes are still to be written and the disk has "
+        f"{found['free_bytes']:,}; make room for {short:,} more, choose another data.shards, draw fewer views{advice}"
+    )
 
 
 def stored_as(work: Extraction, wanted: Mapping[str, Feature]) -> Extraction:
@@ -98,99 +230,56 @@ def features_of(proposal: Mapping[str, dict[str, Any]]) -> dict[str, Feature]:
     return {name: Feature(**one["recipe"]) for name, one in proposal.items()}
 
 
-def split_bytes(work: Extraction) -> int:
-    """Bytes that a split takes on the disk: of an example a header and a member, in shards whose tars end on a record,
-    each with its index. Exact but for the index, which holds keys and notes."""
+def split_bytes(work: Extraction, sizes: Sequence[int], key_bytes: int) -> int:
+    """Bytes that a split takes on the disk: of an example a header and a member, in shards of these `sizes` whose tars
+    end on a record, each with its index. Exact but for a few digits of what an index notes."""
     member = npy_header_size(work.dtype, work.rows) + work.rows * work.dtype.itemsize
-    example = BLOCK + -(-member // BLOCK) * BLOCK
-    tars = [one["examples"] * example + 2 * BLOCK for one in work.examples.manifest["shards"]]
-    records = sum(-(-tar // tarfile.RECORDSIZE) for tar in tars)
-    return records * tarfile.RECORDSIZE + len(work.examples) * INDEX_BYTES + len(tars) * NOTES_BYTES
+    records = sum(-(-(count * tar_bytes([member]) + 2 * BLOCK) // tarfile.RECORDSIZE) for count in sizes)
+    texts = {"extensions": [f"{work.teacher}.npy"], "notes": notes_of(work)}
+    indexes = key_bytes + index_bytes(sum(sizes), sum(sizes), 0, texts) + (len(sizes) - 1) * index_bytes(0, 0, 0, texts)
+    return records * tarfile.RECORDSIZE + indexes
 
 
-def training_bytes(work: Extraction, wanted: Mapping[str, Feature]) -> int:
-    """Bytes of the training split with features stored as a recipe describes them, principal components included."""
+def notes_of(work: Extraction) -> dict[str, Any]:
+    """What a shard's index notes, of two rows of random logits: as long as of many."""
+    logits = np.random.default_rng(0).standard_normal((2, work.codec.classes, *(work.codec.grid or ())), np.float32)
+    targets, sizes = work.task.collate([work.task.no_target(work.policy.size)] * 2)
+    rows = Rows(["", ""], np.zeros(2, work.policy.dtype), np.zeros(2, np.uint32), targets, sizes, targets, np.zeros(2))
+    kinds = [field for codec in work.features.values() for field in codec.fields()]
+    empty = {name: np.zeros((2, *map(int, *shape)), kind) for name, kind, *shape in kinds}
+    fields, good = work.codec.encode(logits, targets)
+    notes: dict[str, Any] = {"quarantined": [], "error": None, "teacher": None, "overflow": None}
+    packed = pack_rows(work.dtype, rows.views, rows.crcs, fields | empty)
+    note(work, notes, Said(rows, logits, empty, {}, dict.fromkeys(work.features, 0)), packed, good)
+    return notes
+
+
+def bases_bytes(work: Extraction, wanted: Mapping[str, Feature]) -> int:
+    """Bytes of the principal components, about."""
     channels = {name: codec.shape[0] for name, codec in work.features.items()}
-    bases = sum(4 * channels[name] * (one.pca + 1) for name, one in wanted.items() if one.pca is not None)
-    return split_bytes(stored_as(work, wanted)) + bases
+    return sum(4 * channels[name] * (one.pca + 1) for name, one in wanted.items() if one.pca is not None)
 
 
-def propose(
-    work: Extraction, wanted: dict[str, Feature], teacher: Teacher, device: torch.device, budget: int
-) -> dict[str, dict[str, Any]]:
-    """The rung of LADDER for each feature with which the gradient cosines add up to the most while the split fits into
-    `budget` bytes."""
-    choices = combinations(measure_ladder(work, wanted, teacher, device))
-    sizes = [training_bytes(work, features_of(choice)) for choice in choices]
-    for choice, taken in zip(choices, sizes, strict=True):
-        if taken <= budget:
-            return choice
+def proposal(
+    recipe: Recipe, planned: Planned, teacher: Teacher, trained: bool, budget: int, beside: int
+) -> dict[str, Any]:
+    """How logits and features are stored so that all fits into `budget` bytes: logits as the recipe says, and the rung
+    of LADDER for each feature with which the gradient cosines add up to the most; where nothing fits, with the next
+    smaller of LOGITS that the losses allow. Further teachers take `beside` bytes of it."""
+    wanted, own, smallest = recipe.cache.features, planned.train.codec, 0
+    choices = combinations(measure_ladder(planned.train, wanted, teacher, device_of(teacher)))
+    for codec in (own, *smaller_logits(recipe, planned.train, teacher, trained)):
+        for choice in choices:
+            taken = beside + sum(planned.bytes(codec, features_of(choice)).values())
+            if taken <= budget:
+                kept = {"logits": codec.name, "batch_size": recipe.cache.batch_size, "threads": recipe.cache.threads}
+                return {"proposal": choice, "proposal_bytes": taken, "cache": kept}
+            smallest = min(smallest or taken, taken)
+    fewer = "name fewer features, " if wanted else ""
     raise RecipeError(
-        f"the smallest signals that are tried take {min(sizes):,} bytes for the training views, the budget leaves "
-        f"{max(budget, 0):,}; name fewer features, draw fewer views, or give {min(sizes) - budget:,} bytes more"
+        f"the smallest signals that are tried take {smallest:,} bytes, the budget is {budget:,}; {fewer}draw fewer "
+        f"views, or give {smallest - budget:,} bytes more"
     )
-
-
-def combinations(rungs: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, dict[str, Any]]]:
-    """Every choice of a rung for each feature that no other beats in as few bytes, from the most faithful."""
-    found: list[dict[str, Any]] = [{"choice": {}, "report": {"bytes": 0, "gradient_cosine": 0.0}}]
-    for name, tried in rungs.items():
-        found = worth(
-            [
-                {
-                    "choice": {**one["choice"], name: rung},
-                    "report": {part: one["report"][part] + rung["report"][part] for part in one["report"]},
-                }
-                for one in found
-                for rung in tried
-            ]
-        )
-    return [one["choice"] for one in found]
-
-
-def measure_ladder(
-    work: Extraction, wanted: dict[str, Feature], teacher: Teacher, device: torch.device
-) -> dict[str, list[dict[str, Any]]]:
-    """By feature the rungs of LADDER that its shape allows, measured, each smaller and less faithful than the one
-    before."""
-    if not wanted:
-        raise RecipeError("cache.features names no feature; a budget chooses how features are stored")
-    shapes = {name: work.features[name].shape for name in wanted}
-    whole = {name for name, one in wanted.items() if reads_shares(one.tap)}  # a recipe may not pool these
-    rungs = {
-        name: [rung for rung in LADDER if fits(shape, *rung[:2]) and (rung[0] == 1 or name not in whole)]
-        for name, shape in shapes.items()
-    }
-    pools = {(name, pool) for name, tried in rungs.items() for pool, part, _ in tried if part}
-    moments = measure_moments(work, sorted(pools), teacher, device, SAMPLE_ROWS)
-    heard_rows = list(heard(work, *probed(work, SAMPLE_ROWS), teacher, device))
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
-    for name, tried in rungs.items():
-        for pool, part, store in tried:
-            kept = part and shapes[name][0] // part
-            if part and kept > moments[name, pool].count:
-                continue  # the sample has too few positions to find so many components
-            basis = moments[name, pool].basis(kept)[0] if part else None
-            codec = FeatureCodec(name, shapes[name], store, pool, basis)
-            cosines = [measure(codec, rows, features[name])[1] * len(rows.keys) for rows, features in heard_rows]
-            mean = sum(cosines) / sum(len(rows.keys) for rows, _ in heard_rows)
-            described = {"tap": wanted[name].tap, "pool": pool, "pca": kept, "store": store}
-            found[name].append({"recipe": described, "report": {**size(codec), "gradient_cosine": mean}})
-    return {name: worth(measured) for name, measured in found.items()}
-
-
-def worth(rungs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rungs that no rung of as few bytes beats, from the largest: less room never gives more."""
-    kept: list[dict[str, Any]] = []
-    for rung in sorted(rungs, key=lambda one: (one["report"]["bytes"], -one["report"]["gradient_cosine"])):
-        if not kept or rung["report"]["gradient_cosine"] > kept[-1]["report"]["gradient_cosine"]:
-            kept.append(rung)
-    return kept[::-1]
-
-
-def fits(shape: tuple[int, ...], pool: int, part: int | None) -> bool:
-    """Whether a feature of `shape` (C, *grid) can be pooled and reduced so much."""
-    return (pool == 1 or (len(shape) == 3 and min(shape[1:]) >= 2 * pool)) and (part is None or shape[0] // part >= 8)
 
 
 def sentences(found: dict[str, Any]) -> list[str]:
@@ -199,12 +288,19 @@ def sentences(found: dict[str, Any]) -> list[str]:
         f"{split}: {found['rows'][split]:,} views, {taken / 1e6:,.2f} MB"
         for split, taken in found["split_bytes"].items()
     ]
-    parts = {"logits and frame": found["logits_row_bytes"], **found["feature_row_bytes"]}
+    parts, each = {"logits and frame": found["logits_row_bytes"], **found["feature_row_bytes"]}, found["example_bytes"]
     lines.append("bytes of a training view: " + ", ".join(f"{name} {taken:,}" for name, taken in parts.items()))
-    lines.append(f"in all {found['total_bytes'] / 1e6:,.2f} MB, free on the disk {found['free_bytes'] / 1e9:,.1f} GB")
+    lines.append(f"bytes of a training example: {each['signals']:,.0f} of signals, {each['packed']:,.0f} packed")
+    lines.append(
+        f"in all {found['total_bytes'] / 1e6:,.2f} MB, still to be written {found['still_bytes'] / 1e6:,.2f} MB, free "
+        f"on the disk {found['free_bytes'] / 1e9:,.1f} GB"
+    )
+    lines += forecast.sentences(found["time"]) if "time" in found else []
+    lines += [f"estimated: {one}" for one in found["estimated"]]
     if "proposal" in found:
         lines.append(f"within the budget, {found['proposal_bytes'] / 1e6:,.2f} MB in all:")
-        lines += ["cache:", *(f"  {option}: {value}" for option, value in found["cache"].items()), "  features:"]
+        lines += ["cache:", *(f"  {option}: {value}" for option, value in found["cache"].items())]
+        lines += ["  features:"] if found["proposal"] else []
         for name, one in found["proposal"].items():
             words = ", ".join(
                 f"{option}: {json.dumps(value)}" for option, value in one["recipe"].items() if value is not None

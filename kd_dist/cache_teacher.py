@@ -6,7 +6,6 @@ in the folder alone: each waits for the files that the others write, and none ca
 """
 
 import argparse
-import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,22 +17,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from kd_dist import assemble, guard, manifest, places
+from kd_dist import assemble, caches, guard, manifest, places, policies
+from kd_dist.caches import Piece
 from kd_dist.calibrate import calibrate, planned_codecs
 from kd_dist.compress import Basis, save_bases
 from kd_dist.config import load
-from kd_dist.data import BASES, feature_codecs
 from kd_dist.disk import published
 from kd_dist.errors import ContactError, ModelError, Preempted, ShardError, cause, is_out_of_memory, one_sentence
 from kd_dist.extract import STEM, Extraction, extract
 from kd_dist.loader import on_device
-from kd_dist.losses import LOSSES, suits
 from kd_dist.pack import refuse_other, refuse_writing
 from kd_dist.preempt import Notice, noticed
 from kd_dist.progress import progress
 from kd_dist.recipe import Recipe
+from kd_dist.rows import BASES, LOGITS, feature_codecs, span
 from kd_dist.shards import Shard, is_committed, shard_path
-from kd_dist.signals import add_sums, codec_of, dtype_to_json
+from kd_dist.signals import codec_of, dtype_to_json
 from kd_dist.tasks import Task
 from kd_dist.teacher import Teacher, repeatable
 
@@ -44,17 +43,16 @@ LONGEST_LOOK = 2.0  # seconds between two looks for the files of others
 
 def identity(work: Extraction, recipe: Recipe, split: str, teacher: Teacher, device: torch.device) -> dict[str, Any]:
     """What the manifest must say for the shards in the folder to be this extraction's."""
-    classes, wanted = work.codec.classes, assemble.codec_identity(recipe, split)
-    exact = [name for name, row in LOSSES.items() if row.against != "features" and suits(row, work.task.name, classes)]
-    features = {name: {**one, "shape": work.features[name].shape} for name, one in wanted["features"].items()}
+    wanted = caches.codec_identity(recipe, split)["features"]
+    features = {name: {**wanted[name], "shape": codec.shape} for name, codec in work.features.items()}
     return manifest.plain(
         {
             "kind": "signals",
             "examples_fingerprint": work.examples.fingerprint,
-            "teacher": assemble.teacher_identity(recipe, teacher.network),
-            "views": assemble.views_identity(recipe, split),
+            "teacher": caches.teacher_identity(recipe, teacher.network),
+            "views": caches.views_identity(recipe, split, work.first, work.views),
             "task": work.task.name,
-            "classes": classes,
+            "classes": work.codec.classes,
             "codec": {"logits": work.codec.name, "grid": work.codec.grid, "features": features},
             "execution": {
                 "batch_size": work.batch_size,
@@ -63,7 +61,6 @@ def identity(work: Extraction, recipe: Recipe, split: str, teacher: Teacher, dev
                 "dtype": "float32",
                 "tf32": False,
             },
-            "exact_losses": sorted(exact),
         }
     )
 
@@ -71,20 +68,12 @@ def identity(work: Extraction, recipe: Recipe, split: str, teacher: Teacher, dev
 def finish(work: Extraction, content: dict[str, Any]) -> dict[str, Any]:
     """Write the manifest that completes the folder, with the codec's measured error and the teacher's report."""
     paths = [shard_path(work.folder, STEM, number) for number in range(len(work.examples.paths))]
-    shards = [Shard(path) for path in paths]
-    error = work.codec.report(functools.reduce(add_sums, [shard.note("error") for shard in shards], None))
-    sums = functools.reduce(add_sums, [shard.note("teacher") for shard in shards], None)
     final = {
         **content,
+        **caches.told([Shard(path) for path in paths], content, work.task),
         "complete": True,
-        "examples": sum(len(shard) for shard in shards),
         "row_bytes": work.dtype.itemsize,
         "bytes_per_view": sum(path.stat().st_size for path in paths) / max(1, len(work.examples) * work.rows),
-        "codec_error": {"logits": error},
-        "overflow": functools.reduce(add_sums, [shard.note("overflow") for shard in shards], None) or {},
-        "teacher_report": sums and work.task.teacher_report(sums),
-        "shards": [manifest.shard_entry(shard) for shard in shards],
-        "quarantined": [row for shard in shards for row in shard.note("quarantined")],
         "versions": manifest.versions(),
     }
     if len(final["quarantined"]) == final["examples"]:
@@ -97,41 +86,46 @@ def finish(work: Extraction, content: dict[str, Any]) -> dict[str, Any]:
     return final
 
 
-def extraction(recipe: Recipe, split: str, teacher: Teacher) -> Extraction:
-    """What a split's cache is made of; the features that are reduced have no basis yet."""
+def extraction(recipe: Recipe, split: str, teacher: Teacher, piece: Piece | None = None) -> Extraction:
+    """What a split's cache is made of, or one piece of it; the features that are reduced have no basis yet."""
     grid, shapes = teacher.shapes(recipe.views.shape)
-    wanted, task = assemble.codec_identity(recipe, split)["features"], assemble.task(recipe)
+    wanted, task = caches.codec_identity(recipe, split)["features"], assemble.task(recipe)
+    views = places.stored_views(recipe, split)
+    if piece is None:
+        piece = Piece(0, 0, views, frozenset([LOGITS, *wanted]), None)
+    logits = recipe.cache.logits if LOGITS in piece.stored else None
+    features = {name: recipe.cache.features[name] for name in wanted if name in piece.stored}
     return Extraction(
         examples=assemble.examples(recipe, split),
-        folder=places.signals_folder(recipe, split),
+        folder=places.signals_folder(recipe, split, piece.number),
         task=task,
         teacher=recipe.teacher.name,
-        policy=assemble.view_policy(recipe),
-        views=places.stored_views(recipe, split),
-        codec=codec_of(task.name, recipe.cache.logits, task.classes, grid[1:] or None),
-        features=planned_codecs(recipe.cache.features, shapes) if wanted else {},
+        policy=policies.split_policy(recipe, split),
+        views=piece.count if views else 0,
+        codec=codec_of(task.name, logits, task.classes, grid[1:] or None),
+        features=planned_codecs(features, shapes),
         batch_size=recipe.cache.batch_size,
         threads=recipe.cache.threads,
+        first=piece.first,
     )
 
 
 def prepare_codecs(
-    work: Extraction, content: dict[str, Any], recipe: Recipe, teacher: Teacher, device: torch.device
+    work: Extraction, content: dict[str, Any], recipe: Recipe, split: str, teacher: Teacher, device: torch.device
 ) -> None:
     """Fit the bases, measure the codecs and begin the folder with its manifest so far. For one process.
 
-    A run that goes on keeps the bases of the one before: half the rows may be written with them. Generated examples are
-    reduced with the bases of the packed ones, as they are trained on together.
+    A run that goes on keeps the bases of the one before: half the rows may be written with them. What is added is
+    reduced with the bases of what is there, and generated examples with those of the packed ones: they are trained on
+    together.
     """
     if (work.folder / manifest.FILE_NAME).is_file():
         return
     torch.set_num_threads(work.threads)  # as for the rows: the last bits of the bases depend on it
     bases, report = {}, {}
-    if work.features and work.folder == places.signals_folder(recipe, manifest.GENERATED):
-        given = bases_of(places.signals_folder(recipe, places.TRAINING_SPLIT), work.features)
-        bases, report = calibrate(work, recipe.cache.features, teacher, device, given)
-    elif work.features:
-        bases, report = calibrate(work, recipe.cache.features, teacher, device)
+    if work.features:
+        features = {name: recipe.cache.features[name] for name in work.features}
+        bases, report = calibrate(work, features, teacher, device, known_bases(recipe, split, features))
     work.folder.mkdir(parents=True, exist_ok=True)
     sha256 = None
     if bases:
@@ -145,43 +139,78 @@ def prepare_codecs(
         "codec": {**content["codec"], "bases_sha256": sha256},
         "feature_report": report,
         "row_dtype": dtype_to_json(replace(work, features=codecs).dtype),
+        "versions": manifest.versions(),
     }
     manifest.write_manifest(work.folder, {**begun, "complete": False})
 
 
-def bases_of(folder: Path, features: Iterable[str]) -> dict[str, Basis]:
-    """What these features, or those of them that are reduced, are reduced with in another folder."""
-    codecs = feature_codecs(folder, manifest.read_manifest(folder)["codec"])
-    return {name: codecs[name].basis for name in features if codecs[name].basis is not None}
+def known_bases(recipe: Recipe, split: str, features: Iterable[str]) -> dict[str, Basis] | None:
+    """What those of the features that are reduced are reduced with in folders that are there; None where there are
+    none."""
+    given, there = {}, list(caches.folders(recipe, places.TRAINING_SPLIT))
+    if split == manifest.GENERATED:
+        there += caches.folders(recipe, split)
+    for _, folder in there:
+        codecs = feature_codecs(folder, manifest.read_manifest(folder)["codec"])
+        given |= {name: codecs[name].basis for name in features if name in codecs and codecs[name].basis is not None}
+    return given if there else None
 
 
 def cache_split(
     recipe: Recipe, split: str, teacher: Teacher, accelerator: Accelerator, notice: Notice | None = None
 ) -> dict[str, Any]:
-    """Cache one split with all processes; returns its manifest. What is committed already is kept.
+    """Cache what is missing of one split with all processes, a folder for each piece of it; returns the manifest of the
+    last, or of the first folder where nothing is missing. What is committed already is kept.
 
     Raises Preempted at the teacher's next batch once a signal is noticed, and ContactError when the other processes
     write nothing for long.
     """
-    work = extraction(recipe, split, teacher)
+    first = places.signals_folder(recipe, split)
+    if not (first / manifest.FILE_NAME).is_file():
+        refuse_writing(first)
+    found = caches.pieces(recipe, split)
+    todo = [piece.number for piece in found if not caches.is_finished(recipe, split, piece)]
+    for piece in found:
+        if piece.number not in todo:
+            work = extraction(recipe, split, teacher, piece)
+            refuse_begun(work, identity(work, recipe, split, teacher, accelerator.device), finished=True)
+            feature_codecs(work.folder, piece.about["codec"])  # refuses a folder that has lost its bases
+    if not todo:
+        examples, views = found[0].about["examples"], max(1, places.stored_views(recipe, split))
+        accelerator.print(f"cache {split}: done before, {examples:,} examples x {views} views")
+    for piece in found:
+        made = piece.about
+        if piece.number in todo:
+            made = cache_piece(recipe, split, piece, teacher, accelerator, notice or Notice())
+        if accelerator.is_main_process:
+            print(summary(split, made, assemble.task(recipe)), flush=True)
+    return made
+
+
+def refuse_begun(work: Extraction, content: dict[str, Any], finished: bool) -> None:
+    """Raise a MismatchError that names the first value that the folder's manifest has otherwise. In a finished folder
+    more features than are wanted do no harm."""
+    there = manifest.read_manifest(work.folder)
+    codec = there["codec"] = {name: value for name, value in there["codec"].items() if name != "bases_sha256"}
+    if finished:
+        codec["features"] = {name: one for name, one in codec["features"].items() if name in work.features}
+    refuse_other(work.folder, there, content)
+
+
+def cache_piece(
+    recipe: Recipe, split: str, piece: Piece, teacher: Teacher, accelerator: Accelerator, notice: Notice
+) -> dict[str, Any]:
+    """Write one folder with all processes, from its beginning or from where it was left; returns its manifest."""
+    work = extraction(recipe, split, teacher, piece)
     content = identity(work, recipe, split, teacher, accelerator.device)
-    path, patience, notice = work.folder / manifest.FILE_NAME, 60 * recipe.cache.patience, notice or Notice()
+    path, patience = work.folder / manifest.FILE_NAME, 60 * recipe.cache.patience
     if not accelerator.is_main_process:
         wait_for([path], Path.is_file, patience, notice)
-    done = manifest.finished(work.folder)
     if path.is_file():
-        there = manifest.read_manifest(work.folder)
-        codec = there["codec"] = {name: value for name, value in there["codec"].items() if name != "bases_sha256"}
-        if done is not None:  # more features than the recipe names do no harm
-            codec["features"] = {name: one for name, one in codec["features"].items() if name in work.features}
-        refuse_other(work.folder, there, content)
-    if done is not None:
-        feature_codecs(work.folder, done["codec"])  # refuses a folder that has lost its bases
-        accelerator.print(f"cache {split}: done before, {done['examples']:,} examples x {work.rows} views")
-        return done
+        refuse_begun(work, content, finished=False)
     refuse_writing(work.folder)
     if accelerator.is_main_process:
-        prepare_codecs(work, content, recipe, teacher, accelerator.device)
+        prepare_codecs(work, content, recipe, split, teacher, accelerator.device)
     begun = manifest.read_manifest(work.folder)
     content = {name: begun[name] for name in (*content, "feature_report", "row_dtype")}
     work = replace(work, features=on_device(feature_codecs(work.folder, content["codec"]), accelerator.device))
@@ -230,9 +259,16 @@ def interruptible(teacher: Teacher, notice: Notice) -> Iterator[None]:
         hook.remove()
 
 
+def at_work(recipe: Recipe, split: str) -> Path:
+    """The folder that is being written; the last where another process has just finished it."""
+    found = caches.pieces(recipe, split)
+    left = [piece.number for piece in found if not caches.is_finished(recipe, split, piece)]
+    return places.signals_folder(recipe, split, (left or [found[-1].number])[0])
+
+
 def stopped(recipe: Recipe, split: str, signal: str) -> str:
     """What is said when a signal has stopped the work at a split."""
-    folder, count = places.signals_folder(recipe, split), len(assemble.examples(recipe, split).paths)
+    folder, count = at_work(recipe, split), len(assemble.examples(recipe, split).paths)
     done = sum(is_committed(shard_path(folder, STEM, number)) for number in range(count))
     return f"cache {split}: stopped by {signal} after {done} of {count} shards; the same command goes on"
 
@@ -242,34 +278,44 @@ def too_large(recipe: Recipe, split: str, error: Exception) -> str:
     return (
         f"cache {split}: out of memory ({cause(error)}); run the same command where there is more, or lower "
         f"cache.batch_size (now {recipe.cache.batch_size}) or views.size or take a smaller teacher, and delete "
-        f"{places.signals_folder(recipe, split)}, which was begun with the old ones"
+        f"{at_work(recipe, split)}, which was begun with the old ones"
     )
 
 
 def cache_teacher(recipe: Recipe) -> None:
-    """Run the recipe's teacher over every split that it needs and report what it said."""
+    """Run each of the recipe's teachers over every split that it needs and report what it said."""
     accelerator = Accelerator()
     guard.check_world(accelerator.num_processes)
     repeatable()
     for split in places.cached_splits(recipe):
         assemble.examples(recipe, split)  # one that is not there is told before the first takes its time
+    every = places.cached_teachers(recipe)
+    for name in sorted(recipe.teachers.keys() - {one.teacher.name for one in every}):
+        accelerator.print(f"warning: no stage listens to the teacher '{name}', which is not cached")
+    for one in every:
+        if every[1:]:
+            accelerator.print(f"cache {one.teacher.name}", flush=True)
+        cache_one(one, accelerator)
+    accelerator.end_training()
+
+
+def cache_one(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Run the recipe's only teacher over every split."""
     teacher = assemble.teacher(recipe, recipe.cache.features).to(accelerator.device)
     read = {feature for name in recipe.stages for feature in assemble.stage_features(recipe, name)}
     for feature in sorted(recipe.cache.features.keys() - read):
         accelerator.print(f"warning: no stage reads the feature '{feature}', which is cached all the same")
     with noticed() as notice, interruptible(teacher, notice):
-        for split in places.cached_splits(recipe):
+        # First those that students are judged by, so that a stage may learn from what is finished of the others.
+        for split in sorted(places.cached_splits(recipe), key=places.is_trained_on):
             try:
-                made = cache_split(recipe, split, teacher, accelerator, notice)
+                cache_split(recipe, split, teacher, accelerator, notice)
             except Preempted:
                 raise Preempted(stopped(recipe, split, notice.name)) from None
             except Exception as error:
                 if is_out_of_memory(error):
                     raise ModelError(too_large(recipe, split, error)) from error
                 raise
-            if accelerator.is_main_process:
-                print(summary(split, made, assemble.task(recipe)), flush=True)
-    accelerator.end_training()
 
 
 def feature_sentence(name: str, one: dict[str, Any]) -> str:
@@ -282,14 +328,18 @@ def feature_sentence(name: str, one: dict[str, Any]) -> str:
 
 def summary(split: str, made: dict[str, Any], task: Task) -> str:
     """The teacher's report and the cost of its signals, with warnings."""
-    said, error = made["teacher_report"], made["codec_error"]["logits"]
-    grid = made["codec"]["grid"]
-    stored = codec_of(task.name, made["codec"]["logits"], task.classes, grid and tuple(grid))
-    first, *more = ["no rows"] if said is None else task.teacher_sentences(said)
-    lines = [f"teacher on {split}: {first}", *more]
-    lines.append(
-        f"  {made['row_bytes']:,} bytes a row, {made['bytes_per_view']:,.0f} a view on disk; {stored.words(error)}"
-    )
+    said, codec, (first, count) = made["teacher_report"], made["codec"], span(made)
+    where = f"{split}, views {first} to {first + count - 1}" if first else split
+    if codec["logits"] is None:
+        lines = [f"added on {where}: {made['row_bytes']:,} bytes a row, {made['bytes_per_view']:,.0f} a view on disk"]
+    else:
+        stored = codec_of(task.name, codec["logits"], task.classes, codec["grid"] and tuple(codec["grid"]))
+        words, *more = ["no rows"] if said is None else task.teacher_sentences(said)
+        lines = [f"teacher on {where}: {words}", *more]
+        lines.append(
+            f"  {made['row_bytes']:,} bytes a row, {made['bytes_per_view']:,.0f} a view on disk; "
+            f"{stored.words(made['codec_error'][LOGITS])}"
+        )
     lines += [feature_sentence(name, one) for name, one in made["feature_report"].items()]
     lines += [
         f"warning: '{name}' as it is stored is off by {one['relative_error']:.0%} of the feature; keep more of it, or "

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kd_dist.compress import Basis, FeatureCodec, Moments, feature_error, feature_report, pooled
-from kd_dist.data import read_examples
 from kd_dist.errors import DataError, RecipeError
 from kd_dist.extract import Extraction, Rows, make_rows
 from kd_dist.loader import on_device
@@ -48,19 +47,21 @@ def calibrate(
     device: torch.device,
     given: dict[str, Basis] | None = None,
 ) -> tuple[dict[str, Basis], dict[str, dict[str, Any]]]:
-    """The bases of the features that are reduced, on the CPU, and by feature what its codec keeps. `given` bases, of
-    other examples, are not fitted again.
+    """The bases of the features that are reduced, on the CPU, and by feature what its codec keeps. Features whose bases
+    are `given`, fitted on other examples or views, are reduced with those.
 
     A report states the bytes of a row and those of the whole feature in fp16, and on views that the basis has not seen
     the relative error, the cosine and the gradient cosine of a probe student, against the feature as the teacher gave
     it; for a feature that was reduced here also the share of its variance that is kept.
     """
-    bases, kept = fit(work, wanted, teacher, device) if given is None else (given, {})
-    fitted = BASIS_ROWS if given is None else 0
+    fresh = {name: one for name, one in wanted.items() if name not in (given or {})}
+    fitted, kept = fit(work, fresh, teacher, device)
+    bases = {**(given or {}), **fitted}
+    seen = BASIS_ROWS if given is None or fitted else 0
     codecs = {name: replace(codec, basis=bases.get(name)) for name, codec in work.features.items()}
     codecs = on_device(codecs, device)
     errors, cosines, count = dict.fromkeys(codecs), dict.fromkeys(codecs, 0.0), 0
-    for rows, features in heard(work, *probed(work, fitted), teacher, device):
+    for rows, features in heard(work, *probed(work, seen), teacher, device):
         count += len(rows.keys)
         for name, codec in codecs.items():
             error, cosine = measure(codec, rows, features[name])
@@ -134,8 +135,7 @@ def heard(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for chosen in np.array_split(numbers, -(-len(numbers) // work.batch_size)):
             ids = permute(chosen % examples, examples, mix(0))
-            decoded = read_examples(work.examples, ids, work.task.decode)
-            rows = make_rows(work, list(zip(decoded, (chosen // examples).tolist(), strict=True)), pool)
+            rows = make_rows(work, ids, chosen // examples, pool)
             features = teacher(torch.from_numpy(rows.pixels).to(device).permute(0, 3, 1, 2)).features
             fine = torch.stack([value.flatten(1).isfinite().all(dim=1) for value in features.values()]).all(dim=0)
             keep = np.flatnonzero(fine.cpu().numpy())

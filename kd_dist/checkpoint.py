@@ -26,6 +26,7 @@ from kd_dist.errors import TrainingError
 from kd_dist.manifest import digest, first_difference
 
 VERSION = 2  # 1 had no digests
+DIGESTS = ("examples", "signals", "start")  # parts of a stage's identity that are digests of files
 FOLDER, UNFINISHED = re.compile(r"checkpoint-\d{8}"), re.compile(r"checkpoint-\d{8}\.tmp")  # other names are not ours
 BEST, RESULT = "best.safetensors", "result.json"  # of a stage: its best weights, and what it ended with, once it has
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -264,7 +265,9 @@ def _checked(path: Path, sha256: str) -> dict[str, Tensor]:
 
 def refuse_other_run(path: Path, there: dict, here: dict) -> None:
     """Raise a TrainingError that names the first value in which a finished or begun run and the recipe differ."""
-    difference = first_difference(here, there)
+    # A digest tells nobody anything: what else is different comes first.
+    plain = [{name: one for name, one in said.items() if name not in DIGESTS} for said in (here, there)]
+    difference = first_difference(*plain) or first_difference(here, there)
     if difference is not None:
         place, ours, theirs = difference
         raise TrainingError(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kd_dist.errors import one_sentence
+from kd_dist.errors import KdError, one_sentence
 from kd_dist.preempt import stoppable
 
 # Libraries load inside the commands: `--help` answers at once.
@@ -24,7 +24,7 @@ LaunchConfig = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="A file for `accelerate launch`, as in launch/."),
 ]
-GO_ON = ("run", "pack", "train", "train-gan", "cache-teacher")  # what a signal stops nothing of for good
+GO_ON = ("run", "pack", "index", "train", "train-gan", "cache-teacher")  # what a signal stops nothing of for good
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -67,22 +67,45 @@ def pack(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False)
 
 
 @app.command()
+def index(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Use an existing webdataset as it is: make indexes for its tars, say what cannot be used of them and why. Tars
+    that are indexed already are compared, byte for byte.
+
+    Example: kd-dist index pets.yaml data.root=/data/pets-wds
+    """
+    from kd_dist import journey
+    from kd_dist.config import load
+
+    manifests = journey.index_recipe(load(recipe, overrides or []))
+    if as_json:
+        typer.echo(json.dumps(manifests))
+
+
+@app.command()
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     budget: Annotated[str | None, typer.Option(help="Disk space for all signals: propose codecs that fit.")] = None,
+    num_processes: Processes = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds with which every student stage is to be trained.")] = 1,
+    bytes_only: Annotated[bool, typer.Option("--bytes-only", help="Measure no time.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what caching the teacher will take on the disk; with a budget, how to store its features within it.
+    """Before anything is spent: the bytes and the hours of caching, what a training run reads, and the epoch after
+    which caching has paid for itself; with a budget, how to store signals within it.
+
+    Examples need not be packed nor the teacher trained. Some examples are cached and trained on for seconds.
 
     Example: kd-dist plan configs/camvid.yaml --budget 200MB
     """
     from kd_dist import budget as before
     from kd_dist.config import load
+    from kd_dist.forecast import Timing
     from kd_dist.recipe import parse_bytes
 
     room = None if budget is None else parse_bytes(budget)
-    found = before.plan(load(recipe, overrides or []), room)
+    timing = None if bytes_only else Timing(num_processes or 1, seeds)
+    found = before.plan(load(recipe, overrides or []), room, timing)
     typer.echo(json.dumps(found) if as_json else "\n".join(before.sentences(found)))
 
 
@@ -124,7 +147,7 @@ def cache_teacher(
     num_processes: Processes = None,
     launch_config: LaunchConfig = None,
 ) -> None:
-    """Run the teacher once over every view and write its signals.
+    """Run each teacher once over every view and write its signals.
 
     Example: kd-dist cache-teacher configs/digits.yaml --num-processes 2
     """
@@ -142,7 +165,7 @@ def verify(
     examples: Annotated[int, typer.Option(min=1, help="Examples to compare in each split.")] = 64,
     as_json: Json = False,
 ) -> None:
-    """Re-run the live teacher on a sample and compare it with the cache; exits with 1 when they differ.
+    """Re-run each live teacher on a sample and compare it with its cache; exits with 1 when they differ.
 
     Example: kd-dist verify configs/digits.yaml --examples 64
     """
@@ -151,35 +174,69 @@ def verify(
     from kd_dist.config import load
 
     loaded = load(recipe, overrides or [])
-    found = [proof.verify(loaded, split, examples) for split in places.cached_splits(loaded)]
-    typer.echo(json.dumps(found) if as_json else "\n".join(map(proof.sentence, found)))
+    every = places.cached_teachers(loaded)
+    found = [proof.verify(one, split, examples) for one in every for split in places.cached_splits(loaded)]
+    lines = [(f"{one['teacher']}, " if every[1:] else "") + proof.sentence(one) for one in found]
+    typer.echo(json.dumps(found) if as_json else "\n".join(lines))
     if not all(one["ok"] for one in found):
         raise typer.Exit(1)
 
 
 @app.command()
-def inspect(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Say what a cache holds: its teacher, its bytes, what each codec keeps, what is quarantined.
+def inspect(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    split: Annotated[str | None, typer.Option(help="One split; else all, and a sheet of `train`.")] = None,
+    sheet: Annotated[Path | None, typer.Option(dir_okay=False, help="Draw views of some examples: a PNG.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Examples on the sheet.")] = 8,
+    views: Annotated[int, typer.Option(min=1, help="Views of each, at most.")] = 8,
+    key: Annotated[list[str] | None, typer.Option(help="An example for the sheet; may be given several times.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a cache holds: its teacher, its views, its bytes, what each codec keeps, what is quarantined; and draw
+    stored views with their labels and what the teacher said of them.
 
-    Example: kd-dist inspect configs/digits.yaml --json
+    Example: kd-dist inspect configs/digits.yaml --split train --sheet sheet.png
     """
-    from kd_dist import assemble, manifest, places
-    from kd_dist.cache_teacher import summary
+    from kd_dist import contents
     from kd_dist.config import load
-    from kd_dist.data import feature_codecs
+    from kd_dist.places import TRAINING_SPLIT
 
     loaded = load(recipe, overrides or [])
-    folders = {split: places.signals_folder(loaded, split) for split in places.cached_splits(loaded)}
-    found = {split: manifest.read_manifest(folder) for split, folder in folders.items()}
+    folders = contents.folders(loaded, split)
+    found = {name: one.made for name, one in folders.items()}
+    if sheet is not None:
+        at = split or TRAINING_SPLIT
+        shown = contents.seen(loaded, at, examples, views, key or [])
+        contents.sheet(sheet, shown, f"{loaded.name}, {at}, {loaded.teacher.name}")
+        found[at]["sheet"] = contents.records(shown)
     if as_json:
         typer.echo(json.dumps(found))
         return
-    for split, made in found.items():
-        feature_codecs(folders[split], made["codec"])  # refuses a folder that has lost its bases
-        teacher, digest = made["teacher"], made["teacher"]["weights_sha256"][:12]
-        typer.echo(f"{folders[split]}: {teacher['model']}, weights {teacher['weights']}, sha256 {digest}")
-        said = summary(split, made, assemble.task(loaded)) if made["complete"] else None
-        typer.echo(said or "not finished; run `kd-dist cache-teacher` again")
+    for one in folders.values():
+        typer.echo("\n".join(contents.in_words(loaded, one)))
+    if sheet is not None:
+        typer.echo(f"{sheet}: {len(shown)} examples of {at}")
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe, whose needs are looked at too.")] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Look at versions, devices, the launcher, folders and extras, and say what to do; exits with 1 when something is
+    missing that is needed.
+
+    Example: kd-dist doctor configs/digits.yaml
+    """
+    from kd_dist import doctor as examination
+
+    found = examination.examine(recipe, overrides or [])
+    lines = [json.dumps([one._asdict() for one in found])] if as_json else examination.sentences(found)
+    typer.echo("\n".join(lines))
+    if not examination.healthy(found):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -234,8 +291,11 @@ def import_config(
 
 def main() -> None:
     """The `kd-dist` entry point."""
-    sys.path.insert(0, os.getcwd())  # a recipe may name a user's own module
     with one_sentence():
+        try:
+            sys.path.insert(0, os.getcwd())  # a recipe may name a user's own module
+        except FileNotFoundError as error:
+            raise KdError("the folder that this was started in is gone; go to another") from error
         app()
 
 

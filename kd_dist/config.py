@@ -28,7 +28,6 @@ from kd_dist.tasks import TASKS
 Place = Callable[[int], str]  # a line number, from 1, to what an error begins with
 
 COMMAND_LINE = "command line"
-RUN = ("teacher", "run")
 INTEGER = re.compile(r"[-+]?[0-9]{1,18}")  # 18 digits fit 64 bits; a longer one is read as a float
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "Null": None, "~": None, "": None}
@@ -51,7 +50,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), stage: str | None = No
         _check_stage(root, stage)
     for override in overrides:
         root = _overridden(root, override, stage)
-    root, trained_for = _with_run(root)
+    root, trained_for = _with_runs(root)
     recipe = _build(root, Recipe, ())
     if recipe.name is None:
         recipe = dataclasses.replace(recipe, name=Path(path).stem)
@@ -193,46 +192,59 @@ def _where(root: _Node, keys: Keys) -> str:
 # ---------------------------------------------------------------------------------------------- a trained teacher
 
 
-def _with_run(root: _Node) -> tuple[_Node, dict | None]:
-    """`root` with `teacher.run` as the keys that it stands for, and the task that its model was trained for; None
-    where it is not given. Raises TrainingError when weights or result of that stage are damaged."""
-    teacher = root.value.get("teacher") if isinstance(root.value, dict) else None
-    given = teacher.value.get("run") if teacher is not None and isinstance(teacher.value, dict) else None
-    folder = None if given is None else _build(given, str | None, RUN)
-    if folder is None:
-        return root, None
-    names = [field.name for field in dataclasses.fields(Network)]
+def _with_runs(root: _Node) -> tuple[_Node, dict[Keys, dict]]:
+    """`root` with every teacher's `run` as the keys that it stands for, and by the keys of each the task that its model
+    was trained for. Raises TrainingError when weights or result of that stage are damaged."""
+    further = root.value.get("teachers") if isinstance(root.value, dict) else None
+    names = further.value if further is not None and isinstance(further.value, dict) else ()
+    tasks: dict[Keys, dict] = {}
+    for keys in (("teacher",), *(("teachers", name) for name in names)):
+        section = root
+        for key in keys:
+            section = section.value.get(key) if section is not None and isinstance(section.value, dict) else None
+        given = section.value.get("run") if section is not None and isinstance(section.value, dict) else None
+        folder = None if given is None else _build(given, str | None, (*keys, "run"))
+        if folder is not None:
+            made, tasks[*keys, "run"] = _with_run(section, given, folder, keys)
+            root = _grafted(root, keys, made)
+    return root, tasks
+
+
+def _with_run(section: _Node, given: _Node, folder: str, keys: Keys) -> tuple[_Node, dict]:
+    """A teacher's section at `keys` with what its `run`, this folder, stands for; the task that it was trained for."""
+    names, run = [field.name for field in dataclasses.fields(Network)], (*keys, "run")
     for name in names:
-        if name in teacher.value:
-            raise _error(given.where, RUN, f"says what teacher.{name} is, which is given too; leave one of them out")
+        if name in section.value:
+            both = ".".join((*keys, name))
+            raise _error(given.where, run, f"says what {both} is, which is given too; leave one of them out")
     result, best = Path(folder) / RESULT, Path(folder) / BEST
     if not result.is_file():
         within = next(iter(sorted(Path(folder).glob(f"*/{RESULT}"))), Path("runs/<recipe>/<stage>/seed-0") / RESULT)
         raise _error(
             given.where,
-            RUN,
+            run,
             f"{folder} has no finished result ({RESULT}); train that stage to its end, or give the folder of one that "
             f"is, such as {within.parent}",
         )
     record = read_record(result, "identity")
     try:
         identity = record["identity"]
-        section, task = identity[identity["stage"]["model"]], identity["task"]
-        found = {name: section[name] for name in names if name in section}
+        trained, task = identity[identity["stage"]["model"]], identity["task"]
+        found = {name: trained[name] for name in names if name in trained}
     except (KeyError, TypeError) as error:
         raise TrainingError(f"{result}: does not say what was trained ({error}); train the stage again") from error
     best_digest(best, record.get("best_sha256"))
     brought = {name: _as_node(value, given.where) for name, value in {**found, "weights": str(best)}.items()}
-    made = teacher._replace(value={**teacher.value, "run": _Node(None, None, given.where), **brought})
-    return root._replace(value={**root.value, "teacher": made}), task
+    return section._replace(value={**section.value, "run": _Node(None, None, given.where), **brought}), task
 
 
-def _run_problems(recipe: Recipe, trained_for: dict | None) -> Problems:
+def _run_problems(recipe: Recipe, trained_for: dict[Keys, dict]) -> Problems:
     """A teacher that was trained for another task than the recipe's."""
-    difference = None if trained_for is None else first_difference(to_dict(recipe.task), trained_for)
-    if difference is not None:
-        name, ours, theirs = difference
-        yield RUN, f"was trained for task.{name} = {theirs!r}, the recipe says {ours!r}; give a run of the same task"
+    for keys, task in trained_for.items():
+        difference = first_difference(to_dict(recipe.task), task)
+        if difference is not None:
+            name, ours, its = difference
+            yield keys, f"was trained for task.{name} = {its!r}, the recipe says {ours!r}; give a run of the same task"
 
 
 def _as_node(value: Any, where: str) -> _Node:

@@ -7,181 +7,25 @@ given to `prepare`: a rank's `Corridor` already holds that rank's share only.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from kd_dist import manifest
-from kd_dist.batch import Batch, Example, TeacherSignal
-from kd_dist.compress import FeatureCodec, load_bases
+from kd_dist.batch import Batch, Example, Mixture, TeacherSignal, each_tensor
+from kd_dist.compress import FeatureCodec
 from kd_dist.errors import DataError, MismatchError, ShardError
+from kd_dist.folders import OnError, Shards, drawn_partners, read_examples, with_partners
 from kd_dist.plan import Plan, mix, view_number
-from kd_dist.remote import Remote, at_once, each, read_whole
-from kd_dist.shards import Shard
-from kd_dist.signals import codec_of, dtype_from_json, from_row_bytes, is_sound, npy_header_size, row_dtype
+from kd_dist.rows import Signals
 from kd_dist.tasks import Task
-from kd_dist.views import VIEW_DTYPES, ViewPolicy, input_crc
+from kd_dist.views import MixedViews, ViewPolicy, input_crc, replayed
+from kd_dist.views.mixed import partners_of, second_share
 
-OnError = Literal["raise", "replace_masked"]  # at an example that cannot be read: stop, or go on without it
-Decode = Callable[[str, Mapping[str, bytes]], Example]
-BASES = "bases.safetensors"  # beside the manifest: the principal components of the features that have them
-AGAIN = "delete the folder and run `kd-dist cache-teacher`"
 CHECK_ONE_IN = 16  # examples whose pixels are compared with the stored CRC, a different sixteenth each epoch
-
-
-class Shards:
-    """The shards of one finished folder as one sequence of examples, in manifest order. Opened on first use.
-
-    With `on_error` "replace_masked" a shard that is missing is an error of its examples, not of the folder.
-    """
-
-    def __init__(self, folder: Path | Remote, on_error: OnError = "raise") -> None:
-        self.folder, self.on_error = folder, on_error
-        self.manifest = manifest.read_manifest(folder)
-        if not self.manifest["complete"]:
-            raise ShardError(
-                f"{folder}: not finished; run the command that makes it once more, it goes on where it was"
-            )
-        rows = self.manifest["shards"]
-        self.paths = [folder / row["name"] for row in rows]
-        self.starts = np.concatenate([[0], np.cumsum([row["examples"] for row in rows], dtype=np.int64)])
-        self._open: dict[int, Shard] = {}
-        if isinstance(folder, Remote):  # now, that not each loader process has to fetch every index
-            at_once(folder, self.shard, range(len(self.paths)))
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Example ids -> (shard number, place in the shard)."""
-        shards = np.searchsorted(self.starts, ids, side="right") - 1
-        return shards, ids - self.starts[shards]
-
-    def shard(self, number: int) -> Shard:
-        """The opened shard `number`. Raises ShardError when it is not the one that the manifest lists."""
-        if number not in self._open:
-            shard, row = Shard(self.paths[number]), self.manifest["shards"][number]
-            if shard.sha256 != row["sha256"] or len(shard) != row["examples"]:
-                raise ShardError(
-                    f"{self.paths[number]}: its index holds {len(shard)} examples with sha256 {shard.sha256[:12]}, the "
-                    f"manifest {row['examples']} with {row['sha256'][:12]}; delete the folder and make it again"
-                )
-            self._open[number] = shard
-        return self._open[number]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """One digest of everything in the folder: what a cache of it is bound to."""
-        return manifest.fingerprint(self.manifest)
-
-    def example_bytes(self) -> int:
-        """Mean bytes of an example on disk, as it was packed: the order of a run must not change with damage."""
-        if isinstance(self.manifest.get("tar_bytes"), int):
-            return max(1, self.manifest["tar_bytes"] // max(1, len(self)))
-        total = held = 0  # an older manifest does not say, so by what is there
-        for number, row in enumerate(self.manifest["shards"]):
-            try:
-                path = self.paths[number]
-                total += self.shard(number).tar_bytes if isinstance(path, Remote) else path.stat().st_size
-                held += row["examples"]
-            except FileNotFoundError as error:
-                if self.on_error == "raise":
-                    raise ShardError(f"{path}: is missing; run the command that wrote it again") from error
-            except ShardError:
-                if self.on_error == "raise":
-                    raise
-        return max(1, total // max(1, held))
-
-
-class SignalShards(Shards):
-    """A teacher's rows for a folder of example shards: one verified `pread` a view."""
-
-    def __init__(self, folder: Path | Remote, examples: Shards, on_error: OnError = "raise") -> None:
-        super().__init__(folder, on_error)
-        about = self.manifest
-        if about["examples_fingerprint"] != examples.fingerprint:
-            raise MismatchError(
-                f"{folder}: was made from examples {about['examples_fingerprint'][:12]}, {examples.folder} now holds "
-                f"{examples.fingerprint[:12]}; delete {folder} and run `kd-dist cache-teacher`"
-            )
-        self.examples = examples
-        self.teacher: str = about["teacher"]["name"]
-        self.views: int = about["views"]["count"]
-        self.dtype = dtype_from_json(about["row_dtype"])
-        try:
-            grid, stored = about["codec"]["grid"], about["codec"]["logits"]
-            self.codec = codec_of(about["task"], stored, about["classes"], grid and tuple(grid))
-            self.features = feature_codecs(folder, about["codec"])
-            fields = [field for codec in (self.codec, *self.features.values()) for field in codec.fields()]
-            fits = self.dtype == row_dtype(VIEW_DTYPES[about["views"].get("kind", "image")], fields)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ShardError(f"{folder}: the manifest describes no codecs ({error!r}); {AGAIN}") from error
-        if not fits:
-            raise ShardError(f"{folder}: the manifest's row_dtype is not that of its codecs; {AGAIN}")
-        self.header = npy_header_size(self.dtype, self.views)
-        bad = {row["key"] for row in about["quarantined"]}
-        self.quarantined = np.array(self._ids_of(bad), dtype=np.int64)
-
-    def _ids_of(self, keys: set[str]) -> list[int]:
-        ids: list[int] = []
-        for number in range(len(self.paths) if keys else 0):
-            try:
-                held = self.shard(number).keys
-            except ShardError:
-                if self.on_error == "raise":
-                    raise
-                continue  # every example of this shard fails when it is read
-            ids += [int(self.starts[number]) + place for place, key in enumerate(held) if key in keys]
-        return ids
-
-    def rows(self, ids: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """Example ids and view numbers, both (B,) -> structured rows (B,), each checked against its CRC."""
-        numbers, places = self.locate(ids)
-        return np.concatenate(each(self.folder, self._row, numbers.tolist(), places.tolist(), views.tolist()))
-
-    def _row(self, number: int, place: int, view: int) -> np.ndarray:
-        shard, twin = self.shard(number), self.examples.shard(number)
-        key = shard.key(place)
-        if key != twin.key(place):
-            raise MismatchError(
-                f"{shard.path}: example {place} is '{key}', in {twin.path} it is '{twin.key(place)}'; "
-                f"delete {self.folder} and run `kd-dist cache-teacher`"
-            )
-        offset, size = shard.member(place, f"{self.teacher}.npy")
-        stride = self.dtype.itemsize
-        if size != self.header + self.views * stride:
-            raise ShardError(
-                f"{shard.path}: '{key}' has {size} bytes, not {self.views} rows; delete it and cache again"
-            )
-        payload = shard.pread(offset + self.header + view * stride, stride, is_sound)
-        return from_row_bytes(payload, self.dtype, f"{shard.path}: '{key}' view {view}")
-
-
-def feature_codecs(folder: Path | Remote, described: Mapping[str, Any]) -> dict[str, FeatureCodec]:
-    """The codecs that a manifest describes, by feature. Raises ShardError unless their bases are those it names."""
-    expected, bases, path = described["bases_sha256"], {}, folder / BASES
-    if expected is not None:
-        payload = read_whole(path, lambda data: _sha256(data) == expected) if path.is_file() else b""
-        if _sha256(payload) != expected:
-            raise ShardError(
-                f"{path}: is missing or not the file that the features were reduced with; delete {folder} and run "
-                f"`kd-dist cache-teacher`"
-            )
-        bases = load_bases(path, payload)
-    return {
-        name: FeatureCodec(name, tuple(one["shape"]), one["store"], one["pool"], bases.get(name), one["dither"])
-        for name, one in sorted(described["features"].items())  # as in a row
-    }
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 class Rows(NamedTuple):
@@ -194,6 +38,7 @@ class Rows(NamedTuple):
     valid: tuple[bool, ...]
     failed: tuple[str, ...]  # a sentence for each row that is not valid, but a filler
     groups: np.ndarray  # (B, 2) int64, as in a batch
+    seconds: np.ndarray  # (B, 2) float64: the class of each row's partner, and its share; 0, 0 of one without
 
 
 @dataclass(frozen=True)
@@ -201,7 +46,7 @@ class Corridor(Dataset[Batch]):
     """Micro-batches of one rank, by their number in the whole run: `step * accumulate + micro`."""
 
     examples: Shards
-    signals: SignalShards | None
+    signals: Signals | None
     task: Task
     policy: ViewPolicy
     plan: Plan
@@ -240,6 +85,7 @@ class Corridor(Dataset[Batch]):
             signals=None if rows.stored is None else self._signals(rows.stored),
             failed=rows.failed,
             groups=torch.from_numpy(rows.groups) if rows.groups.any() else None,
+            mixture=self._mixture(rows.seconds),
         )
 
     def _share(self, ids: np.ndarray, epoch: int) -> Rows:
@@ -261,7 +107,7 @@ class Corridor(Dataset[Batch]):
         pixels = np.zeros((1, *self.policy.size, self.policy.channels), np.uint8)
         stored = None if self.signals is None else np.zeros(1, self.signals.dtype)
         targets, groups = [self.task.no_target(self.policy.size)], np.zeros((1, 2), np.int64)
-        return Rows((key,), pixels, targets, stored, (False,), (), groups)
+        return Rows((key,), pixels, targets, stored, (False,), (), groups, np.zeros((1, 2)))
 
     def _named(self, one: int) -> tuple[str, str]:
         """The key of an example, and where it is, in words; without a readable index its place has to do."""
@@ -277,11 +123,17 @@ class Corridor(Dataset[Batch]):
         examples = read_examples(self.examples, ids, self.task.decode)
         numbers = self._view_numbers(ids, epoch)
         stored = None if self.signals is None else self.signals.rows(ids, numbers)
+        if isinstance(self.policy, MixedViews):
+            fresh = stored is None
+            chosen = drawn_partners(self.examples, self.policy, ids, numbers) if fresh else partners_of(stored["view"])
+            examples = with_partners(self.examples, examples, ids, chosen, self.task.decode)
         pixels, targets = np.empty((len(ids), *self.policy.size, self.policy.channels), np.uint8), []
-        groups = np.zeros((len(ids), 2), np.int64)
+        groups, seconds = np.zeros((len(ids), 2), np.int64), np.zeros((len(ids), 2))
         for row, example in enumerate(examples):
             view = self._view(example, int(numbers[row])) if stored is None else stored["view"][row]
-            pixels[row] = self.policy.replay(example.image, view)
+            pixels[row] = replayed(self.policy, example, view)
+            if example.partner is not None:
+                seconds[row] = example.partner[1].target, second_share(view, self.policy.size)
             # A model is judged against the mask as it is, at its own resolution.
             whole = self.views == 0
             targets.append(example.target if whole else self.task.replay_target(example.target, view, self.policy.size))
@@ -290,14 +142,20 @@ class Corridor(Dataset[Batch]):
         if stored is not None:
             self._check_pixels(ids, epoch, examples, pixels, stored)
         keys = tuple(example.key for example in examples)
-        return Rows(keys, pixels, targets, stored, (True,) * len(keys), (), groups)
+        return Rows(keys, pixels, targets, stored, (True,) * len(keys), (), groups, seconds)
+
+    def _mixture(self, seconds: np.ndarray) -> Mixture | None:
+        if not isinstance(self.policy, MixedViews):
+            return None
+        targets, shares = torch.from_numpy(seconds).T
+        return Mixture(targets.long(), shares.float())
 
     def _signals(self, stored: np.ndarray) -> TeacherSignal:
         """The logits decoded; of the features their fields as they are."""
         names = [field[0] for codec in self.codecs.values() for field in codec.fields()]
         # A copy: the field of a single row counts as contiguous, and keeps a stride that torch refuses.
         fields = {name: torch.from_numpy(stored[name].copy()) for name in names}
-        return TeacherSignal(torch.from_numpy(self.signals.codec.decode(stored)), fields)
+        return TeacherSignal(each_tensor(self.signals.codec.decode(stored), torch.from_numpy), fields)
 
     def _view_numbers(self, ids: np.ndarray, epoch: int) -> np.ndarray:
         if self.views is None:
@@ -325,7 +183,7 @@ class Corridor(Dataset[Batch]):
 
 def joined(parts: list[Rows]) -> Rows:
     """The rows of all parts, in order."""
-    keys, pixels, targets, stored, valid, failed, groups = zip(*parts, strict=True)
+    keys, pixels, targets, stored, valid, failed, groups, seconds = zip(*parts, strict=True)
     return Rows(
         keys=sum(keys, ()),
         pixels=np.concatenate(pixels),
@@ -334,6 +192,7 @@ def joined(parts: list[Rows]) -> Rows:
         valid=sum(valid, ()),
         failed=sum(failed, ()),
         groups=np.concatenate(groups),
+        seconds=np.concatenate(seconds),
     )
 
 
@@ -348,14 +207,4 @@ def video_and_frame(example: Example) -> tuple[int, int]:
 
 def describe(versions: dict[str, str]) -> str:
     """The versions that decide what pixels a file becomes."""
-    return f"Pillow {versions['pillow']}"
-
-
-def read_examples(shards: Shards, ids: np.ndarray, decode: Decode) -> list[Example]:
-    """Read, verify and decode the examples with these ids, in their order."""
-
-    def read(number: int, place: int) -> Example:
-        shard = shards.shard(number)
-        return decode(shard.key(place), shard.read(place))
-
-    return each(shards.folder, read, *(one.tolist() for one in shards.locate(ids)))
+    return f"Pillow {versions.get('pillow', 'of an unknown version')}"  # a folder begun by an older kd_dist says none

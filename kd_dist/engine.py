@@ -7,7 +7,7 @@ checkpoint means the same wherever it was made, and a run may go on under anothe
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,6 +29,14 @@ from kd_dist.errors import TrainingError
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FIRST_SCALE = 2.0**16  # of fp16's loss; a non-finite step halves it, as many steps without one double it as
 SCALE_GROWS_AFTER = 2000
+# Keys of a stage that DeepSpeed cannot have, and why.
+NOT_FOR_DEEPSPEED = {
+    "sam": "divides weights and gradients among the ranks and keeps float32 copies of its own, so that no weights can "
+    "be moved for a second pass",
+    "unfreeze": "steps and decays all weights that it was given at first, also those that are not to learn yet",
+    "compile": "gathers weights in hooks that compiled code passes over",
+    "channels_last": "lays the weights out flat, in an order of its own",
+}
 
 
 class _Plugin(DeepSpeedPlugin):
@@ -44,10 +52,10 @@ def launched_precision() -> str:
     return "fp32" if asked == "no" else asked
 
 
-def accelerator(uphill: bool = False) -> Accelerator:
+def accelerator(options: Iterable[str] = ()) -> Accelerator:
     """The processes that the launcher started, and how they work together. Raises a TrainingError for settings of
-    DeepSpeed that belong to the recipe, or that this engine does not know, and for DeepSpeed itself where steps go
-    `uphill` first."""
+    DeepSpeed that belong to the recipe, or that this engine does not know, and for `options`, the keys that a stage
+    makes use of, that are in NOT_FOR_DEEPSPEED."""
     handlers: list[Any] = [DistributedDataParallelKwargs()]
     plugin = None
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
@@ -55,10 +63,9 @@ def accelerator(uphill: bool = False) -> Accelerator:
             raise TrainingError("the launcher asks for DeepSpeed, which is missing; pip install -e '.[deepspeed]'")
         if not torch.cuda.is_available():  # Accelerate would take each process for the only one
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
-        if uphill:
+        for key in options:
             raise TrainingError(
-                "DeepSpeed: divides weights and gradients among the ranks and keeps float32 copies of its own, so that "
-                "no weights can be moved for a second pass; take `sam` out of the stage, or launch without DeepSpeed"
+                f"DeepSpeed: {NOT_FOR_DEEPSPEED[key]}; take `{key}` out of the stage, or launch without DeepSpeed"
             )
         plugin = _Plugin()
         _check_deepspeed(plugin.deepspeed_config)
@@ -83,7 +90,7 @@ def _check_deepspeed(settings: dict[str, Any]) -> None:
             raise TrainingError(f"DeepSpeed: remove '{what}' from the settings and give the stage `precision: {what}`")
 
 
-def computed(model: nn.Module, images: Tensor, dtype: torch.dtype | None) -> StudentOutput:
+def computed(model: Callable[[Tensor], StudentOutput], images: Tensor, dtype: torch.dtype | None) -> StudentOutput:
     """A student's output in float32, computed in `dtype`, or in float32 all through."""
     if dtype is None:
         return model(images)
@@ -106,17 +113,24 @@ class Engine:
     sharded = False  # whether `gradients` are a part of them, disjoint over the ranks
 
     def __init__(
-        self, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype | None
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dtype: torch.dtype | None,
+        compiled: bool = False,
     ) -> None:
         self.accelerator, self.module, self.dtype = accelerator, module, dtype
         self._prepare(optimizer)
+        # Around DDP, whose buckets the compiler then knows. Batches of a second size are compiled for any size.
+        self.call: Callable[[Tensor], StudentOutput] = torch.compile(self.model) if compiled else self.model
 
     def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = self.accelerator.prepare(self.module), optimizer
 
     def forward(self, images: Tensor) -> StudentOutput:
         """The student's output in float32, computed in the run's precision."""
-        return computed(self.model, images, self.dtype)
+        return computed(self.call, images, self.dtype)
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         """For the forward and backward pass of one micro-batch, the `last` of its step or not."""
@@ -170,6 +184,21 @@ class Engine:
         """Forget the gradient."""
         self.optimizer.zero_grad()
 
+    def parts(self) -> list[Tensor]:
+        """Where this rank holds its part of the weights, and the buffers, of the numbers with a fraction."""
+        return [*self._weights(), *(one for one in self.module.buffers() if one.is_floating_point())]
+
+    def _weights(self) -> list[Tensor]:
+        return list(self.module.parameters())
+
+    @torch.no_grad()
+    def exchange(self, others: list[Tensor]) -> None:
+        """Exchange `parts` with others of the same shapes. A collective call."""
+        for mine, other in zip(self.parts(), others, strict=True):
+            held = mine.clone()
+            mine.copy_(other)
+            other.copy_(held)
+
     def weights(self) -> dict[str, Tensor]:
         """Weights and buffers by name, whole on every rank. A collective call."""
         return self.module.state_dict()
@@ -183,8 +212,16 @@ class Engine:
 
         RuntimeError, ValueError: they are of another module.
         """
-        self.module.load_state_dict(weights)
+        self.load_weights(weights)
         self.optimizer.load_state_dict(moments)
+        for value, state in self.optimizer.state.items():  # moments lie in memory as their weights do
+            state |= {
+                name: torch.empty_like(value).copy_(one) for name, one in state.items() if one.shape == value.shape
+            }
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take over what `weights` returned, beside nothing else. A collective call."""
+        self.module.load_state_dict(weights)
 
 
 class DeepSpeed(Engine):
@@ -279,9 +316,21 @@ class DeepSpeed(Engine):
             first += size
         return found
 
-    def load(self, weights: dict[str, Tensor], moments: dict[str, Any]) -> None:
+    def _weights(self) -> list[Tensor]:
+        own = list(self.module.parameters())
+        return own if self.stage < 3 else [value.ds_tensor for value in own]
+
+    def exchange(self, others: list[Tensor]) -> None:
+        with self._whole():  # beyond it no weight is whole, and each is gathered anew
+            pass
+        super().exchange(others)
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
         with self._whole(modifier=0):
             self.module.load_state_dict(weights)
+
+    def load(self, weights: dict[str, Tensor], moments: dict[str, Any]) -> None:
+        self.load_weights(weights)
         by_parameter = {id(value): weights[name] for name, value in self.module.named_parameters()}
         for value in self.trained:
             self._put(value, by_parameter[id(value)], None)
@@ -322,8 +371,12 @@ class DeepSpeed(Engine):
 
 
 def start(
-    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, precision: str
+    accelerator: Accelerator,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    precision: str,
+    compiled: bool = False,
 ) -> Engine | DeepSpeed:
     """The engine for the processes that the launcher started. `precision` is fp32, bf16 or fp16."""
     kind = DeepSpeed if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
-    return kind(accelerator, module, optimizer, DTYPES[precision])
+    return kind(accelerator, module, optimizer, DTYPES[precision], compiled)

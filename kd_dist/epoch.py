@@ -21,8 +21,16 @@ from kd_dist.tasks import is_better, retention, undefined
 
 def end_epoch(run: Run, progress: Progress, means: dict[str, float]) -> None:
     """Evaluate, record, warn, and keep the weights when they are the best so far. Every rank calls it."""
-    accelerator, metric = run.accelerator, run.metric
+    accelerator = run.accelerator
     agree_on_buffers(accelerator, run.student)
+    with run.averaged():
+        agree_on_buffers(accelerator, run.student)
+        judge_epoch(run, progress, means)
+
+
+def judge_epoch(run: Run, progress: Progress, means: dict[str, float]) -> None:
+    """The same for the weights that the student now has: with `ema` their average."""
+    accelerator, metric = run.accelerator, run.metric
     values = run_evaluation(run)
     if math.isnan(values[metric]) and math.isfinite(values.get("nll", math.nan)):  # the model says something
         raise DataError(f"{undefined(metric, run.validation.examples.folder)} evaluate.metric")

@@ -18,17 +18,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from kd_dist.batch import TeacherSignal
+from kd_dist.batch import Example, TeacherSignal
 from kd_dist.compress import FeatureCodec
-from kd_dist.data import Shards, read_examples
+from kd_dist.folders import Shards, drawn_partners, read_examples, with_partners
 from kd_dist.progress import Advance
 from kd_dist.shards import is_committed, shard_path, write_shard
 from kd_dist.signals import Codec, add_sums, pack_rows, row_dtype, to_npy
 from kd_dist.tasks import Task
 from kd_dist.teacher import Teacher
-from kd_dist.views import ViewPolicy, input_crc
+from kd_dist.views import MixedViews, ViewPolicy, input_crc, replayed
+from kd_dist.views.mixed import second_share
 
 STEM = "signals"
+NOTED = ("error", "teacher", "overflow")  # sums in the index of a shard
 QUEUE_DEPTH = 4
 
 
@@ -42,10 +44,11 @@ class Extraction:
     teacher: str  # its name, in member names
     policy: ViewPolicy
     views: int  # of an example; 0: one canonical view
-    codec: Codec
+    codec: Codec  # NoLogits where features are added to logits that are there
     features: dict[str, FeatureCodec]
     batch_size: int  # rows
     threads: int
+    first: int = 0  # of an example's views
 
     @property
     def rows(self) -> int:
@@ -67,6 +70,7 @@ class Rows(NamedTuple):
     crcs: np.ndarray  # (b,) uint32, of each row's pixels
     targets: np.ndarray  # (b,) class indices, masks (b, h, w), or numbers (b, D)
     sizes: np.ndarray | None  # (b, 2), of the masks
+    labels: np.ndarray  # what the codec keeps: `targets`; of mixed views the classes (b, 2) of both that are shown
     pixels: np.ndarray  # (b, H, W, C) uint8
 
     def only(self, places: np.ndarray) -> "Rows":
@@ -103,7 +107,7 @@ def extract(work: Extraction, teacher: Teacher, device: torch.device, mine: rang
         contextlib.closing(prefetch(run_teacher(work, read, teacher, device))) as ran,
     ):
         for number in wanted:
-            notes: dict[str, Any] = {"quarantined": [], "error": None, "teacher": None, "overflow": None}
+            notes: dict[str, Any] = {"quarantined": [], **dict.fromkeys(NOTED)}
             rows, start = len(work.examples.shard(number)) * work.rows, time.monotonic()
             write_shard(shard_path(work.folder, STEM, number), encode(work, take(ran, rows), notes, advance), notes)
             slowest = max(slowest, time.monotonic() - start)
@@ -117,29 +121,47 @@ def read_rows(work: Extraction, numbers: list[int]) -> Iterator[Rows]:
             first = int(work.examples.starts[number])
             for start in range(0, len(work.examples.shard(number)) * work.rows, work.batch_size):
                 stop = min(start + work.batch_size, len(work.examples.shard(number)) * work.rows)
-                places = range(start // work.rows, -(-stop // work.rows))
-                examples = read_examples(work.examples, first + np.array(places), work.task.decode)
-                chosen = [divmod(row, work.rows) for row in range(start, stop)]
-                yield make_rows(work, [(examples[place - places[0]], view) for place, view in chosen], pool)
+                yield make_rows(work, *np.divmod(first * work.rows + np.arange(start, stop), work.rows), pool)
 
 
-def make_rows(work: Extraction, chosen: list[tuple[Any, int]], pool: ThreadPoolExecutor) -> Rows:
-    """Draw and replay each (example, view number)."""
-    policy = work.policy
-    views = np.zeros(len(chosen), policy.dtype)
-    pixels = np.empty((len(chosen), *policy.size, policy.channels), np.uint8)
+def make_rows(work: Extraction, ids: np.ndarray, numbers: np.ndarray, pool: ThreadPoolExecutor) -> Rows:
+    """Read the examples `ids` (b,), draw and replay of each the view `numbers` (b,), counted from the first."""
+    policy, numbers = work.policy, numbers + work.first
+    once, places = np.unique(ids, return_inverse=True)
+    read = read_examples(work.examples, once, work.task.decode)
+    examples = [read[place] for place in places]
+    if isinstance(policy, MixedViews):
+        partners = drawn_partners(work.examples, policy, ids, numbers)
+        examples = with_partners(work.examples, examples, ids, partners, work.task.decode)
+    views = np.zeros(len(ids), policy.dtype)
+    pixels = np.empty((len(ids), *policy.size, policy.channels), np.uint8)
 
     def fill(row: int) -> int:
-        example, number = chosen[row]
+        example, number = examples[row], int(numbers[row])
         drawn = work.views > 0
         views[row] = policy.draw_for(example, number) if drawn else policy.canonical(example.image.shape[:2])
-        pixels[row] = policy.replay(example.image, views[row])
+        pixels[row] = replayed(policy, example, views[row])
         return input_crc(pixels[row])
 
-    crcs = np.fromiter(pool.map(fill, range(len(chosen))), np.uint32, len(chosen))
-    pairs = zip(chosen, views, strict=True)
-    targets = [work.task.replay_target(example.target, view, policy.size) for (example, _), view in pairs]
-    return Rows([example.key for example, _ in chosen], views, crcs, *work.task.collate(targets), pixels)
+    crcs = np.fromiter(pool.map(fill, range(len(ids))), np.uint32, len(ids))
+    # Of two examples the one of which more is seen says what the teacher should.
+    shown = [shown_in(example, view, policy.size) for example, view in zip(examples, views, strict=True)]
+    targets, sizes = work.task.collate(
+        [
+            work.task.replay_target(first.target, view, policy.size)
+            for (first, _), view in zip(shown, views, strict=True)
+        ]
+    )
+    mixed = isinstance(policy, MixedViews)
+    labels = np.array([[one.target for one in both] for both in shown]) if mixed else targets
+    return Rows([example.key for example in examples], views, crcs, targets, sizes, labels, pixels)
+
+
+def shown_in(example: Example, view: np.void, size: tuple[int, int]) -> tuple[Example, Example]:
+    """What a view shows: the example of which more is seen first, then the other; twice the same if it is not mixed."""
+    share = second_share(view, size)
+    other = example.partner[1] if share else example
+    return (other, example) if share > 0.5 else (example, other)
 
 
 def run_teacher(work: Extraction, batches: Iterator[Rows], teacher: Teacher, device: torch.device) -> Iterator[Said]:
@@ -178,7 +200,7 @@ def encode(
     lost: list[list[str]] = []  # of each row, the signals that could not be stored
     for batch in batches:
         rows = batch.rows
-        fields, good = work.codec.encode(batch.logits)
+        fields, good = work.codec.encode(batch.logits, rows.labels)
         new = pack_rows(work.dtype, rows.views, rows.crcs, fields | batch.fields)
         storable = {"logits": good, **batch.storable}
         keys += rows.keys
@@ -186,7 +208,7 @@ def encode(
         lost += [[name for name, fine in storable.items() if not fine[row]] for row in range(len(new))]
         note(work, notes, batch, new, good)
         while len(keys) >= work.rows:
-            bad = {view: names for view, names in enumerate(lost[: work.rows]) if names}
+            bad = {view: names for view, names in enumerate(lost[: work.rows], work.first) if names}
             if bad:
                 what = ", ".join(sorted({name for names in bad.values() for name in names}))
                 reason = f"the teacher's {what} of views {list(bad)} are not finite or too large for a row"
@@ -199,11 +221,14 @@ def encode(
 
 def note(work: Extraction, notes: dict[str, Any], batch: Said, packed: np.ndarray, good: np.ndarray) -> None:
     """Add a batch to what the shard's index says about the codec, the teacher and overflows."""
+    notes["overflow"] = add_sums(notes["overflow"], batch.overflow)
+    if not work.codec.fields():
+        return
     rows, logits = batch.rows, batch.logits[good]
-    notes["error"] = add_sums(notes["error"], work.codec.error(logits, work.codec.decode(packed[good])))
+    some = good.nonzero()[0][:: work.codec.every]
+    notes["error"] = add_sums(notes["error"], work.codec.error(batch.logits[some], work.codec.decode(packed[some])))
     sizes = None if rows.sizes is None else rows.sizes[good]
     notes["teacher"] = add_sums(notes["teacher"], work.task.teacher_sums(logits, rows.targets[good], sizes))
-    notes["overflow"] = add_sums(notes["overflow"], batch.overflow)
 
 
 def take(batches: Iterator[Said], rows: int) -> Iterator[Said]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from kd_dist.batch import Batch
+from kd_dist.batch import Batch, TopLogits
 from kd_dist.checkpoint import Progress
 from kd_dist.engine import FIRST_SCALE, SCALE_GROWS_AFTER, Engine
 from kd_dist.errors import TrainingError
@@ -172,7 +172,8 @@ def wrong_data(batch: Batch, rank: int) -> list[Cause]:
     """What of a batch, as the objective gets it, is not finite: inputs, targets, the teacher's logits and features."""
     parts: dict[str, Tensor] = {"images": batch.images, "targets": batch.targets}
     if batch.signals is not None:
-        parts["teacher's logits"] = batch.signals.logits
+        logits = batch.signals.logits
+        parts["teacher's logits"] = torch.cat(logits[1:], dim=1) if isinstance(logits, TopLogits) else logits
         parts |= {f"teacher's feature '{name}'": value for name, value in batch.signals.features.items()}
     found = []
     for name, value in parts.items():

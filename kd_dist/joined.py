@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from kd_dist import manifest
-from kd_dist.data import AGAIN, Shards, SignalShards
-from kd_dist.errors import MismatchError
+from kd_dist.folders import Shards
+from kd_dist.rows import Signals, refuse_other_codecs, refuse_other_teacher
 from kd_dist.shards import Shard
+from kd_dist.signals import row_dtype
 
 
 class JoinedShards(Shards):
@@ -36,23 +37,39 @@ class JoinedShards(Shards):
         return max(1, sum(part.example_bytes() * len(part) for part in self.parts) // max(1, len(self)))
 
 
-class JoinedSignals(JoinedShards, SignalShards):
+class JoinedSignals:
     """A teacher's rows for the examples of all parts. Raises MismatchError when the parts store them differently."""
 
-    def __init__(self, parts: Sequence[SignalShards]) -> None:
-        super().__init__(parts)
-        first = parts[0]
+    def __init__(self, parts: Sequence[Signals], examples: Sequence[Shards]) -> None:
+        self.parts, first = parts, parts[0]
+        self.folder = first.folder
         for part in parts[1:]:
-            both = [{name: one.manifest[name] for name in ("teacher", "codec", "row_dtype")} for one in (first, part)]
-            difference = manifest.first_difference(*both)
-            if difference is not None:
-                place, wanted, there = difference
-                raise MismatchError(
-                    f"{part.folder}: has {place} = {there!r}, {first.folder} has {wanted!r}, so they cannot be trained "
-                    f"on together; {AGAIN}"
-                )
-        self.examples = JoinedShards([part.examples for part in parts])
-        self.teacher, self.views, self.dtype, self.header = first.teacher, first.views, first.dtype, first.header
-        self.codec, self.features = first.codec, first.features
-        begins = np.cumsum([0, *(len(part) for part in parts[:-1])])
-        self.quarantined = np.concatenate([one.quarantined + begin for one, begin in zip(parts, begins, strict=True)])
+            refuse_other_teacher(first, part)
+            refuse_other_codecs(first, part)
+        self.manifest, self.codec, self.views = first.manifest, first.codec, min(part.views for part in parts)
+        self.features = {
+            name: codec for name, codec in first.features.items() if all(name in part.features for part in parts)
+        }
+        fields = [field for codec in (self.codec, *self.features.values()) for field in codec.fields()]
+        self.dtype = row_dtype(first.dtype["view"], fields)
+        self.begins = np.cumsum([0, *(len(part) for part in examples)])
+        self.quarantined = np.concatenate(
+            [part.quarantined + begin for part, begin in zip(parts, self.begins[:-1], strict=True)]
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """One digest of everything in all folders."""
+        return manifest.digest([part.fingerprint for part in self.parts])
+
+    def rows(self, ids: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """Example ids and view numbers, both (B,) -> structured rows (B,), each as its part gives it but for
+        `row_crc`, which is 0."""
+        found = np.zeros(len(ids), self.dtype)
+        for part, begin, end in zip(self.parts, self.begins[:-1], self.begins[1:], strict=True):
+            here = np.flatnonzero((ids >= begin) & (ids < end))
+            if len(here):
+                read = part.rows(ids[here] - begin, views[here])
+                for name in self.dtype.names[1:]:
+                    found[name][here] = read[name]
+        return found

@@ -15,16 +15,18 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from kd_dist import assemble, compare, cost, manifest, places, report, trial
+from kd_dist import assemble, caches, compare, cost, manifest, places, report, trial
 from kd_dist.checkpoint import read_record, write_atomic
 from kd_dist.config import load, to_dict
 from kd_dist.disk import alone
-from kd_dist.errors import INTERRUPTED, DataError, MismatchError, Preempted
+from kd_dist.errors import INTERRUPTED, DataError, MismatchError, Preempted, RecipeError
 from kd_dist.evaluation import first_examples, judge, numbers, picture
 from kd_dist.launch import PATIENCE, killed, tied
+from kd_dist.link import SOURCE, link
 from kd_dist.loader import batches
-from kd_dist.models import Network
+from kd_dist.models.ensemble import together
 from kd_dist.pack import pack
 from kd_dist.preempt import SIGNALS, noticed
 from kd_dist.recipe import Recipe
@@ -57,6 +59,8 @@ def run(path: Path, overrides: Sequence[str], seeds: int, options: Sequence[str]
             if manifest.GENERATED in places.cached_splits(first):
                 train_gan(first)
             cache(first, path, overrides, options)
+            for one in filter(lambda one: assemble.reads_cache(first.stages[one]), first.stages):
+                assemble.training_corridor(first, one, rank=0, world=1)  # refuses a loss that the cache does not serve
             cached = True
         for recipe, words in list(zip(recipes, per_seed, strict=True))[: seeds if student else 1]:
             train(recipe, path, name, words, options)
@@ -76,22 +80,19 @@ def train(recipe: Recipe, path: Path, name: str, overrides: Sequence[str], optio
         raise stopped(f"{name} ({folder.name})", came)
 
 
-def pack_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Pack what the recipe needs and say what came of it."""
+def pack_recipe(recipe: Recipe, thorough: bool = False) -> dict[str, Any]:
+    """Pack what the recipe needs, or index what it has, and say what came of it; see `link` for `thorough`."""
     folder = places.shards_folder(recipe)
     remote = isinstance(folder, Remote)  # what is there has been finished elsewhere
     there = [] if remote else [path.parent for path in folder.glob(f"*/{manifest.FILE_NAME}")]
     before = {path.name for path in there if manifest.finished(path) is not None}
-    manifests = pack(
-        folder,
-        source=recipe.data.source,
-        root=recipe.data.root,
-        options=recipe.data.options,
-        fractions=recipe.data.splits,
-        required=places.splits(recipe),
-        task=assemble.task(recipe),
-        shard_size=recipe.data.shard_size,
-    )
+    d = recipe.data
+    known = {"root": d.root, "options": d.options, "fractions": d.splits, "required": places.splits(recipe)}
+    task = assemble.task(recipe)
+    if d.source == SOURCE:
+        manifests = link(folder, **known, task=task, thorough=thorough)
+    else:
+        manifests = pack(folder, **known, source=d.source, task=task, shard_size=d.shard_size)
     for split, made in manifests.items():
         done = "done before, " if remote or split in before else ""
         print(f"pack {split}: {done}{made['examples']:,} examples in {len(made['shards'])} shards", file=sys.stderr)
@@ -100,24 +101,36 @@ def pack_recipe(recipe: Recipe) -> dict[str, Any]:
     return manifests
 
 
+def index_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Index the recipe's tars, or compare those that are indexed with their digests. Raises RecipeError when it has
+    none of its own."""
+    if recipe.data.source != SOURCE:
+        raise RecipeError(
+            f"data.source {recipe.data.source}: has no tars to be indexed; run `kd-dist pack`, which writes some"
+        )
+    return pack_recipe(recipe, thorough=True)
+
+
 def cache(recipe: Recipe, path: Path, overrides: Sequence[str], options: Sequence[str]) -> None:
-    """Cache the teacher's signals for every split unless they are there and are this recipe's."""
-    splits = places.cached_splits(recipe)
-    folders = [places.signals_folder(recipe, split) for split in splits]
+    """Cache every teacher's signals for every split unless they are there and are this recipe's."""
+    splits, every = places.cached_splits(recipe), places.cached_teachers(recipe)
+    names = ", ".join(one.teacher.name for one in every)
     # Weights that are no file are known by the network alone, which the launched command builds.
-    from_file = places.weights_file(recipe, recipe.teacher.weights) is not None
-    finished = all(manifest.finished(folder) is not None for folder in folders)
+    from_file = all(places.weights_file(one, one.teacher.weights) is not None for one in every)
+    finished = all(caches.is_cached(one, split) for one in every for split in splits)
     if from_file and finished:
         for split in splits:
-            assemble.signals(recipe, split, assemble.examples(recipe, split))  # refuses another teacher's
-        print(f"cache {recipe.teacher.name}: done before", file=sys.stderr)
+            packed = assemble.examples(recipe, split)
+            for one in every:
+                caches.signals(one, split, packed)  # refuses another teacher's
+        print(f"cache {names}: done before", file=sys.stderr)
         return
     folder = places.shards_folder(recipe)
     # Nobody writes under a URL, nor where all is finished: that may lie where no lock can be written.
     with contextlib.nullcontext() if finished or isinstance(folder, Remote) else alone(folder):
         came = launch(["-m", "kd_dist.cache_teacher", str(path), *overrides], options)
-    if came or any(manifest.finished(folder) is None for folder in folders):
-        raise stopped(f"cache {recipe.teacher.name}", came)
+    if came or not all(caches.is_cached(one, split) for one in every for split in splits):
+        raise stopped(f"cache {names}", came)
 
 
 def stopped(what: str, came: str | None) -> Preempted:
@@ -165,7 +178,7 @@ def launch(arguments: list[str], options: Sequence[str]) -> str | None:
 
 
 def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
-    """One row for each trained stage of the recipe's seed, and one for a teacher that no stage trains.
+    """One row for each trained stage of the recipe's seed, and those of `given_rows`; teachers first.
 
     What was measured before on the same weights is kept.
     """
@@ -174,30 +187,54 @@ def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         folder = places.stage_folder(recipe, next(iter(recipe.stages))).parent.parent
         raise DataError(f"{folder}: no stage has been trained yet; run `kd-dist run` or `kd-dist train` first")
     rows = []
-    if all(stage.model == "student" for stage in recipe.stages.values()):
-        built = assemble.network(recipe, "teacher", recipe.teacher.weights, recipe.teacher.seed)
-        weights = assemble.teacher_identity(recipe, built)["weights_sha256"]
-        folder = Path(recipe.runs) / recipe.name / "given-teacher"
-        where = {"role": "teacher", "stage": GIVEN, "seed": recipe.teacher.seed}
-        rows.append({**where, **measured(recipe, folder, "teacher", weights, lambda: built)})
     for name in trained:
         folder, which = places.stage_folder(recipe, name), recipe.stages[name].model
         where = {"role": places.role(recipe, name), "stage": name, "seed": places.stage_seed(recipe, name)}
+        where["taught_by"] = taught_by(recipe, name)
         where["without_generated"] = places.without_generated(recipe, name)
         where["steps"] = read_record(folder / places.RESULT, "steps")["steps"]
         build = functools.partial(assemble.network, recipe, which, places.STAGE_REFERENCE + name, recipe.seed)
-        rows.append({**where, **measured(recipe, folder, which, assemble.best_sha256(recipe, name), build)})
+        rows.append({**where, **measured(recipe, folder, which, caches.best_sha256(recipe, name), build)})
+    return sorted([*rows, *given_rows(recipe)], key=lambda row: row["role"] != "teacher")
+
+
+def given_rows(recipe: Recipe) -> list[dict[str, Any]]:
+    """A row for each teacher that no stage trains: the first one, if so, every further one, and the mean of each group
+    that a stage listens to."""
+    first, stages = recipe.teacher.name, recipe.stages.values()
+    groups = [[name] for name in (first, *recipe.teachers)]
+    if any(stage.model == "teacher" for stage in stages):
+        groups.remove([first])
+    if places.weights_ready(recipe, recipe.teacher.weights):
+        groups += [recipe.teachers_of(stage) for stage in stages if len(stage.teachers) > 1]
+    rows = []
+    for names in dict.fromkeys(map(tuple, groups)):
+        own = [recipe.with_teacher(name) for name in names]
+        built = [assemble.teacher_network(one) for one in own]
+        identities = [caches.teacher_identity(*pair) for pair in zip(own, built, strict=True)]
+        weights = manifest.digest(manifest.plain(identities)) if identities[1:] else identities[0]["weights_sha256"]
+        folder, label = Path(recipe.runs) / recipe.name / "given-teacher", GIVEN
+        if names != (first,):
+            folder, label = folder / "+".join(names), " + ".join(names)
+        where = {"role": "teacher", "stage": label, "seed": own[0].teacher.seed, "further": label != GIVEN}
+        rows.append({**where, **measured(own[0], folder, "teacher", weights, functools.partial(together, built))})
     return rows
 
 
-def measured(recipe: Recipe, folder: Path, which: str, weights: str, build: Callable[[], Network]) -> dict[str, Any]:
+def taught_by(recipe: Recipe, name: str) -> str | None:
+    """The row of `given_rows` that a stage's student is held to; None: the first teacher."""
+    names = recipe.teachers_of(recipe.stages[name])
+    return None if names == [recipe.teacher.name] else " + ".join(names)
+
+
+def measured(recipe: Recipe, folder: Path, which: str, weights: str, build: Callable[[], nn.Module]) -> dict[str, Any]:
     """The metrics and the cost of the `teacher` or `student` whose weights have the digest `weights`, from the record
     in `folder` or measured now and recorded there; of two classes the ROC curve too."""
     split, metric, task = recipe.evaluate.split, recipe.evaluate.metric, assemble.task(recipe)
     record, section = folder / f"evaluation-{split}.json", getattr(recipe, which)
     corridor = assemble.evaluation_corridor(recipe, split, 0, 1, cached=False)
     identity = {"weights": weights, "examples": corridor.examples.fingerprint, "model": to_dict(section)}
-    identity["views"], identity["version"] = assemble.views_identity(recipe, split), RECORD_VERSION
+    identity["views"], identity["version"] = caches.views_identity(recipe, split), RECORD_VERSION
     known = read_record(record, "identity") if record.is_file() else {"identity": None}
     fresh = known["identity"] != manifest.plain(identity)
     if not fresh:
@@ -208,7 +245,7 @@ def measured(recipe: Recipe, folder: Path, which: str, weights: str, build: Call
         stream = batches(corridor, 0, len(corridor), 0, pin=False)
         found = judge(lambda batch: network(batch.images), stream, task, device, recipe.data.error_limit)
         values = {name: value if math.isfinite(value) else None for name, value in numbers(found).items()}
-        known = {"identity": identity, "metrics": values, "name": section.model}
+        known = {"identity": identity, "metrics": values, "name": network.label}
         known |= cost.measure(network, recipe.views.shape)
         if ROC in found:
             known[ROC] = [[round(rate, ROC_DIGITS) for rate in point] for point in found[ROC].tolist()]
@@ -252,7 +289,8 @@ def draw(recipe: Recipe) -> np.ndarray | None:
     if not task.shown:
         return None
     batch = first_examples(assemble.evaluation_corridor(recipe, recipe.evaluate.split, 0, 1, cached=False))
-    networks = {"teacher": assemble.teacher(recipe).network}
+    names = (recipe.teacher.name, *recipe.teachers)
+    networks = {name: assemble.teacher(recipe.with_teacher(name)).network for name in names}
     for name, stage in recipe.stages.items():
         if stage.model == "student":
             reference = places.STAGE_REFERENCE + name

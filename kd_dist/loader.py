@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from kd_dist.batch import Batch, TeacherSignal
+from kd_dist.batch import Batch, Mixture, TeacherSignal, each_tensor
 from kd_dist.compress import FeatureCodec
 from kd_dist.data import Corridor
 from kd_dist.errors import KdError, LoaderError, cause
@@ -103,7 +103,8 @@ def to_device(batch: Batch, device: torch.device, codecs: Mapping[str, FeatureCo
     if signals is not None:
         fields = {name: value.to(device, non_blocking=True) for name, value in signals.features.items()}
         features = {name: codec.decode(fields) for name, codec in (codecs or {}).items()}
-        signals = TeacherSignal(signals.logits.to(device, non_blocking=True), features)
+        logits = each_tensor(signals.logits, lambda value: value.to(device, non_blocking=True))
+        signals = TeacherSignal(logits, features)
     return batch._replace(
         images=batch.images.to(device, non_blocking=True),
         targets=batch.targets.to(device, non_blocking=True),
@@ -111,6 +112,7 @@ def to_device(batch: Batch, device: torch.device, codecs: Mapping[str, FeatureCo
         valid=batch.valid.to(device, non_blocking=True),
         signals=signals,
         groups=batch.groups if batch.groups is None else batch.groups.to(device, non_blocking=True),
+        mixture=batch.mixture and Mixture(*(one.to(device, non_blocking=True) for one in batch.mixture)),
     )
 
 

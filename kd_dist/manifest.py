@@ -23,7 +23,7 @@ GENERATED = "generated"  # the folder, beside those of the splits, of examples t
 GENERATOR = "generator"  # the folder, beside those of the stages, of what makes them
 ABSENT = "(absent)"  # what `first_difference` shows for a value that one side does not have
 
-# What readers rely on in the manifest of a finished folder, by its kind.
+# What readers rely on in the manifest of a finished folder, by its kind; a tuple: one of several types.
 _BOTH = {"shards": [{"name": str, "sha256": str, "examples": int}], "quarantined": [{"key": str}], "versions": {}}
 _CONTENT = {
     "examples": {**_BOTH, "split": str, "task": str, "classes": int, "class_names": [str]},
@@ -35,9 +35,10 @@ _CONTENT = {
         "classes": int,
         "views": {"count": int},
         "row_dtype": [],
-        "codec": {"logits": str, "features": {}},
+        "codec": {"logits": (str, type(None)), "features": {}},
     },
 }
+_MEMBERS = {"image": [str], "label": str}  # of a folder whose tars others wrote
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.tar")  # of a shard: nothing that leaves its folder
 _LIBRARIES = ("numpy", "pillow", "torch", "webdataset")  # of every folder
 
@@ -71,10 +72,17 @@ def read_manifest(folder: str | os.PathLike | Remote) -> dict[str, Any]:
             f"{path}: the manifest has version {version!r} and this kd_dist reads version {FORMAT_VERSION}; install "
             f"the kd_dist that wrote it, or {again} into another folder"
         )
+    refuse_senseless(folder, content)
+    return content
+
+
+def refuse_senseless(folder: str | os.PathLike | Remote, content: Mapping[str, Any]) -> None:
+    """Raise a ShardError when readers could not use what the manifest of a finished folder says."""
     problem = _problem(content)
     if problem is not None:
+        path = location(folder) / FILE_NAME
+        again = remedy(path, "run kd-dist pack (examples) or kd-dist cache-teacher (signals)")
         raise ShardError(f"{path}: the manifest makes no sense: {problem}; delete it and {again}")
-    return content
 
 
 def finished(folder: str | os.PathLike | Remote) -> dict[str, Any] | None:
@@ -99,7 +107,8 @@ def _problem(content: Mapping[str, Any]) -> str | None:
         return None
     if content.get("kind") not in _CONTENT:
         return f"kind is neither {' nor '.join(_CONTENT)}"
-    problem = _misfit(content, _CONTENT[content["kind"]], "")
+    foreign = {"members": _MEMBERS} if "members" in content else {}
+    problem = _misfit(content, {**_CONTENT[content["kind"]], **foreign}, "")
     for row in [] if problem else content["shards"]:
         if not _NAME.fullmatch(row["name"]) or not 0 <= row["examples"] < 2**32:
             problem = f"no folder has a shard {row['name']!r} of {row['examples']} examples"
@@ -107,7 +116,10 @@ def _problem(content: Mapping[str, Any]) -> str | None:
 
 
 def _misfit(value: Any, wanted: Any, where: str) -> str | None:
-    """Where a value is first of another type than `wanted`: a type; a list or dict of what it holds; None: nowhere."""
+    """Where a value is first of another type than `wanted`: a type, or several; a list or dict of what it holds; None:
+    nowhere."""
+    if isinstance(wanted, tuple):
+        return None if type(value) in wanted else _misfit(value, wanted[0], where)
     kind = wanted if isinstance(wanted, type) else type(wanted)
     if type(value) is not kind:
         return f"{where.lstrip('.')} is no {kind.__name__}"

@@ -286,10 +286,10 @@ def write_folder(
                 with contextlib.closing(examples(numbers, notes["quarantined"])) as made:
                     write_shard(path, made, notes)
             advance(len(numbers))
-    return _finish(folder, content, paths, (*task.input.libraries, *libraries))
+    return finish(folder, content, paths, (*task.input.libraries, *libraries))
 
 
-def _finish(folder: Path, content: dict[str, Any], paths: list[Path], libraries: Sequence[str]) -> dict[str, Any]:
+def finish(folder: Path, content: dict[str, Any], paths: list[Path], libraries: Sequence[str]) -> dict[str, Any]:
     """Write the manifest that completes a folder of example shards; returns it."""
     shards = [Shard(path) for path in paths]
     quarantined = [row for shard in shards for row in shard.note("quarantined")]
@@ -318,9 +318,9 @@ def _checked(
     def read(item: Item) -> dict[str, bytes] | str:
         try:
             read = item.read()
-            payload, more = read if isinstance(read, Raw) else (read, {})
-            metadata = {"name": item.name, **item.about, **more}
-            return task.encode(payload, item.extension, item.label, metadata, item.span)
+            raw = read if isinstance(read, Raw) else Raw(read, {})
+            metadata = {"name": item.name, **item.about, **raw.about}
+            return task.encode(raw.payload, raw.extension or item.extension, item.label, metadata, item.span)
         except DataError as error:
             return str(error)
         except OSError as error:

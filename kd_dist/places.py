@@ -23,8 +23,11 @@ def shards_folder(recipe: Recipe) -> Path | Remote:
     return location(d.shards, cache) / recipe.name
 
 
-def signals_folder(recipe: Recipe, split: str) -> Path | Remote:
-    return shards_folder(recipe) / split / recipe.teacher.name
+def signals_folder(recipe: Recipe, split: str, number: int = 0) -> Path | Remote:
+    """Where the teacher's signals of a split lie: those that were cached first, and what was added as the `number`th.
+    No teacher has a dot in its name."""
+    added = f".{number}" if number else ""
+    return shards_folder(recipe) / split / f"{recipe.teacher.name}{added}"
 
 
 def stage_folder(recipe: Recipe, name: str) -> Path:
@@ -46,6 +49,19 @@ def cached_splits(recipe: Recipe) -> list[str]:
     """The splits that a recipe's teacher is asked about: with the generated examples, if a stage learns from them."""
     generated = any(stage.generated for stage in recipe.stages.values())
     return [*splits(recipe), *([GENERATED] if generated else [])]
+
+
+def cached_teachers(recipe: Recipe) -> list[Recipe]:
+    """The recipe of each teacher that is cached: of the first, and of every other that a stage listens to."""
+    heard = {name for stage in recipe.stages.values() for name in stage.teachers}
+    first = recipe.teacher.name
+    return [recipe.with_teacher(name) for name in (first, *recipe.teachers) if name == first or name in heard]
+
+
+def beside(recipe: Recipe, teacher: str, split: str) -> str:
+    """What a teacher's signals of a split are called where those of several stand in one report: those of the first as
+    the split."""
+    return split if teacher == recipe.teacher.name else f"{split}/{teacher}"
 
 
 def is_trained_on(split: str) -> bool:

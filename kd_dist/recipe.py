@@ -6,12 +6,16 @@ Paths are relative to the folder a command is run from.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 from kd_dist.errors import RecipeError
+from kd_dist.signals.codecs import CODECS
+from kd_dist.signals.topk import is_top
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+# Keys of `views`: what is done to an image beyond crops, flips and factors.
+AUGMENTATIONS = ("hue", "operations", "magnitude", "blur", "blur_sigma", "erase", "erase_scale")
 
 
 class Bound(NamedTuple):
@@ -38,9 +42,16 @@ Count = Annotated[int, Bound(lambda number: number >= 1, "at least 1")]
 Natural = Annotated[int, Bound(lambda number: number >= 0, "at least 0")]
 Above1 = Annotated[float, Bound(lambda number: number > 1, "above 1")]
 Positive = Annotated[float, Bound(lambda number: number > 0, "above 0")]
+Cycle = Annotated[float, Bound(lambda number: number >= 0.1, "at least 0.1")]
 NonNegative = Annotated[float, Bound(lambda number: number >= 0, "at least 0")]
 Size = Annotated[str, Bound(lambda text: _size_in(text) is not None, "a size such as 20GB")]
+LogitsFormat = Annotated[
+    str, Bound(lambda name: name in CODECS or is_top(name), f"{', '.join(CODECS)} or, of the largest, such as top20")
+]
 Fraction = Annotated[float, Bound(lambda number: 0 <= number <= 1, "between 0 and 1")]
+Inner = Annotated[float, Bound(lambda number: 0 < number < 1, "above 0 and below 1")]
+Share = Annotated[float, Bound(lambda number: 0 < number <= 1, "above 0 and at most 1")]
+Factor = Annotated[float, Bound(lambda number: number >= 1, "at least 1")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,14 +146,21 @@ class Network:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teacher(Network):
-    """`teacher`: the network whose signals are cached."""
+class FurtherTeacher(Network):
+    """`teachers.<name>`: one more network whose logits are cached, which no stage of this recipe trains. Its name is
+    that of its signals: folder <split>/<name>/, members <key>.<name>.npy."""
 
-    name: str = "teacher"  # names its signals: folder <split>/<name>/, members <key>.<name>.npy
     seed: Natural = 0  # of its random weights, where it has any
-    # runs/<recipe>/<stage>/seed-<n>: the model that was trained there, in place of all keys but these two, which
-    # `load` takes from that folder; null from then on.
+    # runs/<recipe>/<stage>/seed-<n>: the model that was trained there, in place of the keys of a Network, which `load`
+    # takes from that folder; null from then on.
     run: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher(FurtherTeacher):
+    """`teacher`: the network whose signals are cached, the first of them where there are several."""
+
+    name: str = "teacher"  # names its signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +182,16 @@ class Views:
     brightness: Fraction = 0.0  # x: the factor is drawn from [1 - x, 1 + x]
     contrast: Fraction = 0.0  # likewise
     saturation: Fraction = 0.0  # likewise
+    hue: Annotated[float, Bound(lambda number: 0 <= number <= 0.5, "between 0 and 0.5")] = 0.0  # x: turned by -x to x
+    operations: Annotated[int, Bound(lambda number: 0 <= number <= 3, "from 0 to 3")] = 0  # RandAugment's, of each view
+    magnitude: tuple[Fraction, Fraction] = (0.3, 0.3)  # range of their strength; RandAugment's 9 of 30 by default
+    blur: Fraction = 0.0  # probability of a blur
+    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)  # range of its width, in pixels of the view; up to 16
+    erase: Fraction = 0.0  # probability that a box is painted over
+    erase_scale: tuple[Positive, Positive] = (0.02, 0.33)  # range of its share of the view's area
+    mixup: NonNegative = 0.0  # alpha of Beta(alpha, alpha), the share of the view's own image; 0: no mixup
+    cutmix: NonNegative = 0.0  # likewise; with both, each half of the time
+    mixed: Fraction = 1.0  # share of the views that are mixed, where one of these is above 0
     self_blend: Fraction = 0.0  # share of a real face's views that are blended with itself, and fakes: class 1 of two
     gain: NonNegative = 0.0  # of audio, in decibels: what is added is drawn from [-x, x]
     time_mask: Natural = 0  # of audio: frames of the widest of two masks in time
@@ -174,6 +202,16 @@ class Views:
     def shape(self) -> tuple[int, int]:
         """(height, width) of a view in pixels."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @property
+    def is_augmented(self) -> bool:
+        """Whether more is done to an image than plain views can hold."""
+        return any((self.hue, self.operations, self.blur, self.erase))
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether views may show two images."""
+        return bool(self.mixup or self.cutmix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +229,9 @@ class Feature:
 class Cache:
     """`cache`: what is kept of the teacher's output, and how the teacher is run."""
 
-    # How a row of logits is stored; two classes store one margin. null: fp16, of regression fp32
-    logits: Literal["fp32", "fp16", "uint8"] | None = None
+    # How a row of logits is stored: fp32, fp16, uint16, uint8; or of many classes the largest and the mass of the
+    # others, such as top20. Two classes store one margin. null: fp16, of regression fp32
+    logits: LogitsFormat | None = None
     features: dict[str, Feature] = field(default_factory=dict)  # of training views; the others keep logits alone
     batch_size: Count = 64  # views in a forward pass of the teacher; the last bits of its output depend on it
     threads: Count = 1  # CPU threads of the teacher; fixed for the same reason
@@ -207,7 +246,10 @@ class Stage:
     # A file, `pretrained`, `stage:<name>`; null: the student's own `weights`, or random ones for a teacher.
     init: str | None = None
     teacher: Literal["cached", "online"] = "cached"  # where signals come from, if the losses need any
+    # Who is listened to: names of teachers, of several the mean of what they say; empty: the first alone.
+    teachers: tuple[str, ...] = ()
     losses: dict[str, dict[str, Any]]  # name of kd_dist.losses.LOSSES -> {weight, its options}
+    shards: Count | None = None  # the first so many of the training split, such as are cached already; null: all
     generated: bool = False  # learn from generated examples, too, of which the teacher alone knows what they are
     epochs: Count
     batch_size: Count  # examples of an optimizer step: all ranks, all micro-batches
@@ -215,21 +257,34 @@ class Stage:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Positive  # the highest learning rate
     backbone_lr: Positive = 1.0  # factor of `lr` for all but the model's head and the projections
+    layer_decay: Share = 1.0  # factor of `lr` from each block to the one before it, the head's being 1; 1: none
     train_last: Natural | None = None  # blocks before the head that learn beside it; 0: the head alone; null: all
+    unfreeze: dict[str, Natural | None] = field(default_factory=dict)  # epoch -> `train_last` from then on: {5: 2}
     weight_decay: NonNegative = 0.05
     momentum: Fraction = 0.9  # of sgd
     sam: Positive | None = None  # how far SAM looks up the slope (rho), such as 0.05: two passes a step; null: no SAM
     warmup_epochs: NonNegative = 0.0  # epochs until the learning rate reaches `lr`
-    min_lr: NonNegative = 0.0  # learning rate at the end
+    min_lr: NonNegative = 0.0  # learning rate at the end, of each cycle
+    cycle_epochs: Cycle | None = None  # of the first cosine, after which it begins again; null: one to the end
+    cycle_factor: Factor = 1.0  # length of each further cycle, of the one before it
+    ema: Inner | None = None  # the average of the weights that is evaluated and kept: its decay, as 0.999; null: none
     clip: Positive | None = 1.0  # largest norm of the gradient; null: not clipped
     precision: Literal["fp32", "fp16", "bf16"] | None = None  # null: the launcher's choice
     sync_bn: bool = False  # BatchNorm statistics over all ranks; on GPUs
     spike: Above1 | None = None  # a step whose loss is more than so many medians of those before is skipped; null: none
     find_batch_size: bool = False  # raise `accumulate` until a micro-batch fits into memory
+    gradient_checkpointing: bool = False  # blocks run again in the backward pass: less memory, more time
+    compile: bool = False  # training by torch.compile
+    channels_last: bool = False  # convolutions on memory in the order (B, H, W, C)
     patience: Count | None = None  # epochs without improvement before the run stops; null: never
     log_every: Count = 50  # steps
     checkpoint_every: Count | None = None  # steps; the end of an epoch always saves one
     max_steps: Count | None = None  # stop after so many steps
+
+    def learning(self, epoch: int) -> int | None:
+        """What `train_last` is in an epoch, from 0 on."""
+        begun = [last for first, last in self.unfreeze.items() if int(first) <= epoch]
+        return begun[-1] if begun else self.train_last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +318,7 @@ class Recipe:
     audio: Audio | None = None  # null: examples are images
     gan: Gan | None = None  # null: no generated examples
     teacher: Teacher
+    teachers: dict[str, FurtherTeacher] = field(default_factory=dict)  # further ones, by name
     views: Views
     cache: Cache = Cache()
     student: Student
@@ -274,3 +330,16 @@ class Recipe:
     def shared_features(self) -> list[str]:
         """The features that the cache keeps and the student taps: what losses can compare."""
         return [name for name in self.cache.features if name in self.student.taps]
+
+    def teachers_of(self, stage: Stage) -> list[str]:
+        """The names of the teachers that a stage listens to: the first, then others by name. A mean has no order."""
+        first = self.teacher.name
+        return [name for name in (first, *sorted(self.teachers)) if name in (stage.teachers or (first,))]
+
+    def with_teacher(self, name: str) -> "Recipe":
+        """The recipe with the teacher of this name for its only one, which is how each of several is run, cached and
+        read. Features are those of the first."""
+        if name == self.teacher.name:
+            return replace(self, teachers={})
+        alone = Teacher(**vars(self.teachers[name]), name=name)
+        return replace(self, teacher=alone, teachers={}, cache=replace(self.cache, features={}))

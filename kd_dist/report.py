@@ -29,7 +29,8 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def summarise(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a stage, over its seeds, in the order of first appearance; retention is against the mean teacher.
+    """One row a stage, over its seeds, in the order of first appearance; retention is against the teacher that a stage
+    listens to (`taught_by`), else the mean of the rows of the recipe's first, those that are not `further`.
 
     `parts` of a model are what its metric is made of, such as each class's IoU, as (name, value); those of a row
     are (name, mean, interval). `metrics` of a row are all that the task has: mean, interval and retention of each, None
@@ -50,8 +51,13 @@ def summarise(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         every = {metric: [model["metrics"][metric] for model in group] for metric in group[0]["metrics"]}
         known = {metric: (None, None) if None in of else interval(of) for metric, of in every.items()}
         rows[-1]["metrics"] = {metric: {"mean": mean, "interval": half} for metric, (mean, half) in known.items()}
-    teachers = [row for row in rows if row["role"] == "teacher"]
+    heard = {model["stage"]: model.get("taught_by") for model in models}
+    further = {model["stage"] for model in models if model.get("further")}
     for row in rows:
+        own = heard[row["stage"]]
+        teachers = [one for one in rows if one["role"] == "teacher" and one["stage"] not in further]
+        if own is not None:
+            teachers = [one for one in rows if one["stage"] == own]
         row["retention"] = kept(row["metric"], row["mean"], [teacher["mean"] for teacher in teachers])
         for metric, one in row["metrics"].items():
             one["retention"] = kept(metric, one["mean"], [teacher["metrics"][metric]["mean"] for teacher in teachers])

@@ -10,14 +10,19 @@ from kd_dist.choose import hint
 from kd_dist.errors import RecipeError
 from kd_dist.inputs import Images, Spectrograms
 from kd_dist.inputs.spectrograms import STEPS
-from kd_dist.losses import LOSSES, asks_the_cache, check_losses, imitates, signals_needed
+from kd_dist.losses import LOSSES, asks_the_cache, check_losses, features_read, imitates, signals_needed
+from kd_dist.losses.served import codec_problem
 from kd_dist.manifest import GENERATED, GENERATOR
 from kd_dist.models import FAMILIES
 from kd_dist.models.taps import reads_shares
-from kd_dist.recipe import Network, Recipe, Views
+from kd_dist.recipe import AUGMENTATIONS, Network, Recipe, Stage, Views
 from kd_dist.remote import url_problem
+from kd_dist.signals.codecs import LEVELS
+from kd_dist.signals.topk import TopCodec, is_top
 from kd_dist.sources import SOURCES
 from kd_dist.tasks import TASKS, metrics_of
+from kd_dist.views.augmented import WIDEST
+from kd_dist.views.mixed import ALPHA
 
 Keys = tuple[str, ...]  # the way from the top of a recipe to a value: ("stages", "distill", "lr")
 Problems = Iterator[tuple[Keys, str]]  # where a value is, and the sentence that says what is wrong with it
@@ -25,10 +30,15 @@ Problems = Iterator[tuple[Keys, str]]  # where a value is, and the sentence that
 MOST_MASK_CLASSES = IGNORED  # of a mask's 256 values the last says "ignored"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # 32: `<key>.<teacher>.npy` has to fit a tar header
 FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-FEATURE = re.compile(r"(?!(?:logits|margin|view|row_crc|input_crc)$)(?!.*_scale$)[a-z][a-z0-9_]{0,31}")  # names a field
+FIELDS = "logits|margin|view|row_crc|input_crc|tail_lse|tail_mean|logits_ids|logits_sum|logits_squares"
+FEATURE = re.compile(rf"(?!(?:{FIELDS})$)(?!.*_scale$)[a-z][a-z0-9_]{{0,31}}")  # names a field of its own
 # Options of views.
+MIXING = ("mixup", "cutmix")
 OF_IMAGES = ("crop_scale", "crop_ratio", "flip", "brightness", "contrast", "saturation", "self_blend")
+OF_IMAGES += (*AUGMENTATIONS, *MIXING, "mixed")
+BLIND_TO_MASKS = ("operations", "erase")  # they move or hide what a mask tells of
 OF_AUDIO = ("gain", "time_mask", "band_mask")
+LABELLED = ("huggingface", "webdataset")  # sources of images with a class
 GIVEN = "given"  # in reports: a teacher that no stage trains
 MODEL = re.compile(rf"({'|'.join(FAMILIES)})/\S+|" + FACTORY.pattern)
 
@@ -40,14 +50,17 @@ def problems(recipe: Recipe) -> Problems:
     yield from _data_problems(recipe)
     yield from _view_problems(recipe.views)
     yield from _kind_problems(recipe)
+    yield from _mixing_problems(recipe)
     yield from _gan_problems(recipe)
     yield from _feature_problems(recipe)
-    for section, network in (("teacher", recipe.teacher), ("student", recipe.student)):
+    sections: dict[Keys, Network] = {("teacher",): recipe.teacher, ("student",): recipe.student}
+    sections |= {("teachers", name): one for name, one in recipe.teachers.items()}
+    for keys, network in sections.items():
         if not MODEL.fullmatch(network.model):
             forms = ", ".join(f"{family}/<name>" for family in FAMILIES)
-            yield (section, "model"), f"'{network.model}' is not a model; write {forms} or package.module:factory"
-        yield from _channel_problems(recipe, section, network)
-        yield from _weights_problems(recipe, (section, "weights"), network.weights, section, list(recipe.stages))
+            yield (*keys, "model"), f"'{network.model}' is not a model; write {forms} or package.module:factory"
+        yield from _channel_problems(recipe, keys, network)
+        yield from _weights_problems(recipe, (*keys, "weights"), network.weights, keys[0], list(recipe.stages))
     if not recipe.stages:
         yield ("stages",), "at least one stage is needed"
     for name in recipe.stages:
@@ -57,10 +70,16 @@ def problems(recipe: Recipe) -> Problems:
 def _name_problems(recipe: Recipe) -> Problems:
     """Names that become folders and parts of tar members."""
     named = [(("name",), recipe.name), (("teacher", "name"), recipe.teacher.name)]
+    named += [(("teachers", name), name) for name in recipe.teachers]
     named += [(("stages", name), name) for name in recipe.stages]
     named += [(("data", "splits", name), name) for name in recipe.data.splits]
     if GIVEN in recipe.stages:
         yield ("stages", GIVEN), "is the name of a teacher that no stage trains; take another one"
+    for name in recipe.teachers:
+        if name == recipe.teacher.name:
+            yield ("teachers", name), "is the name of the first teacher, teacher.name; take another one"
+        elif name in (*recipe.stages, GIVEN):  # each has a row of that name in reports
+            yield ("teachers", name), "is the name of another row of reports, too; take one that no stage has"
     for keys, name in named:
         if not NAME.fullmatch(name):
             yield keys, f"'{name}' is not a safe name; use 1 to 32 of A-Z a-z 0-9 _ -, a letter or digit first"
@@ -91,10 +110,22 @@ def _task_problems(recipe: Recipe) -> Problems:
         )
     elif metric not in known:
         yield ("evaluate", "metric"), f"unknown metric '{metric}' of {task.name}{hint(metric, known)}"
-    if recipe.cache.logits == "uint8" and regression:
-        yield ("cache", "logits"), "the outputs of a regression are stored as 'fp32' or 'fp16'; 'uint8' is for classes"
-    if recipe.cache.logits == "uint8" and task.classes == 2:
-        yield ("cache", "logits"), "two classes store one margin, for which 'uint8' is too coarse; use 'fp16' or 'fp32'"
+    stored = recipe.cache.logits
+    if stored in LEVELS and regression:
+        yield ("cache", "logits"), f"'{stored}' is for classes; the outputs of a regression are stored as fp32 or fp16"
+    if is_top(stored):
+        yield from _top_problems(recipe)
+    if stored in LEVELS and task.classes == 2:
+        yield ("cache", "logits"), f"two classes store one margin, which '{stored}' cannot hold; use 'fp16' or 'fp32'"
+
+
+def _top_problems(recipe: Recipe) -> Problems:
+    """Logits of which only the largest are kept."""
+    name, classes = recipe.cache.logits, recipe.task.classes
+    if recipe.task.name != "classification":
+        yield ("cache", "logits"), f"'{name}' is for classification, not for {recipe.task.name}"
+    elif int(name.removeprefix("top")) >= classes or TopCodec(name, classes).row_bytes >= 2 * classes:
+        yield ("cache", "logits"), f"'{name}' takes no less than all {classes} classes as 'fp16', which are exact"
 
 
 def _feature_problems(recipe: Recipe) -> Problems:
@@ -123,6 +154,8 @@ def _data_problems(recipe: Recipe) -> Problems:
     source, splits = recipe.data.source, recipe.data.splits
     if source not in SOURCES and not FACTORY.fullmatch(source):
         yield ("data", "source"), f"'{source}' is neither a source nor package.module:factory{hint(source, SOURCES)}"
+    if source in LABELLED and (recipe.task.name != "classification" or recipe.audio is not None):
+        yield ("data", "source"), f"'{source}' gives images with one class each, for classification only"
     if GENERATED in splits:
         yield ("data", "splits", GENERATED), "is the name of generated examples; take another one"
     for name in ("train", "val"):
@@ -137,11 +170,38 @@ def _data_problems(recipe: Recipe) -> Problems:
 
 
 def _view_problems(views: Views) -> Problems:
-    for name, (low, high) in (("crop_scale", views.crop_scale), ("crop_ratio", views.crop_ratio)):
+    for name in ("crop_scale", "crop_ratio", "magnitude", "blur_sigma", "erase_scale"):
+        low, high = getattr(views, name)
         if low > high:
             yield ("views", name), f"the range must begin with its lower end, not {low:g} before {high:g}"
     if views.crop_scale[1] > 1:
         yield ("views", "crop_scale"), f"a crop cannot cover more than the image: {views.crop_scale[1]:g} is above 1"
+    if views.erase_scale[1] > 1:
+        yield ("views", "erase_scale"), f"no more than the view can be erased: {views.erase_scale[1]:g} is above 1"
+    if views.blur_sigma[1] > WIDEST:
+        yield ("views", "blur_sigma"), f"a blur is {WIDEST:g} pixels wide at most, not {views.blur_sigma[1]:g}"
+    for name in MIXING:
+        alpha = getattr(views, name)
+        if alpha and not ALPHA[0] <= alpha <= ALPHA[1]:
+            yield ("views", name), f"must be 0, or from {ALPHA[0]:g} to {ALPHA[1]:g}, not {alpha:g}"
+
+
+def _mixing_problems(recipe: Recipe) -> Problems:
+    """What is done to pixels that the labels cannot follow."""
+    views, task = recipe.views, recipe.task.name
+    for name in (*BLIND_TO_MASKS, *MIXING):
+        if not getattr(views, name) or recipe.audio is not None:
+            continue
+        if name in MIXING and task != "classification":
+            yield ("views", name), f"shows two examples, whose classes are weighed; it is not for {task}"
+        elif name in BLIND_TO_MASKS and task == "segmentation":
+            yield ("views", name), "moves or hides pixels, which a mask does not follow; it is not for segmentation"
+        elif name in MIXING and recipe.data.shard_size < 2:
+            yield ("views", name), "needs a second example in each shard; data.shard_size must be at least 2"
+    if views.self_blend:
+        for name in ("hue", "operations", "blur", "erase", *MIXING):
+            if getattr(views, name):
+                yield ("views", name), "would cover the traces of self_blend's fakes; leave one of the two out"
 
 
 def _kind_problems(recipe: Recipe) -> Problems:
@@ -189,6 +249,11 @@ def _gan_problems(recipe: Recipe) -> Problems:
     for name, stage in recipe.stages.items():
         if stage.generated and gan is None:
             yield ("stages", name, "generated"), "needs the section `gan`, which says how examples are generated"
+        elif stage.generated and stage.shards is not None:
+            yield (
+                ("stages", name, "shards"),
+                "is for a part of the packed examples, and generated ones are made of all of them; leave one out",
+            )
         elif stage.generated and not (stage.model == "student" and imitates(stage.losses)):
             yield (
                 ("stages", name, "generated"),
@@ -197,7 +262,7 @@ def _gan_problems(recipe: Recipe) -> Problems:
             )
 
 
-def _channel_problems(recipe: Recipe, section: str, network: Network) -> Problems:
+def _channel_problems(recipe: Recipe, keys: Keys, network: Network) -> Problems:
     """A normalisation of another kind of input than the recipe's."""
     if recipe.audio is None:
         channels, wanted = Images.channels, "images have red, green and blue; give three"
@@ -205,11 +270,12 @@ def _channel_problems(recipe: Recipe, section: str, network: Network) -> Problem
         channels, wanted = Spectrograms.channels, "spectrograms are grey; give one"
     for name, values in (("mean", network.mean), ("std", network.std)):
         if values is not None and len(values) != channels:
-            yield (section, name), f"has {len(values)} numbers, but {wanted}"
+            yield (*keys, name), f"has {len(values)} numbers, but {wanted}"
 
 
 def _weights_problems(recipe: Recipe, keys: Keys, weights: str | None, model: str, above: Sequence[str]) -> Problems:
-    """First weights for `model`, "teacher" or "student"; they may come from the stages `above`."""
+    """First weights for `model`, "teacher", "student" or "teachers"; they may come from the stages `above`, but those
+    of further teachers."""
     if weights is None or weights == "pretrained":
         return
     if not weights.startswith("stage:"):
@@ -217,12 +283,49 @@ def _weights_problems(recipe: Recipe, keys: Keys, weights: str | None, model: st
             yield keys, f"no file '{weights}'; give a file, 'pretrained' or 'stage:<name>'"
         return
     name = weights.removeprefix("stage:")
-    if name not in recipe.stages:
+    if model == "teachers":
+        yield keys, (
+            "no stage trains a further teacher; in place of model and weights give the folder of a trained one, such "
+            "as `run: runs/<recipe>/<stage>/seed-1`"
+        )
+    elif name not in recipe.stages:
         yield keys, f"unknown stage '{name}'{hint(name, recipe.stages)}"
     elif recipe.stages[name].model != model:
         yield keys, f"stage '{name}' trains the {recipe.stages[name].model}, not the {model}"
     elif name not in above:
         yield keys, f"stage '{name}' must stand above the stage that starts from it"
+
+
+def _schedule_problems(stage: Stage, keys: Keys) -> Problems:
+    """How fast a stage's parts learn, from when on, and by what means."""
+    if stage.layer_decay != 1 and stage.backbone_lr != 1:
+        yield (*keys, "layer_decay"), "gives every block a factor of its own; leave backbone_lr out, or this"
+    rest = stage.epochs - stage.warmup_epochs
+    if stage.cycle_epochs is None and stage.cycle_factor != 1:
+        yield (*keys, "cycle_factor"), "is the growth of cycles; give cycle_epochs, the length of the first"
+    if stage.cycle_epochs is not None and stage.cycle_epochs >= rest:
+        yield (*keys, "cycle_epochs"), (
+            f"{stage.cycle_epochs:g} leaves no restart within the {rest:g} epochs after warm-up; give less, or null"
+        )
+    if stage.compile and stage.gradient_checkpointing:
+        yield (*keys, "compile"), "decides itself what is computed again; leave gradient_checkpointing out, or this"
+    if stage.unfreeze:
+        yield from _unfreeze_problems(stage, (*keys, "unfreeze"))
+
+
+def _unfreeze_problems(stage: Stage, keys: Keys) -> Problems:
+    """Blocks that begin to learn later."""
+    if stage.train_last is None:
+        yield keys, "says what learns later; give train_last, the blocks that learn from the beginning"
+        return
+    epoch, last = 0, stage.train_last
+    for key, more in stage.unfreeze.items():
+        if not key.isdecimal() or not epoch < int(key) < stage.epochs:
+            yield (*keys, key), f"must be an epoch after {epoch} and before {stage.epochs}, counted from 0"
+            return
+        if last is None or (more is not None and more <= last):
+            yield (*keys, key), f"must let more blocks learn than the {'all' if last is None else last} before it"
+        epoch, last = int(key), more
 
 
 def _stage_problems(recipe: Recipe, name: str) -> Problems:
@@ -239,6 +342,7 @@ def _stage_problems(recipe: Recipe, name: str) -> Problems:
         yield (*keys, "warmup_epochs"), f"{stage.warmup_epochs:g} is more than the stage's {stage.epochs} epochs"
     if stage.min_lr > stage.lr:
         yield (*keys, "min_lr"), f"{stage.min_lr:g} is above lr, {stage.lr:g}"
+    yield from _schedule_problems(stage, keys)
     if not stage.losses:
         yield (*keys, "losses"), "at least one loss is needed"
     related = [loss for loss in stage.losses if loss in LOSSES and LOSSES[loss].relational]
@@ -255,8 +359,33 @@ def _stage_problems(recipe: Recipe, name: str) -> Problems:
             continue
         if stage.model == "teacher" and signals_needed({loss: options}):
             yield (*keys, "losses", loss), "needs a teacher's signals, and this stage trains the teacher"
+        elif stage.teacher == "cached" and (problem := codec_problem(LOSSES[loss], options, recipe.cache.logits)):
+            yield (*keys, "losses", loss), problem
         elif stage.teacher == "online" and asks_the_cache(loss, options):
             yield (*keys, "losses", loss), (
                 "needs `eta`, the teacher's largest squared error on the training set, which only a cache knows; write "
                 "it, or train with `teacher: cached`"
             )
+    yield from _teachers_problems(recipe, name)
+
+
+def _teachers_problems(recipe: Recipe, name: str) -> Problems:
+    """Who teaches a stage."""
+    stage, keys = recipe.stages[name], ("stages", name, "teachers")
+    known = (recipe.teacher.name, *recipe.teachers)
+    for one in stage.teachers:
+        if one not in known:
+            yield keys, f"unknown teacher '{one}'{hint(one, known)}"
+    if len(set(stage.teachers)) < len(stage.teachers):
+        yield keys, f"names one of them twice: {', '.join(stage.teachers)}"
+    losses = {loss: written for loss, written in stage.losses.items() if loss in LOSSES}
+    if stage.teachers and not signals_needed(losses):
+        yield keys, "none of the losses listens to a teacher; leave it out, or add one that does, such as kd"
+    if stage.teachers and recipe.teacher.name not in stage.teachers and features_read(losses, recipe.shared_features):
+        yield keys, f"the losses read features, and only the first teacher's are cached; add '{recipe.teacher.name}'"
+    if len(stage.teachers) > 1 and is_top(recipe.cache.logits):
+        stored = recipe.cache.logits
+        yield keys, (
+            f"a mean needs the logits of every class, and the cache keeps the {stored.removeprefix('top')} largest "
+            f"(cache.logits: {stored}); store them as fp16, or name one teacher"
+        )

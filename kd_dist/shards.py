@@ -10,19 +10,18 @@ import mmap
 import os
 import re
 import struct
-import tarfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from kd_dist.disk import published, sync
 from kd_dist.errors import ShardError
 from kd_dist.index import checked_texts
 from kd_dist.remote import Remote, location, read_whole, remedy
+from kd_dist.tars import BLOCK, TarExample, check_example, scan
 
-BLOCK = 512  # bytes; a tar is made of them
 NAME_BYTES = 100  # the name field of a ustar header
 KEY_BYTES = 59  # leaves room for "." and an extension of 40
 INDEX_MAGIC = b"KDDISTIX"
@@ -36,23 +35,10 @@ _MEMBER = struct.Struct("<QQI4x")  # offset, size, extension
 
 _RESIDUE = 0x2144DF1C  # the CRC32 of any bytes with their own CRC32 behind them
 _UNSAFE = re.compile(rb"[^A-Za-z0-9_/-]|\A_(?=_)|\A/|(?<=/)/|/\Z")
-_EXTENSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_PICKLED = re.compile(r"(.*\.)?(pickle|pkl|pt|pth|pyd)(\.gz)*")  # extensions that a stock decoder may execute
 _AGAIN = "delete the file and run the command that writes it (kd-dist pack or kd-dist cache-teacher)"
 
-
-class _Example(NamedTuple):
-    """Where one example lies in the tar; all numbers are bytes from the start of the tar."""
-
-    key: str
-    offset: int  # of its first header
-    members: list[tuple[str, int, int]]  # extension, offset and size of the content
-
-    @property
-    def end(self) -> int:
-        """Behind the padding of its last member."""
-        _, offset, size = self.members[-1]
-        return -(-(offset + size) // BLOCK) * BLOCK
+Contents = Callable[[TarExample], dict[str, bytes]]  # {extension: content} of an example of a tar
+Choose = Callable[[list[TarExample], Contents], Iterable[bool]]  # of each example whether it is to be used
 
 
 def member_key(path: str) -> str:
@@ -79,6 +65,13 @@ def index_path(path: str | os.PathLike | Remote) -> Path | Remote:
     return location(path).with_suffix(".idx")
 
 
+def mend(path: Path | Remote) -> str:
+    """What to do about a tar that is not what its index says."""
+    if isinstance(path, Path) and path.is_symlink():
+        return f"it is a link to {os.readlink(path)}: bring that back as it was, or delete {path.parent} and index anew"
+    return remedy(path, _AGAIN)
+
+
 def write_shard(
     path: str | os.PathLike, examples: Iterable[tuple[str, Mapping[str, bytes]]], notes: Mapping[str, Any]
 ) -> None:
@@ -92,7 +85,7 @@ def write_shard(
     from webdataset import TarWriter  # here, because it imports torch and a reader needs neither
 
     path = Path(path)
-    entries: list[_Example] = []
+    entries: list[TarExample] = []
     seen: set[str] = set()
     offset = 0
     with published(path) as file:
@@ -100,8 +93,8 @@ def write_shard(
         # An integer mtime: a float one costs every member a PAX header and reading more than twice the time.
         with TarWriter(stream, encoder=False, mtime=0, mode=0o444, user="kd_dist", group="kd_dist") as tar:
             for key, contents in examples:
-                _check_example(path, key, list(contents), seen)
-                entries.append(_Example(key, offset, []))
+                check_example(path, key, list(contents), seen)
+                entries.append(TarExample(key, offset, []))
                 for extension in sorted(contents):  # the order in which TarWriter writes them
                     if len(key) + 1 + len(extension) > NAME_BYTES:
                         raise ShardError(
@@ -118,14 +111,21 @@ def write_shard(
     _write_index(path, entries, stream.crcs, stream.size, stream.sha256.digest(), notes)
 
 
-def index_tar(path: str | os.PathLike, notes: Mapping[str, Any] | None = None) -> None:
+def index_tar(
+    path: str | os.PathLike,
+    notes: Mapping[str, Any] | None = None,
+    at: str | os.PathLike | None = None,
+    choose: Choose | None = None,
+) -> None:
     """Write the index of an existing tar by one scan; for a tar of `write_shard` and its notes, the same bytes.
 
-    Raises ShardError for a tar that is compressed, cut short or damaged, that holds links or sparse files, or whose
-    members webdataset would skip or merge (no extension, a key in two places, a pickled member).
+    The index belongs to `at`, a link to the tar, where that is given. `choose` says of each example whether it is to be
+    in the index; `notes` are read after the last, so it may fill them. Raises ShardError for a tar that is compressed,
+    cut short or damaged, that holds links or sparse files, or whose members webdataset would skip or merge (no
+    extension, a key in two places, a pickled member).
     """
     path = Path(path)
-    entries, end = _scan(path)
+    entries, end = scan(path)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
         tail = tar[end:]
         # tarfile takes a damaged header, or a hole of zeros, for the end: only the true end has nothing behind it.
@@ -134,10 +134,16 @@ def index_tar(path: str | os.PathLike, notes: Mapping[str, Any] | None = None) -
                 f"{path}: the tar is cut short or damaged at byte {end}, where either a member or the two zero "
                 "blocks of its end should be; copy it again or make it again"
             )
+
+        def contents(entry: TarExample) -> dict[str, bytes]:
+            return {extension: tar[start : start + size] for extension, start, size in entry.members}
+
+        if choose is not None:
+            entries = [entry for entry, good in zip(entries, choose(entries, contents), strict=True) if good]
         with memoryview(tar) as view:
             crcs = [zlib.crc32(view[entry.offset : entry.end]) for entry in entries]
             digest = hashlib.sha256(view).digest()
-    _write_index(path, entries, crcs, end + len(tail), digest, notes or {})
+    _write_index(Path(at or path), entries, crcs, end + len(tail), digest, notes or {})
 
 
 def is_committed(path: str | os.PathLike | Remote) -> bool:
@@ -163,7 +169,7 @@ class Shard:
         self.sha256: str = digest.hex()  # of the tar when it was written
         self._members_at = _HEADER.size + self._examples * _EXAMPLE.size
         self._keys_at = self._members_at + members * _MEMBER.size
-        counts, again = (self._examples, members, key_bytes, json_bytes), remedy(self.path, _AGAIN)
+        counts, again = (self._examples, members, key_bytes, json_bytes), mend(self.path)
         try:
             self._extensions, self.notes = checked_texts(self._index, _HEADER.size, counts, self.tar_bytes)
         except ValueError as error:
@@ -203,7 +209,7 @@ class Shard:
         data = self.pread(offset, size, lambda data: zlib.crc32(data) == crc)
         if (actual := zlib.crc32(data)) != crc:
             sums = f"the CRC32 of its {size} bytes at {offset} is {actual:08x}, the index says {crc:08x}"
-            raise ShardError(f"{self.path}: example '{self.key(i)}' is damaged: {sums}; {_AGAIN}")
+            raise ShardError(f"{self.path}: example '{self.key(i)}' is damaged: {sums}; {mend(self.path)}")
         names, rows = self._extensions, self._rows(first, members)
         return {names[number]: data[start - offset : start - offset + length] for start, length, number in rows}
 
@@ -224,9 +230,10 @@ class Shard:
             tar = _open_tar(str(self.path), self._inode)
             data = os.pread(tar.descriptor, size, offset)
         except OSError as error:
-            raise ShardError(f"{self.path}: the tar cannot be read ({error}); check the disk, or {_AGAIN}") from error
+            remedies = f"check the disk, or {mend(self.path)}"
+            raise ShardError(f"{self.path}: the tar cannot be read ({error}); {remedies}") from error
         if len(data) != size:
-            raise ShardError(f"{self.path}: only {len(data)} of {size} bytes at {offset} are there; {_AGAIN}")
+            raise ShardError(f"{self.path}: only {len(data)} of {size} bytes at {offset} are there; {mend(self.path)}")
         return data
 
     def note(self, name: str) -> Any:
@@ -306,8 +313,18 @@ def _checked_index(path: Path | Remote) -> bytes:
     return data
 
 
+def index_bytes(examples: int, members: int, key_bytes: int, texts: Mapping[str, Any]) -> int:
+    """Bytes of the index of a shard with so many examples, members and bytes of keys; its JSON holds `texts`."""
+    parts = _HEADER.size + examples * _EXAMPLE.size + members * _MEMBER.size + key_bytes
+    return parts + len(_texts(texts)) + 4  # its own CRC32
+
+
+def _texts(texts: Mapping[str, Any]) -> bytes:
+    return json.dumps(texts, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
 def _write_index(
-    path: Path, entries: list[_Example], crcs: list[int], tar_size: int, tar_sha256: bytes, notes: Mapping[str, Any]
+    path: Path, entries: list[TarExample], crcs: list[int], tar_size: int, tar_sha256: bytes, notes: Mapping[str, Any]
 ) -> None:
     """Publish the index of a tar that is already on disk under its final name."""
     extensions = sorted({extension for entry in entries for extension, _, _ in entry.members})
@@ -321,62 +338,9 @@ def _write_index(
         for extension, offset, size in entry.members:
             members += _MEMBER.pack(offset, size, numbers[extension])
         keys += key
-    texts = {"extensions": extensions, "notes": dict(notes)}
-    text = json.dumps(texts, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+    text = _texts({"extensions": extensions, "notes": dict(notes)})
     counts = (len(members) // _MEMBER.size, len(keys), len(text))
     header = _HEADER.pack(INDEX_MAGIC, INDEX_VERSION, len(entries), tar_size, tar_sha256, *counts)
     body = b"".join((header, examples, members, keys, text))
     with published(index_path(path)) as file:
         file.write(body + zlib.crc32(body).to_bytes(4, "little"))
-
-
-def _scan(path: Path) -> tuple[list[_Example], int]:
-    """The examples of a tar from its headers, and the offset where the member headers end."""
-    entries: list[_Example] = []
-    try:
-        with tarfile.open(path, "r:", encoding="utf-8") as tar:
-            for info in tar:
-                if info.isdir():
-                    continue
-                if not info.isreg() or info.issparse():
-                    raise ShardError(f"{path}: '{info.name}' is a link, a device or sparse; pack it as a plain file")
-                # webdataset cuts a name at the first dot after the last slash
-                folders, slash, last = info.name.rpartition("/")
-                stem, _, extension = last.partition(".")
-                key = folders + slash + stem
-                if not entries or entries[-1].key != key:
-                    entries.append(_Example(key, info.offset, []))
-                entries[-1].members.append((extension, info.offset_data, info.size))
-            end = tar.offset
-    except (OSError, ValueError, OverflowError, MemoryError, RecursionError, tarfile.TarError) as error:
-        raise ShardError(
-            f"{path}: it cannot be read as an uncompressed tar ({str(error) or repr(error)}); decompress it if it is "
-            "compressed, otherwise copy it again or make it again"
-        ) from error
-    seen: set[str] = set()
-    for entry in entries:
-        _check_example(path, entry.key, [extension for extension, _, _ in entry.members], seen)
-    return entries, end
-
-
-def _check_example(path: Path, key: str, extensions: Sequence[str], seen: set[str]) -> None:
-    """Raise a ShardError unless every webdataset reader delivers this example, alone and whole; add it to `seen`."""
-    *folders, stem = key.split("/")
-    unusable = next((extension for extension in extensions if not _EXTENSION.fullmatch(extension)), None)
-    folded = {extension.lower() for extension in extensions}
-    pickled = next((extension for extension in sorted(folded) if _PICKLED.fullmatch(extension)), None)
-    cases = {
-        "holds something else than printable ASCII": not (key.isascii() and key.isprintable()),
-        "has a dot after its last slash, where webdataset would cut it off": "." in stem,
-        "has an empty part or '..' between its slashes": not stem or "" in folders or ".." in folders,
-        "starts with '__', so webdataset would skip it": key.startswith("__"),
-        "comes twice; a key may come once, with its members side by side": key in seen,
-        "has no members": not extensions,
-        f"has the extension {unusable!r}; use letters, digits, '_', '.' and '-'": unusable is not None,
-        "has an extension twice (case does not count), which webdataset refuses": len(folded) < len(extensions),
-        f"has a pickled member {pickled!r}, which can execute code; store arrays as npy": pickled is not None,
-    }
-    for problem, found in cases.items():
-        if found:
-            raise ShardError(f"{path}: the key {key!r} {problem} (kd_dist.shards.member_key makes safe keys)")
-    seen.add(key)

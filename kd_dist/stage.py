@@ -1,7 +1,9 @@
 """One stage of a recipe, ready to train: every part built, everything that can be wrong found."""
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,18 +15,20 @@ from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from kd_dist import assemble, checkpoint, engine, guard, manifest, places, trial
+from kd_dist import assemble, caches, checkpoint, engine, guard, manifest, places, trial
+from kd_dist.average import Average
 from kd_dist.batch import Batch
 from kd_dist.config import to_dict
 from kd_dist.data import Corridor
 from kd_dist.engine import Engine
-from kd_dist.errors import MismatchError, TrainingError, is_out_of_memory
+from kd_dist.errors import MismatchError, ModelError, TrainingError, is_out_of_memory
 from kd_dist.evaluation import evaluate, first_examples
 from kd_dist.loader import batches, on_device, to_device
 from kd_dist.losses import LOSSES, Objective, signals_needed
-from kd_dist.models.blocks import head_parameters
+from kd_dist.models.blocks import depths, freeze, recompute
 from kd_dist.plan import shuffle_problem
 from kd_dist.recipe import Monitor, Recipe, Stage
+from kd_dist.signals.topk import spread_out
 from kd_dist.student import Student
 from kd_dist.tasks import Task
 from kd_dist.teacher import Teacher
@@ -43,7 +47,9 @@ class Run:
     student: Student
     engine: Engine  # which trains it
     precision: str  # fp32, bf16 or fp16
+    average: Average | None  # of what it trains
     kept: guard.Keep  # the student's buffers before the step
+    once: guard.Keep | None  # likewise, before blocks run again in the backward pass
     teacher: Teacher | None  # only when it is online
     objective: Objective
     train: Corridor
@@ -64,6 +70,10 @@ class Run:
     @property
     def steps(self) -> int:
         return assemble.planned_steps(self.stage, self.train)
+
+    def averaged(self) -> AbstractContextManager:
+        """Within it the student has the average of its weights, if there is one. A collective call."""
+        return contextlib.nullcontext() if self.average is None else self.average.shown()
 
     def log(self, group: str, scalars: dict[str, float], step: int) -> None:
         """Scalars for TensorBoard."""
@@ -93,38 +103,37 @@ def agree(about: dict[str, Any], cursor: str) -> None:
 def prepare(recipe: Recipe, name: str) -> Run:
     """Build every part of a stage. Everything that can be wrong with the recipe and the data is found here."""
     stage, seed = recipe.stages[name], places.stage_seed(recipe, name)
-    accelerator = engine.accelerator(uphill=stage.sam is not None)
+    accelerator = engine.accelerator(key for key in engine.NOT_FOR_DEEPSPEED if getattr(stage, key))
     guard.check_world(accelerator.num_processes)
     trial.check_relations(recipe, name, accelerator.num_processes)
     rank, world = accelerator.process_index, accelerator.num_processes
     precision = stage.precision or engine.launched_precision()
     corridor = assemble.training_corridor(recipe, name, rank, world)
     identity, folder = assemble.stage_identity(recipe, name, corridor), places.stage_folder(recipe, name)
-    validation = places.VALIDATION_SPLIT
-    known = stage.model == "student" and manifest.finished(places.signals_folder(recipe, validation)) is not None
+    validation, teachers = places.VALIDATION_SPLIT, recipe.teachers_of(stage)
+    known = stage.model == "student" and are_cached(recipe, teachers, validation)
     last = checkpoint.latest(folder)
     about = {**identity, "stage": to_dict(stage), "known": known, "precision": precision}
     agree(about, "the beginning" if last is None else last.name)
-    problem = shuffle_problem(corridor.plan.order, stage.batch_size)
-    if problem is not None:
+    if (problem := shuffle_problem(corridor.plan.order, stage.batch_size)) is not None:
         accelerator.print(f"warning: {problem}", file=sys.stderr)
     teacher = None
     if assemble.is_online(stage):
-        teacher = assemble.teacher(recipe, assemble.stage_features(recipe, name)).to(accelerator.device)
-    module = assemble.module(recipe, name, corridor, teacher).to(accelerator.device)
+        teacher = assemble.online_teacher(recipe, name).to(accelerator.device)
+    module = equipped(assemble.module(recipe, name, corridor, teacher).to(accelerator.device), stage, name)
     losses = assemble.stage_losses(recipe, name, corridor)
     alone = {loss: {**one, "gather": False} if LOSSES[loss].relational else one for loss, one in losses.items()}
     attempt = partial(one_step, module, teacher, Objective(alone, stage.epochs), engine.DTYPES[precision], stage.sam)
     if stage.find_batch_size:
         corridor = fitting(corridor, attempt, accelerator, f"stages.{name}")
     if accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        tell_unused(accelerator, attempt(first_share(corridor, accelerator.device)))
+        tell_unused(accelerator, attempt(first_share(corridor, accelerator.device)) or bool(stage.unfreeze))
     # Only now: a rank that runs out of memory while one is tried would leave the others waiting for its statistics.
     module = synchronised(module, stage, name, accelerator)
-    made = engine.start(accelerator, module, build_optimizer(module, stage), precision)
+    made = engine.start(accelerator, module, build_optimizer(module, stage), precision, stage.compile)
     task = assemble.task(recipe)
     evaluation = assemble.evaluation_corridor(recipe, validation, rank, world, cached=False)
-    shown = assemble.evaluation_corridor(recipe, validation, 0, world, known) if task.maps else None
+    shown = assemble.evaluation_corridor(recipe, validation, 0, world, known, teachers) if task.maps else None
     return Run(
         accelerator=accelerator,
         name=name,
@@ -135,7 +144,9 @@ def prepare(recipe: Recipe, name: str) -> Run:
         student=module,
         engine=made,
         precision=precision,
+        average=None if stage.ema is None else Average(made, stage.ema),
         kept=guard.Keep(module),
+        once=guard.Keep(module) if stage.gradient_checkpointing else None,
         teacher=teacher,
         objective=Objective(losses, stage.epochs),
         train=corridor,
@@ -144,11 +155,32 @@ def prepare(recipe: Recipe, name: str) -> Run:
         error_limit=recipe.data.error_limit,
         task=task,
         metric=recipe.evaluate.metric,
-        teacher_metrics=cached_teacher_metrics(recipe, validation, accelerator) if known else None,
+        teacher_metrics=cached_teacher_metrics(recipe, validation, accelerator, teachers) if known else None,
         shown=None if shown is None else first_examples(shown),
         limits=recipe.monitor if signals_needed(stage.losses) else replace(recipe.monitor, retention_target=0.0),
         writer=SummaryWriter(folder / "tensorboard") if accelerator.is_main_process else None,
     )
+
+
+def equipped(module: Student, stage: Stage, name: str) -> Student:
+    """The student as the whole stage will need it: all that will ever learn learns, blocks run again in the backward
+    pass, memory lies as it is asked to."""
+    if stage.unfreeze:
+        freeze(module.network, stage.learning(stage.epochs))
+    if stage.gradient_checkpointing:
+        try:
+            recompute(module.network)
+        except ModelError as error:
+            raise ModelError(f"stages.{name}.gradient_checkpointing: {error}") from error
+    if stage.channels_last:
+        module.to(memory_format=torch.channels_last)
+        module.network.layout = torch.channels_last
+    return module
+
+
+def are_cached(recipe: Recipe, teachers: Sequence[str], split: str) -> bool:
+    """Whether the signals of all these teachers are there for a split."""
+    return all(caches.is_cached(recipe.with_teacher(name), split) for name in teachers)
 
 
 def synchronised(module: Student, stage: Stage, name: str, accelerator: Accelerator) -> Student:
@@ -231,17 +263,22 @@ def one_step(
 
 
 def build_optimizer(module: Student, stage: Stage) -> torch.optim.Optimizer:
-    """AdamW or SGD; biases and norm parameters (one dimension) are not decayed. With `backbone_lr` all but the head and
-    the projections are groups of their own, whose `lr_scale` the engine heeds."""
-    trained = [value for value in module.parameters() if value.requires_grad]
-    parts: list[tuple[list[nn.Parameter], dict[str, float]]] = [(trained, {})]
-    if stage.backbone_lr != 1:
-        fast = {id(value) for value in (*head_parameters(module.network), *module.projections.parameters())}
-        slow = [value for value in trained if id(value) not in fast]
-        parts = [(slow, {"lr_scale": stage.backbone_lr}), ([value for value in trained if id(value) in fast], {})]
+    """AdamW or SGD; biases and norm parameters (one dimension) are not decayed.
+
+    A block at distance d from the head learns with `backbone_lr * layer_decay**d`, the head (d = 0) and the projections
+    with 1, times `lr`: groups of their own, whose `lr_scale` the engine heeds. The latter is layer-wise decay as BEiT
+    (Bao et al., ICLR 2022, 2106.08254) fine-tunes with.
+    """
+    parts: dict[float, list[nn.Parameter]] = {}
+    depth = depths(module.network)
+    for value in (value for value in module.parameters() if value.requires_grad):
+        distance = depth.get(value, 0)
+        scale = (stage.backbone_lr if distance else 1.0) * stage.layer_decay**distance
+        parts.setdefault(scale, []).append(value)
     groups = [
-        {"params": [value for value in part if (value.ndim > 1) == decayed], "weight_decay": decay, **scale}
-        for part, scale in parts
+        {"params": [value for value in part if (value.ndim > 1) == decayed], "weight_decay": decay}
+        | ({} if scale == 1 else {"lr_scale": scale})
+        for scale, part in sorted(parts.items(), key=lambda one: one[0] == 1)  # the head's last
         for decayed, decay in ((True, stage.weight_decay), (False, 0.0))
     ]
     groups = [group for group in groups if group["params"]]  # DeepSpeed drops an empty one by itself
@@ -250,10 +287,13 @@ def build_optimizer(module: Student, stage: Stage) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=stage.lr)
 
 
-def cached_teacher_metrics(recipe: Recipe, split: str, accelerator: Accelerator) -> dict[str, float]:
-    """The metrics of the teacher's cached signals: what a student is compared with, without a teacher."""
-    corridor = assemble.evaluation_corridor(
-        recipe, split, accelerator.process_index, accelerator.num_processes, cached=True
-    )
+def cached_teacher_metrics(
+    recipe: Recipe, split: str, accelerator: Accelerator, teachers: Sequence[str]
+) -> dict[str, float]:
+    """The metrics of the teachers' cached signals, of several those of their mean: what a student is compared with,
+    without a teacher."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    corridor = assemble.evaluation_corridor(recipe, split, rank, world, cached=True, teachers=teachers)
     stream = batches(corridor, 0, len(corridor), 0, pin=False)
-    return evaluate(lambda batch: batch.signals.logits, stream, assemble.task(recipe), accelerator.device)
+    task = assemble.task(recipe)
+    return evaluate(lambda batch: spread_out(batch.signals.logits, task.classes), stream, task, accelerator.device)

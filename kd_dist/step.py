@@ -1,7 +1,9 @@
 """What one step is made of: forward and backward passes, the step itself or what is done in its place."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -14,6 +16,7 @@ from kd_dist.errors import TrainingError, is_lost_contact, is_out_of_memory
 from kd_dist.guard import Cause, Verdict
 from kd_dist.loader import on_device, to_device
 from kd_dist.meter import Share
+from kd_dist.models.blocks import freeze
 from kd_dist.plan import mix
 from kd_dist.stage import Run
 
@@ -23,10 +26,53 @@ def seed_step(run: Run, step: int) -> None:
     torch.manual_seed(int(mix(run.seed, step, run.accelerator.process_index) >> 1))
 
 
+def thaw(run: Run, step: int) -> None:
+    """Let the blocks learn that `unfreeze` names for the epoch of a step, and rest all others."""
+    if run.stage.unfreeze:
+        freeze(run.student.network, run.stage.learning(step // run.train.plan.steps_per_epoch))
+
+
+class Stepped(NamedTuple):
+    """What a step came to."""
+
+    shares: list[Share]  # of its micro-batches
+    verdict: Verdict  # of all ranks
+    taken: bool
+
+
+def run_step(run: Run, progress: Progress, stream: Iterator[tuple[Batch, float]], stopping: bool) -> Stepped:
+    """A whole step: its micro-batches from the `stream`, what the ranks think of it, and the step itself, or what is
+    done in its place. `stopping` is what this rank wants, for all to know."""
+    stage, micros, epoch = run.stage, run.train.plan.accumulate, progress.step / run.train.plan.steps_per_epoch
+    seed_step(run, progress.step)
+    run.student.train()
+    run.kept.store()
+    shares, held = [], []
+    for micro in range(micros):
+        batch, waited = next(stream)
+        if stage.sam is not None:
+            batch = with_teacher(run, batch)  # which speaks once for both passes
+            held.append(batch)
+        with run.engine.accumulating(last=micro + 1 == micros):
+            shares.append(learn(run, batch, waited, epoch, progress.scale))
+    clip = stage.clip if stage.sam is None else None  # with SAM this gradient only shows the way up
+    verdict = guard.judge(run.engine, shares, batch.total, clip, progress.scale, stopping)
+    if stage.sam is not None and verdict.finite:
+        shares, verdict = learn_uphill(run, progress, held, shares, verdict)
+    taken = take_step(run, progress, shares, verdict, empty=verdict.failed >= batch.total)
+    progress.step += 1
+    return Stepped(shares, verdict, taken)
+
+
 def learn(run: Run, batch: Batch, waited: float, epoch: float, scale: float) -> Share:
     """Forward and backward pass of one micro-batch, its loss scaled; returns what it left beside its gradient."""
     output, loss, terms = forward(run, batch, epoch)
+    if run.once is not None:  # what runs again finds the modes of the first time, and counts once
+        run.once.store()
     run.engine.backward(loss, scale)
+    if run.once is not None:
+        run.once.restore()
+    run.student.train()  # what a forward pass has put into evaluation mode too: see Student
     peaks = output.logits.detach().abs().flatten(1).amax(1)
     keys = tuple(filter(None, batch.keys))  # a filler row has none
     return Share({"loss": loss.detach(), **terms}, peaks, keys, waited, batch.failed)
@@ -61,7 +107,6 @@ def forward(run: Run, batch: Batch, epoch: float) -> tuple[StudentOutput, Tensor
     if len(batch.valid) == 1 and not batch.valid.item() and not run.stage.sync_bn:
         run.student.eval()
     output = run.engine.forward(batch.images)
-    run.student.train()  # what a forward pass has put into evaluation mode too: see Student
     loss, terms = run.objective(output, batch, epoch)
     return output, loss, terms
 
@@ -76,6 +121,8 @@ def take_step(run: Run, progress: Progress, shares: list[Share], verdict: Verdic
     spike = verdict.finite and guard.is_spike(verdict.loss, progress.recent, run.stage.spike)
     if verdict.finite and not spike and not empty:
         run.engine.step()
+        if run.average is not None:
+            run.average.follow(progress.step + 1 - progress.skipped)
         guard.taken(progress, verdict, run.fp16, run.stage.spike)
         return True
     run.engine.clear()
@@ -184,6 +231,8 @@ def take_over(run: Run, last: Path) -> Progress:
     or of another model."""
     weights, moments, progress = checkpoint.load(last, run.identity)
     try:
+        if run.average is not None:
+            weights = run.average.load(weights)
         run.engine.load(weights, moments)
     except (RuntimeError, ValueError) as error:
         if is_out_of_memory(error) or is_lost_contact(error):

@@ -46,8 +46,13 @@ class Student(nn.Module):
                 module.register_forward_pre_hook(_rest_when_alone)
 
     def forward(self, images: Tensor) -> StudentOutput:
-        logits = self.network(images)
-        features = {} if self.taps is None else self.taps.collect(len(images))
+        if self.taps is None:
+            logits, features = self.network(images), {}
+        else:
+            self.taps.listening = True
+            logits = self.network(images)
+            features = self.taps.collect(len(images))
+            self.taps.listening = False  # with gradient checkpointing blocks run again in the backward pass
         projected: dict[str, dict[str, Tensor]] = {}
         for loss, name in self.pairs:
             projected.setdefault(loss, {})[name] = self.projections[f"{loss}-{name}"](features[name])

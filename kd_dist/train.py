@@ -32,39 +32,24 @@ from kd_dist.meter import Meter
 from kd_dist.preempt import Notice, noticed
 from kd_dist.recipe import Recipe, Stage
 from kd_dist.stage import Run, prepare
-from kd_dist.step import learn, learn_uphill, seed_step, take_over, take_step, with_teacher
+from kd_dist.step import run_step, take_over, thaw
 
 
 def train(run: Run, progress: Progress, notice: Notice) -> None:
     """Train from `progress` to the end of the stage, evaluating and saving after each epoch, or until a signal is
     noticed: then save and raise Preempted."""
-    plan, stage, engine = run.train.plan, run.stage, run.engine
+    plan, stage = run.train.plan, run.stage
     stream = read_ahead(run, progress.step * plan.accumulate)
     names = ["loss", *stage.losses]
     recent, epoch_meter = Meter(names), Meter(names, progress.so_far)
+    thaw(run, progress.step)
     while progress.step < run.steps and not out_of_patience(progress, stage.patience):
         step, epoch = progress.step, progress.step / plan.steps_per_epoch
-        seed_step(run, step)
         lr = learning_rate(step - progress.skipped, stage, plan.steps_per_epoch) * progress.lr_factor
-        engine.set_lr(lr)
-        run.student.train()
-        run.kept.store()
-        shares, held = [], []
-        for micro in range(plan.accumulate):
-            batch, waited = next(stream)
-            if stage.sam is not None:
-                batch = with_teacher(run, batch)  # which speaks once for both passes
-                held.append(batch)
-            with engine.accumulating(last=micro + 1 == plan.accumulate):
-                shares.append(learn(run, batch, waited, epoch, progress.scale))
-        clip = stage.clip if stage.sam is None else None  # with SAM this gradient only shows the way up
-        verdict = guard.judge(engine, shares, batch.total, clip, progress.scale, notice.name is not None)
-        if stage.sam is not None and verdict.finite:
-            shares, verdict = learn_uphill(run, progress, held, shares, verdict)
-        taken = take_step(run, progress, shares, verdict, empty=verdict.failed >= batch.total)
+        run.engine.set_lr(lr)
+        shares, verdict, taken = run_step(run, progress, stream, notice.name is not None)
         for meter in (recent, epoch_meter):
             meter.add(shares, plan.total(step), taken)
-        progress.step += 1
         if due(progress.step, stage.log_every):
             scalars = {**recent.report(run.accelerator), "lr": lr, "grad_norm": verdict.norm}
             log_step(run, progress, scalars, epoch)
@@ -72,6 +57,7 @@ def train(run: Run, progress: Progress, notice: Notice) -> None:
         whole = due(progress.step, plan.steps_per_epoch)  # else `max_steps` may cut the epoch, and be raised later
         if whole or progress.step == run.steps:
             end_epoch(run, progress, epoch_meter.report(run.accelerator) | {"lr": lr, "grad_norm": verdict.norm})
+            thaw(run, progress.step)
             recent = Meter(names)
         if whole or progress.step == run.steps or due(progress.step, stage.checkpoint_every) or verdict.stop:
             progress.so_far = None if whole else epoch_meter.state(run.accelerator)
@@ -92,11 +78,20 @@ def due(step: int, every: int | None) -> bool:
 
 
 def learning_rate(step: int, stage: Stage, steps_per_epoch: int) -> float:
-    """Linear warm-up over `warmup_epochs` to `lr`, then a cosine that ends in `min_lr` one step after the last."""
+    """Linear warm-up over `warmup_epochs` to `lr`, then a cosine that ends in `min_lr` one step after the last.
+
+    With `cycle_epochs` the cosine ends there after so many epochs and begins again at `lr`, each time `cycle_factor`
+    times as long: SGDR (Loshchilov and Hutter, ICLR 2017, 1608.03983), with T_0 and T_mult.
+    """
     warmup, total = stage.warmup_epochs * steps_per_epoch, stage.epochs * steps_per_epoch
     if step < warmup:
         return stage.lr * min((step + 1) / warmup, 1.0)
-    share = (step - warmup) / max(total - warmup, 1)
+    since, length = step - warmup, max(total - warmup, 1)
+    if stage.cycle_epochs is not None:
+        length = stage.cycle_epochs * steps_per_epoch
+        while since >= length:
+            since, length = since - length, length * stage.cycle_factor
+    share = since / length
     return stage.min_lr + (stage.lr - stage.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
 
@@ -131,6 +126,8 @@ def save(run: Run, progress: Progress) -> bool:
     """A checkpoint by the main process, unless the weights are not finite; returns whether. The other processes wait,
     so that none runs ahead of what is durable."""
     weights, moments = run.engine.weights(), run.engine.moments()
+    if run.average is not None:
+        weights = weights | run.average.weights()
     wrong = checkpoint.unsound(weights)
     if wrong is not None:
         run.warn(f"step {progress.step}: no checkpoint, since '{wrong}' is not finite; the last one is kept")

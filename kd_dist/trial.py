@@ -12,7 +12,7 @@ from kd_dist.teacher import Teacher
 
 
 def check_models(recipe: Recipe) -> None:
-    """Build both models with random weights, try their taps, codecs and losses: a mistake is told before anything is
+    """Build all models with random weights, try their taps, codecs and losses: a mistake is told before anything is
     spent."""
     size, shapes = recipe.views.shape, {}
     all_taps = {"teacher": assemble.feature_taps(recipe, recipe.cache.features), "student": recipe.student.taps}
@@ -23,12 +23,33 @@ def check_models(recipe: Recipe) -> None:
         except (ModelError, RecipeError) as error:
             raise type(error)(f"{which}.model: {error}") from error
     logits, features = shapes["teacher"]
+    _check_means(recipe, logits)
     codecs = planned_codecs(recipe.cache.features, features)
     stored = {name: (shape[0], *codecs[name].stored_shape[1:]) for name, shape in features.items()}
     said = TeacherSignal(torch.randn(2, *logits), {name: torch.randn(2, *shape) for name, shape in stored.items()})
     for name, stage in recipe.stages.items():
         if assemble.stage_features(recipe, name) or stage.train_last is not None:
             _try_losses(recipe, name, said)
+
+
+def _check_means(recipe: Recipe, logits: tuple[int, ...]) -> None:
+    """Build the further teachers; a stage that listens to several needs logits of one shape, the first's are `logits`.
+    """
+    shapes = {recipe.teacher.name: logits}
+    for name in recipe.teachers:
+        try:
+            network = assemble.network(recipe.with_teacher(name), "teacher", None, recipe.seed)
+            shapes[name], _ = Teacher(network, {}).shapes(recipe.views.shape)
+        except (ModelError, RecipeError) as error:
+            raise type(error)(f"teachers.{name}.model: {error}") from error
+    for stage, one in recipe.stages.items():
+        said = {name: shapes[name] for name in recipe.teachers_of(one)}
+        if len(set(said.values())) > 1:
+            listed = ", ".join(f"'{name}' {shape}" for name, shape in said.items())
+            raise ModelError(
+                f"stages.{stage}.teachers: give logits of other shapes, {listed}, which have no mean; take teachers "
+                f"that answer on one grid, or name one of them"
+            )
 
 
 def _try_losses(recipe: Recipe, name: str, said: TeacherSignal) -> None:

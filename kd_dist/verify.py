@@ -1,23 +1,26 @@
 """Re-run the live teacher on a sample of a cache and compare: the proof that stored signals belong to these pixels."""
 
+import itertools
 from typing import Any
 
 import numpy as np
 import torch
 
-from kd_dist import assemble
+from kd_dist import assemble, caches, policies
 from kd_dist.calibrate import stored
 from kd_dist.compress import feature_error, feature_report
-from kd_dist.data import Shards, read_examples
 from kd_dist.disk import file_digest
 from kd_dist.errors import ShardError
+from kd_dist.folders import Shards, read_examples, with_partners
 from kd_dist.loader import on_device
 from kd_dist.plan import mix, permute
 from kd_dist.recipe import Recipe
 from kd_dist.remote import Remote
+from kd_dist.shards import mend
 from kd_dist.signals import add_sums
 from kd_dist.teacher import repeatable
-from kd_dist.views import input_crc
+from kd_dist.views import input_crc, replayed
+from kd_dist.views.mixed import partners_of
 
 # How far the live teacher may be from the cached one beyond the codec's own error; other hardware moves it far less.
 TOLERANCES = {"mean_kl_t1": 1e-4, "mean_square": 1e-6}  # nat, of KL(live || cached) at T = 1; of regression's outputs
@@ -25,7 +28,8 @@ FEATURE_TOLERANCE = 0.02  # relative error; other hardware turns a few int8 step
 
 
 def verify(recipe: Recipe, split: str, sample: int, seed: int = 0) -> dict[str, Any]:
-    """Check every shard's sha256, then compare `sample` examples of a split, one stored view each.
+    """Check every shard's sha256, then compare `sample` examples of a split, one stored view of each folder, with the
+    recipe's first teacher.
 
     Returns the examples compared, the keys whose pixels have another CRC than the teacher saw, the error of the cached
     against the live logits (the codec's `report`), what the manifest states for their codec, that of the cached
@@ -33,8 +37,8 @@ def verify(recipe: Recipe, split: str, sample: int, seed: int = 0) -> dict[str, 
     or square, within TOLERANCES of the codec's own, each feature's relative error within FEATURE_TOLERANCE.
     """
     examples = assemble.examples(recipe, split)
-    cache = assemble.signals(recipe, split, examples)
-    for shards in (examples, cache):
+    cache = caches.signals(recipe, split, examples)
+    for shards in (examples, *cache.parts):
         refuse_damaged(shards)
     kept = np.setdiff1d(np.arange(len(examples)), cache.quarantined)
     if not len(kept):
@@ -45,13 +49,17 @@ def verify(recipe: Recipe, split: str, sample: int, seed: int = 0) -> dict[str, 
     codecs = {name: codec for name, codec in cache.features.items() if name in recipe.cache.features}
     teacher, decode = assemble.teacher(recipe, codecs).to(device), assemble.task(recipe).decode
     codecs = on_device(codecs, device)
-    policy = assemble.view_policy(recipe)
+    policy = policies.split_policy(recipe, split)
     strangers, sums, features = [], None, dict.fromkeys(codecs)
-    for chosen in np.array_split(ids, -(-len(ids) // recipe.cache.batch_size)):
-        rows = cache.rows(chosen, mix(seed, chosen) % np.uint64(cache.views))
+    chunks = np.array_split(ids, -(-len(ids) // recipe.cache.batch_size))
+    for part, chosen in itertools.product(cache.parts, chunks):
+        count = min(part.views, cache.views) - part.first  # of its views those that are served
+        rows = cache.rows(chosen, part.first + (mix(seed, chosen) % np.uint64(count)).astype(np.int64))
         pixels = np.empty((len(chosen), *policy.size, policy.channels), np.uint8)
-        for place, example in enumerate(read_examples(examples, chosen, decode)):
-            pixels[place] = policy.replay(example.image, rows["view"][place])
+        shown = read_examples(examples, chosen, decode)
+        shown = with_partners(examples, shown, chosen, partners_of(rows["view"]), decode)
+        for place, example in enumerate(shown):
+            pixels[place] = replayed(policy, example, rows["view"][place])
             if input_crc(pixels[place]) != rows["input_crc"][place]:
                 strangers.append(example.key)
         live = teacher(torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2))
@@ -63,6 +71,7 @@ def verify(recipe: Recipe, split: str, sample: int, seed: int = 0) -> dict[str, 
     error, stated, drift = cache.codec.report(sums), cache.manifest["codec_error"]["logits"], cache.codec.drift
     reports = {name: feature_report(sums) for name, sums in features.items()}
     return {
+        "teacher": recipe.teacher.name,
         "split": split,
         "examples": len(ids),
         "other_pixels": strangers,
@@ -82,8 +91,7 @@ def refuse_damaged(shards: Shards) -> None:
             path.fetch(shards.shard(number).tar_bytes, row["sha256"])
         elif not path.is_file() or file_digest(path) != row["sha256"]:
             raise ShardError(
-                f"{path}: is missing or damaged, its sha256 is not the manifest's; delete it and run the command that "
-                f"wrote it again (kd-dist pack or kd-dist cache-teacher)"
+                f"{path}: is missing or damaged, its sha256 is not the manifest's; {mend(path)}"
             )
         shards.shard(number)  # its index is whole, and holds as many examples as the manifest says
 

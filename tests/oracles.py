@@ -75,6 +75,47 @@ def oracle_kd_binary(student, teacher, temperature=2.0):
     return temperature**2 * ((np.logaddexp(0, s) - p * s) - (np.logaddexp(0, t) - p * t))
 
 
+def oracle_logit_mse(student, teacher):
+    s, t = (z - z.mean(axis=1, keepdims=True) for z in (student, teacher))
+    return ((s - t) ** 2).mean(axis=1)
+
+
+def oracle_hard_label(student, teacher):
+    return -log_softmax(student)[np.arange(len(student)), teacher.argmax(axis=1)]
+
+
+def oracle_logit_std(student, teacher, temperature=2.0):
+    s, t = (
+        (z - z.mean(axis=1, keepdims=True)) / np.sqrt(z.var(axis=1, keepdims=True) + 1e-6) for z in (student, teacher)
+    )
+    return kl(t, s, temperature, axis=1)
+
+
+def oracle_dkd(student, both, alpha=1.0, beta=8.0, temperature=4.0):
+    values = []
+    for z, y, t in zip(student, both[:, 0].astype(int), both[:, 1:], strict=True):
+        others = [c for c in range(len(z)) if c != y]
+        q, p = np.exp(log_softmax(z / temperature)), np.exp(log_softmax(t / temperature))
+        target = p[y] * np.log(p[y] / q[y]) + p[others].sum() * np.log(p[others].sum() / q[others].sum())
+        values.append(alpha * temperature**2 * target + beta * kl(t[others], z[others], temperature, axis=0))
+    return np.array(values)
+
+
+def oracle_dist(student, teacher, beta=1.0, gamma=1.0, temperature=1.0):
+    def correlation(a, b):
+        noise = [1 + 1e-6 * (x**2).mean() / x.var() for x in (a, b)]
+        return np.corrcoef(a, b)[0, 1], *noise
+
+    def unlike(a, b):
+        """Half the squared distance of unit vectors that are a little short, as they may have no direction."""
+        r, one, other = correlation(a, b)
+        return (1 / one + 1 / other) / 2 - r / np.sqrt(one * other)
+
+    q, p = np.exp(log_softmax(student / temperature)), np.exp(log_softmax(teacher / temperature))
+    rows, columns = (np.mean([unlike(a, b) for a, b in zip(x, y, strict=True)]) for x, y in ((q, p), (q.T, p.T)))
+    return temperature**2 * (beta * rows + gamma * columns)
+
+
 def oracle_kd_pixel(student, teacher, temperature=1.0):
     return kl(teacher, on_grid(student, teacher.shape[2:]), temperature, axis=1).mean(axis=(1, 2))
 
@@ -215,7 +256,8 @@ def shapes_of(name):
         found = []
         if "classification" in row.tasks:
             classes = [c for c in (2, 3, 10, 1000) if row.classes[0] <= c <= (row.classes[1] or c)]
-            found += [((c,), () if row.against == "targets" else (c,)) for c in classes]
+            against = {"targets": lambda c: (1 + c,) if row.with_teacher else ()}.get(row.against, lambda c: (c,))
+            found += [((c,), against(c)) for c in classes]
         if "segmentation" in row.tasks:
             for classes in (2, 21):
                 for own, other in GRIDS[:4]:
@@ -251,6 +293,8 @@ def inputs(name, shapes, batch=None, seed=0, scale=3.0):
         return student, scale * torch.randn(batch, *shapes[1], generator=generator)
     if LOSSES[name].tasks == ("regression",):
         return student, unlabelled_last(scale * torch.randn(batch, *shapes[1], generator=generator))
+    if LOSSES[name].with_teacher:
+        return student, labelled(scale * torch.randn(batch, shapes[0][0], generator=generator), generator)
     targets = torch.randint(shapes[0][0], (batch, *shapes[1]), generator=generator)
     return student, void_some(targets, generator) if shapes[1] else targets
 
@@ -261,11 +305,20 @@ def unlabelled_last(targets):
     return targets
 
 
+def labelled(teacher, generator):
+    """Teacher's logits (B, C) behind a column of labels, which every precision can write: (B, 1 + C)."""
+    labels = torch.randint(min(teacher.shape[1], 256), (len(teacher), 1), generator=generator)
+    return torch.cat([labels.to(teacher.dtype), teacher], dim=1)
+
+
 def function_of(name):
-    """A loss as a function of two tensors: with a teacher beside the targets, the second is (B, 2, D) of both."""
+    """A loss as a function of two tensors: with a teacher beside the targets, the second is (B, 2, D) of both, or
+    (B, 1 + C) of label and logits."""
     function = LOSSES[name].function
     if not LOSSES[name].with_teacher:
         return function
+    if "classification" in LOSSES[name].tasks:
+        return lambda student, both, **options: function(student, both[:, 0].long(), both[:, 1:], **options)
     return lambda student, both, **options: function(student, both[:, 0], both[:, 1], **options)
 
 
@@ -286,4 +339,6 @@ def rounding(name, options):
     row = LOSSES[name]
     defaults = {p.name: p.default for p in inspect.signature(row.function).parameters.values()}
     values = {option: options.get(option, defaults[option]) for option in row.ranges}
-    return 1e-5 + 2e-6 * values.get("temperature", 1) ** 2 + 1e-6 * (values.get("distance", 0) + values.get("angle", 0))
+    weights = sum(values.get(weight, 0) for weight in ("alpha", "beta", "gamma")) or 1
+    relations = values.get("distance", 0) + values.get("angle", 0)
+    return 1e-5 + 2e-6 * weights * values.get("temperature", 1) ** 2 + 1e-6 * relations

@@ -226,6 +226,25 @@ def idle(classes, width=4):
     return Idle(*network(classes, width))
 
 
+class Block(nn.Module):
+    """What may be computed again: statistics, something random, a way around."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.Dropout(0.2)
+
+    def forward(self, values):
+        return values + self.drop(self.norm(self.conv(values)).relu())
+
+
+def blocky(classes, width=4):
+    stem = nn.Conv2d(3, width, 3, stride=2, padding=1)
+    return nn.Sequential(
+        stem, nn.Sequential(Block(width), Block(width)), nn.Sequential(nn.ReLU(), Block(width)),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, classes),
+    )
+
+
 class Hungry(nn.Sequential):
     """A network that takes more memory than there is when it gets more pictures than `limit`."""
 

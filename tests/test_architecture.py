@@ -16,23 +16,27 @@ LAYERS = (
     ("__init__",),
     ("errors",),
     ("choose", "batch", "progress", "preempt"),
-    ("views", "plan", "index", "disk", "remote", "launch"),
+    ("views", "plan", "index", "disk", "remote", "launch", "tars", "foreign"),
     ("shards", "signals", "compress"),
     ("manifest",),
-    ("inputs",),
-    ("losses", "tasks", "models", "sources"),
+    ("inputs", "folders"),
+    ("losses", "tasks", "models", "sources", "rows"),
     ("student", "teacher", "probe", "data", "recipe"),
-    ("rules", "loader", "joined", "checkpoint"),
+    ("rules", "loader", "joined", "ensemble", "checkpoint"),
     ("config",),
     ("pack", "extract", "evaluation", "meter", "monitor", "engine"),
-    ("calibrate", "guard", "cost", "report"),
+    ("calibrate", "guard", "average", "cost", "report", "link"),
     ("places", "compare"),
+    ("policies",),
+    ("caches",),
     ("assemble",),
     ("trial",),
     ("stage",),
     ("epoch", "step"),
     ("train", "train_gan", "cache_teacher", "verify"),
-    ("budget",),
+    ("rehearsal", "proposals"),
+    ("forecast",),
+    ("budget", "contents", "doctor"),
     ("journey", "import_config"),
     ("cli",),
 )
@@ -42,8 +46,9 @@ FUNCTION_LINES = 60
 LONGER = {("train.py", "train"): 80}  # the loop is one flat function
 
 CHOSEN_ONLY = {"av", "librosa", "deepspeed", "onnx", "timm", "sklearn", "webdataset", "matplotlib", "torchvision"}
+CHOSEN_ONLY |= {"datasets"}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-ABOUT_NO_MODULE = {"faults", "architecture", "corrupt", "hostile", "parity"}  # tests of the whole
+ABOUT_NO_MODULE = {"faults", "architecture", "corrupt", "hostile", "parity", "published"}  # tests of the whole
 ABOUT_NO_MODULE |= {"readme", "real_numbers", "recipes"}
 
 SOURCES = {path: ast.parse(path.read_text(), str(path)) for path in sorted(PACKAGE.rglob("*.py"))}
@@ -82,7 +87,7 @@ def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionD
 
 def test_every_file_is_in_one_layer():
     listed = [name for layer in LAYERS for name in layer]
-    assert len(listed) == len(set(listed)) == 56
+    assert len(listed) == len(set(listed)) == 70
     assert {room(path) for path in SOURCES} == set(listed)
 
 

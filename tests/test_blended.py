@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from PIL import Image
 from processes import inside, laboratory
 
-from kd_dist import assemble, cache_teacher, journey, manifest
+from kd_dist import assemble, cache_teacher, caches, journey, manifest
 from kd_dist.batch import Example
 from kd_dist.config import load
 from kd_dist.errors import DataError, MismatchError, RecipeError
@@ -108,7 +108,7 @@ def test_the_cache_and_the_student_know_which_views_are_fakes(home):
         for split in ("train", "val"):
             cache_teacher.cache_split(recipe, split, assemble.teacher(recipe), Accelerator(cpu=True))
         corridor = assemble.training_corridor(recipe, "distill", 0, 1)
-        stored = assemble.signals(recipe, "train", assemble.examples(recipe, "train"))
+        stored = caches.signals(recipe, "train", assemble.examples(recipe, "train"))
         about = manifest.read_manifest(stored.folder)
         assert about["views"]["kind"] == "self-blended" and about["views"]["self_blend"] == 0.5
         assert about["teacher_report"]["labelled_per_class"][1] > VIEWS  # the fakes among the views, and the fake's own

@@ -1,16 +1,26 @@
 """What of a network learns: its blocks in order, what is frozen, statistics that rest, groups of the optimiser."""
 
+import json
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate import Accelerator
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from kd_dist import assemble
+from kd_dist.batch import Batch, StudentOutput
 from kd_dist.config import load
+from kd_dist.engine import Engine
 from kd_dist.errors import KdError, ModelError
+from kd_dist.guard import Keep
 from kd_dist.models import Built, Network, build_network
-from kd_dist.models.blocks import freeze, groups, head_parameters
+from kd_dist.models.blocks import depths, freeze, groups, recompute
 from kd_dist.recipe import Head, Stage
 from kd_dist.stage import build_optimizer
+from kd_dist.step import learn
 from kd_dist.student import Student
 from kd_dist.trial import check_models
 
@@ -168,9 +178,8 @@ def test_without_a_factor_the_groups_are_those_of_always():
     built = build_optimizer(student, stage())
     assert [sorted(group.keys() & {"lr_scale"}) for group in built.param_groups] == [[], []]
     assert sum(len(group["params"]) for group in built.param_groups) == len(list(student.parameters()))
-    assert {id(one) for one in head_parameters(student.network)} == {
-        id(one) for one in student.network.backbone.head.parameters()
-    }
+    head = {value for value, depth in depths(student.network).items() if depth == 0}
+    assert head == set(student.network.backbone.head.parameters())
 
 
 # ------------------------------------------------------------------------------------------------ recipes
@@ -200,6 +209,22 @@ def test_what_cannot_learn_is_told_before_anything_is_spent(experiment, words, s
     assert str(caught.value).startswith(sentence)
 
 
+def test_an_option_that_is_not_used_and_how_a_step_is_computed_leave_a_run_what_it_was(packed):
+    def identity(*words: str) -> dict:
+        recipe = load("tiny.yaml", [f"stages.pretrain.{word}" for word in words])
+        return assemble.stage_identity(recipe, "pretrain", assemble.training_corridor(recipe, "pretrain", 0, 1))
+
+    plain = identity()
+    keys = {"ema", "layer_decay", "unfreeze", "cycle_epochs", "cycle_factor", "sam"}
+    assert not plain["stage"].keys() & {*keys, "gradient_checkpointing", "compile", "channels_last"}
+    for word in ("gradient_checkpointing=true", "compile=true", "channels_last=true"):
+        assert identity(word) == plain
+    for word in ("ema=0.9", "layer_decay=0.5", "cycle_epochs=1"):
+        assert identity(word)["stage"] == {**plain["stage"], word.partition("=")[0]: float(word.partition("=")[2])}
+    late = identity("train_last=0", "unfreeze={1: null}")["stage"]
+    assert late["unfreeze"] == {"1": None} and late == json.loads(json.dumps(late))
+
+
 def test_a_stage_of_the_recipe_is_frozen_and_is_another_run(packed):
     recipes = [load("tiny.yaml", [f"stages.pretrain.{one}"]) for one in ("clip=1.0", "train_last=0", "backbone_lr=0.5")]
     corridors = [assemble.training_corridor(recipe, "pretrain", 0, 1) for recipe in recipes]
@@ -215,3 +240,167 @@ def test_a_stage_of_the_recipe_is_frozen_and_is_another_run(packed):
         for recipe, corridor in zip(recipes, corridors, strict=True)
     ]
     assert learn[0] == learn[2] and learn[1] == {"network.backbone.4.weight", "network.backbone.4.bias"}
+
+
+# ------------------------------------------------------------------------------------------------ rates of blocks
+
+
+def rates(student: Student, **more) -> dict[str, float]:
+    """What factor of the learning rate each parameter is given."""
+    names = {value: name for name, value in student.named_parameters()}
+    built = build_optimizer(student, stage(**more))
+    return {names[one]: group.get("lr_scale", 1.0) for group in built.param_groups for one in group["params"]}
+
+
+@pytest.mark.parametrize("model", ["timm/vit_tiny_patch16_224", "timm/resnet10t", "kd_dist/mobile_vit"])
+def test_the_rate_of_a_block_falls_with_its_distance_from_the_head(model):
+    """As the formula has it, and of timm's models as timm's own optimisers have it."""
+    options = {"timm/vit_tiny_patch16_224": VIT, "kd_dist/mobile_vit": {"width": 16, "heads": 2}}.get(model, {})
+    backbone = (network := build_network(model, 2, options=options)).backbone
+    found = rates(Student(network), layer_decay=0.75)
+    expected = {
+        f"network.backbone.{name}": 0.75**distance
+        for distance, block in enumerate(reversed(groups(backbone)))
+        for name in block
+    }
+    assert found == expected and len(set(found.values())) == len(groups(backbone)) >= 4
+    if model.startswith("timm/"):
+        names = {value: f"network.backbone.{name}" for name, value in backbone.named_parameters()}
+        theirs = {
+            names[one]: group["lr_scale"]
+            for group in param_groups_layer_decay(backbone, layer_decay=0.75)
+            for one in group["params"]
+        }
+        assert theirs == pytest.approx(found)
+
+
+def test_projections_learn_as_fast_as_the_head_and_an_engine_heeds_the_rates():
+    student = Student(vit(), {"f": "blocks.1"}, {"hint": {"f": 7}}, (32, 32))
+    freeze(student.network, 2)
+    found = rates(student, layer_decay=0.5)
+    assert {name: rate for name, rate in found.items() if rate == 1} == dict.fromkeys(
+        (
+            "network.backbone.head.weight",
+            "network.backbone.head.bias",
+            "projections.hint-f.weight",
+            "projections.hint-f.bias",
+        ),
+        1.0,
+    )
+    assert {rate for name, rate in found.items() if ".blocks.1." in name} == {0.25}
+    assert set(found.values()) == {1.0, 0.5, 0.25}  # what is frozen is in no group
+    built = build_optimizer(student, stage(layer_decay=0.5))
+    Engine(Accelerator(cpu=True), student, built, None).set_lr(0.1)
+    assert {group["lr"] for group in built.param_groups} == {0.1, 0.05, 0.025}
+
+
+# ------------------------------------------------------------------------------------------------ blocks run again
+
+
+class Counted(nn.Module):
+    """A block, own to nobody, that counts its passes."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Dropout(0.3)
+        self.inplace, self.passes = inplace, 0
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        found = self.drop(self.norm(self.conv(values)).relu())
+        return values.add_(1) + found if self.inplace else values + found
+
+
+def own(**more) -> Network:
+    parts = [nn.Conv2d(3, 3, 3), nn.Sequential(Counted(), Counted(**more)), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return Network(Built(nn.Sequential(*parts, nn.Linear(3, 2)), (0.0,) * 3, (1.0,) * 3), 2, None, "own:model")
+
+
+def dropping_vit() -> Network:
+    return build_network("timm/vit_tiny_patch16_224", 2, options={**VIT, "proj_drop_rate": 0.2, "drop_path_rate": 0.2})
+
+
+def resnet() -> Network:
+    return build_network("timm/resnet10t", 2, options={"drop_path_rate": 0.2})
+
+
+def objective(output: StudentOutput, batch: Batch, epoch: float) -> tuple[torch.Tensor, dict]:
+    values = [output.logits, *output.projected["hint"].values(), *output.features.values()]
+    return sum(one.square().mean() for one in values), {}
+
+
+def noted(seen: list[int], value: torch.Tensor) -> torch.Tensor:
+    seen.append(value.numel())
+    return value
+
+
+@pytest.mark.parametrize(
+    ("build", "taps"),
+    [
+        (own, {"f": "1.0", "inner": "1.1.conv"}),
+        (dropping_vit, {"f": "blocks.1", "inner": "blocks.0.mlp.fc1", "seen": "attention(blocks.2.attn)"}),
+        (resnet, {"f": "layer1", "inner": "layer2.0.conv1"}),
+    ],
+)
+def test_blocks_that_run_again_have_the_same_gradients_features_and_statistics(build, taps):
+    """Two micro-batches, features from within the blocks, dropout, BatchNorm: to the last bit."""
+    students, kept = [], []
+    for again in (False, True):
+        torch.manual_seed(0)
+        student = Student(build(), taps, {"hint": {"f": 7, "inner": 5}}, (32, 32)).train()
+        if again:
+            recompute(student.network)
+        run = SimpleNamespace(
+            student=student,
+            teacher=None,
+            stage=SimpleNamespace(sync_bn=False),
+            engine=Engine(Accelerator(cpu=True), student, torch.optim.SGD(student.parameters()), None),
+            once=Keep(student) if again else None,
+            objective=objective,
+        )
+        torch.manual_seed(1)
+        seen: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(partial(noted, seen), lambda value: value):
+            for _ in range(2):
+                batch = Batch(("a",) * 4, images(), torch.zeros(4), None, torch.ones(4, dtype=torch.bool), 4, None)
+                learn(run, batch, 0.0, 0.0, 1.0)
+        students.append(student)
+        kept.append(sum(seen))
+    plain, again = students
+    ours, theirs = dict(plain.named_parameters()), dict(again.named_parameters())
+    assert len(ours) == len(theirs) >= 10
+    for name, value in ours.items():
+        assert value.grad is not None and torch.equal(value.grad, theirs[name].grad), name
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    if build is own:
+        assert [one.passes for one in again.modules() if isinstance(one, Counted)] == [5, 5]  # one is the probe
+        assert [one.passes for one in plain.modules() if isinstance(one, Counted)] == [3, 3]
+
+
+def test_models_whose_blocks_cannot_run_again_are_refused():
+    flat = Network(Built(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), (0.0,) * 3, (1.0,) * 3), 2, None, "own:model")
+    with pytest.raises(ModelError, match="^own:model: has no blocks that could be computed again; set it to false$"):
+        recompute(flat)
+    network = own(inplace=True).train()
+    recompute(network)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        network(images()).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "count", "inside"),
+    [
+        ("timm/vit_tiny_patch16_224", VIT, 4, "blocks.2"),
+        ("timm/resnet10t", {}, 6, "layer4.0"),
+        ("torchvision/resnet18", {}, 8, "layer4.1"),
+        ("timm/swin_tiny_patch4_window7_224", {}, 17, "layers.2.blocks.5"),
+    ],
+)
+def test_blocks_that_run_again_are_those_of_the_model(model, options, count, inside):
+    network = build_network(model, 2, options=options)
+    recompute(network)
+    found = [name for name, module in network.backbone.named_modules() if "forward" in vars(module)]
+    assert inside in found, found
+    assert not any(one != other and one.startswith(f"{other}.") for one in found for other in found)
+    assert len(found) == count, found

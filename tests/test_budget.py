@@ -1,4 +1,5 @@
-"""Before caching: the bytes that are told are those on the disk, a proposal fits its budget and can be pasted."""
+"""Before caching: the bytes that are told are those on the disk, a proposal fits its budget and can be pasted, hours
+follow from what was measured."""
 
 import itertools
 import json
@@ -6,19 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from conftest import pack_examples
 from processes import kd_dist, run, sentence
 from scenes import MODEL, RECIPE
 from typer.testing import CliRunner
 
-from kd_dist import assemble, budget, cache_teacher, manifest, places
+from kd_dist import assemble, budget, cache_teacher, forecast, manifest, places, proposals
 from kd_dist.cli import app
 from kd_dist.config import load
-from kd_dist.errors import RecipeError
+from kd_dist.errors import DataError, RecipeError
+from kd_dist.forecast import Timing
 from kd_dist.recipe import Recipe, parse_bytes
 
 SPLITS = ("train", "val")
-NEAR = 0.05  # of the bytes on the disk
+DIGITS = 80  # bytes of a shard's index that depend on how long the numbers are that it notes
+BASES = 300  # bytes of the file of principal components that are not theirs
 
 # ---------------------------------------------------------------------------------------------- sizes in words
 
@@ -49,11 +54,19 @@ def test_what_is_no_size_is_one_sentence(text):
 
 
 def on_disk(recipe: Recipe, split: str) -> int:
-    """Bytes of a split's tars and indexes."""
+    """Bytes of all that caching has left of a split but its manifest."""
     folder = places.signals_folder(recipe, split)
-    found = [path.stat().st_size for path in folder.iterdir() if path.suffix in (".tar", ".idx")]
-    assert found
+    found = [path.stat().st_size for path in folder.iterdir() if path.name != manifest.FILE_NAME]
+    assert len(found) >= 2
     return sum(found)
+
+
+def assert_as_told(told: int, recipe: Recipe, split: str) -> None:
+    """Tars to the byte, indexes to some digits."""
+    folder = places.signals_folder(recipe, split)
+    shards, bases = len(list(folder.glob("*.tar"))), (folder / "bases.safetensors").is_file()
+    assert told == pytest.approx(on_disk(recipe, split), abs=DIGITS * shards + BASES * bases)
+    assert not shards or DIGITS * shards < 0.01 * told
 
 
 def cached(recipe: Recipe) -> dict[str, dict]:
@@ -82,7 +95,10 @@ def test_the_plan_is_what_caching_then_takes(scenery, words):
     views = recipe.views.count
     assert found["rows"] == {"train": 10 * views, "val": 4} and found["split_bytes"].keys() == set(SPLITS)
     for split in SPLITS:
-        assert found["split_bytes"][split] == pytest.approx(on_disk(recipe, split), rel=NEAR)
+        assert_as_told(found["split_bytes"][split], recipe, split)
+    assert found["total_bytes"] == found["still_bytes"]
+    assert budget.plan(recipe, None)["still_bytes"] <= (DIGITS + BASES) * 6
+    assert found["example_bytes"]["signals"] == found["split_bytes"]["train"] / 10
     assert found["total_bytes"] == sum(found["split_bytes"].values()) < found["free_bytes"]
     report = made["train"]["feature_report"]
     assert found["feature_row_bytes"] == {name: one["bytes"] for name, one in report.items()} and len(report) == 2
@@ -95,10 +111,14 @@ def test_a_plan_without_features_is_of_logits_alone(scenery):
     found, made = budget.plan(recipe, None), cached(recipe)
     assert found["feature_row_bytes"] == {} and found["row_bytes"]["train"] == found["logits_row_bytes"]
     assert found["row_bytes"] == {split: one["row_bytes"] for split, one in made.items()}
-    with pytest.raises(
-        RecipeError, match="^cache.features names no feature; a budget chooses how features are stored$"
-    ):
-        budget.plan(recipe, 10**6)
+    fitting = budget.plan(recipe, 10**6)
+    assert (fitting["proposal"], fitting["cache"]["logits"], fitting["proposal_bytes"]) == (
+        {},
+        "fp16",
+        found["total_bytes"],
+    )
+    section = "\n".join(budget.sentences(fitting))
+    assert yaml.safe_load(section[section.index("cache:") :]) == {"cache": fitting["cache"]}
 
 
 # ---------------------------------------------------------------------------------------------- proposals
@@ -135,7 +155,7 @@ def test_the_choices_hold_the_best_for_every_budget():
     def total(choice: tuple, part: str) -> float:
         return sum(rung["report"][part] for rung in choice)
 
-    offered = [tuple(choice.values()) for choice in budget.combinations(rungs)]
+    offered = [tuple(choice.values()) for choice in proposals.combinations(rungs)]
     assert 3 <= len(offered) < 125
     everything = list(itertools.product(*rungs.values()))
     for room in range(int(min(total(one, "bytes") for one in everything)), 151):
@@ -149,8 +169,8 @@ def test_rungs_that_a_smaller_one_beats_are_passed_over():
         return {"recipe": {}, "report": {"bytes": size, "gradient_cosine": cosine}}
 
     rungs = [rung(80, 0.98), rung(40, 0.99), rung(40, 0.7), rung(20, 0.5), rung(10, 0.6), rung(10, 0.6)]
-    assert budget.worth(rungs) == [rung(40, 0.99), rung(10, 0.6)]
-    assert budget.worth([rung(10, 0.1)]) == [rung(10, 0.1)]
+    assert proposals.worth(rungs) == [rung(40, 0.99), rung(10, 0.6)]
+    assert proposals.worth([rung(10, 0.1)]) == [rung(10, 0.1)]
 
 
 @pytest.mark.parametrize("room", [90_000, 50_000, 45_000])
@@ -168,7 +188,7 @@ def test_a_proposal_can_be_pasted_and_takes_what_it_says(scenery, room):
         assert {option: getattr(recipe.cache.features[name], option) for option in one["recipe"]} == one["recipe"]
     made = cached(recipe)
     total = sum(on_disk(recipe, split) for split in SPLITS)
-    assert total <= room and found["proposal_bytes"] == pytest.approx(total, rel=NEAR)
+    assert total <= room and found["proposal_bytes"] == pytest.approx(total, rel=0.02)
     for name, one in made["train"]["feature_report"].items():
         told = found["proposal"][name]["report"]
         assert (told["bytes"], told["fp16_bytes"]) == (one["bytes"], one["fp16_bytes"])
@@ -194,7 +214,7 @@ def test_what_may_not_be_pooled_is_not_proposed_pooled(scenery):
     recipe = load("scenes.yaml", words)
     teacher = assemble.teacher(recipe, recipe.cache.features)
     work = cache_teacher.extraction(recipe, "train", teacher)
-    rungs = budget.measure_ladder(work, recipe.cache.features, teacher, teacher.network.mean.device)
+    rungs = proposals.measure_ladder(work, recipe.cache.features, teacher, teacher.network.mean.device)
     pools = {name: {rung["recipe"]["pool"] for rung in tried} for name, tried in rungs.items()}
     assert pools == {"s": {1}, "m": {1, 2}}
 
@@ -223,17 +243,200 @@ class Top(nn.Module):
     assert found["feature_row_bytes"] == {"top": 96 + 2} and found["proposal"].keys() == {"top"}
     teacher = assemble.teacher(recipe, recipe.cache.features)
     work = cache_teacher.extraction(recipe, "train", teacher)
-    rungs = budget.measure_ladder(work, recipe.cache.features, teacher, teacher.network.mean.device)
+    rungs = proposals.measure_ladder(work, recipe.cache.features, teacher, teacher.network.mean.device)
     assert {rung["recipe"]["pca"] for rung in rungs["top"]} <= {None, 12}
 
 
 def test_a_budget_that_nothing_fits_is_one_sentence(scenery):
     recipe = load("scenes.yaml")
-    words = r"^the smallest signals that are tried take [0-9,]+ bytes for the training views, the budget leaves "
-    with pytest.raises(RecipeError, match=words + "8,940; name fewer features, .*, or give [0-9,]+ bytes more$"):
+    words = r"^the smallest signals that are tried take [0-9,]+ bytes, the budget is "
+    with pytest.raises(RecipeError, match=words + "20,000; name fewer features, .*, or give [0-9,]+ bytes more$"):
         budget.plan(recipe, 20_000)
-    with pytest.raises(RecipeError, match=words + "0; name"):
+    with pytest.raises(RecipeError, match=words + "5; name"):
         budget.plan(recipe, 5)
+
+
+# ---------------------------------------------------------------------------------------------- logits
+
+
+MANY = '''\
+"""A user's own source of so many classes, eight pictures a split."""
+
+import functools
+import io
+
+from conftest import picture
+from kd_dist.sources import Item, Listing
+
+
+def read(number):
+    buffer = io.BytesIO()
+    picture(number % 3, number).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def source(classes):
+    items = [Item(f"{split}-{number}", split, "png", number, functools.partial(read, number))
+             for split in ("train", "val", "test") for number in range(8)]
+    return Listing(tuple(f"c{number}" for number in range(classes)), items)
+'''
+
+
+def of_many_classes(*words: str) -> Recipe:
+    Path("many.py").write_text(MANY)
+    data = "data={source: 'many:source', options: {classes: 2000}, workers: 0}"
+    return load("tiny.yaml", [data, "task.classes=2000", "teacher.weights=null", "views.count=40", *words])
+
+
+def test_too_little_room_for_the_logits_of_many_classes_proposes_smaller_ones(experiment):
+    recipe = of_many_classes("stages.distill.losses={kd: {temperature: 1}}")
+    whole = budget.plan(recipe, 10**9)
+    assert whole["cache"]["logits"] == "fp16" and whole["row_bytes"]["train"] == 32 + 4000
+    made = {}
+    for name in ("uint8", "top50", "top20", "top5"):
+        other = budget.plan(of_many_classes(f"cache.logits={name}", "stages.distill.losses={kd: {}}"), None)
+        made[name] = other["total_bytes"]
+    assert sorted(made.values(), reverse=True) == list(made.values())
+    # An untrained teacher's logits are nearly equal: of no small top-K is the gradient right, at any temperature.
+    fitting = budget.plan(recipe, made["uint8"] + 100)
+    assert fitting["cache"]["logits"] == "uint8" and fitting["proposal_bytes"] <= made["uint8"] + 100
+    with pytest.raises(RecipeError, match="^the smallest signals that are tried take [0-9,]+ bytes, the budget is "):
+        budget.plan(recipe, made["top20"] + 100)
+    # One that is still to be trained may be as sure as it likes.
+    waiting = of_many_classes("stages.distill.losses={kd: {temperature: 1}}", "teacher.weights=stage:teacher")
+    fitting = budget.plan(waiting, made["top20"] + 100)
+    assert fitting["cache"]["logits"] == "top20" and "has random weights" in fitting["estimated"][1]
+    # What needs every logit is offered no top-K.
+    every = of_many_classes("stages.distill.losses={logit_mse: {}}", "teacher.weights=stage:teacher")
+    assert budget.plan(every, made["uint8"] + 100)["cache"]["logits"] == "uint8"
+    with pytest.raises(RecipeError, match="^the smallest signals"):
+        budget.plan(every, made["top20"] + 100)
+
+
+def test_a_disk_that_is_too_small_is_one_sentence_with_a_way_out(experiment):
+    words = ["teacher.weights=stage:teacher", "stages.distill.losses={kd: {temperature: 1}}"]
+    free = budget.plan(of_many_classes(*words), None)["free_bytes"]
+    views = int(1.2 * free / 8 / 4032)
+    said = (
+        r"^shards/tiny: [0-9,]+ bytes are still to be written and the disk has [0-9,]+; make room for [0-9,]+ more, "
+        r"choose another data.shards, draw fewer views, store logits as `cache: {logits: uint8}`, which takes [0-9,]+ "
+        r"bytes in all$"
+    )
+    with pytest.raises(RecipeError, match=said):
+        budget.plan(of_many_classes(*words, f"views.count={views}"), None)
+    with pytest.raises(RecipeError, match="make room for [0-9,]+ more, choose another data.shards, draw fewer views$"):
+        budget.plan(of_many_classes(*words, f"views.count={1000 * views}"), None)
+    assert not Path("shards").exists()
+
+
+# ---------------------------------------------------------------------------------------------- before anything is
+
+
+def test_a_plan_before_packing_and_before_training_is_that_of_afterwards(experiment):
+    """Examples are counted from the listing, the teacher's weights are random: the bytes are those that come to be."""
+    before = sorted(path for path in experiment.rglob("*") if "__pycache__" not in path.parts)
+    words = ["views.mixup=0.5", "views.hue=0.1"]
+    early = budget.plan(load("tiny.yaml", words), None)
+    assert sorted(path for path in experiment.rglob("*") if "__pycache__" not in path.parts) == before
+    packed, untrained = early["estimated"]
+    assert packed.startswith("not packed yet: examples are counted from what data.source image_folder lists")
+    assert untrained.startswith("stage:teacher is not there yet: the teacher has random weights")
+    recipe = load("tiny.yaml", [*words, "teacher.weights=null"])
+    made = pack_examples(recipe)
+    tars = sum(path.stat().st_size for path in Path("shards").rglob("data-*") if path.suffix in (".tar", ".idx"))
+    late = budget.plan(recipe, None)
+    assert late["estimated"] == [] and late["rows"] == early["rows"] == {"train": 62, "val": 5, "test": 12}
+    assert sum(one["examples"] for one in made.values()) == 48 and late["split_bytes"] == early["split_bytes"]
+    # A tar of eight small pictures is rounded up to whole records, which weighs on this little.
+    assert early["still_bytes"] - late["still_bytes"] == pytest.approx(tars, rel=0.3)
+    cache_teacher.cache_teacher(recipe)
+    for split in ("train", "val", "test"):
+        assert_as_told(early["split_bytes"][split], recipe, split)
+    with pytest.raises(
+        DataError, match="^data.source image_folder: no example for split 'val'; it has \\['train'\\]$"
+    ):
+        budget.plan(load("tiny.yaml", ["name=other", "data.splits={train: 0.999998, val: 1e-6, test: 1e-6}"]), None)
+
+
+# ---------------------------------------------------------------------------------------------- hours
+
+
+HASTE = Timing(seconds=0.01)
+
+
+def test_hours_are_measured_for_every_kind_of_stage_and_nothing_stays(experiment):
+    stages = [
+        "stages.distill.sam=0.05",
+        "stages.distill.accumulate=2",
+        "stages.pretrain.precision=bf16",
+        "views.cutmix=1.0",
+    ]
+    live = "{losses: {kd: {}}, teacher: online, init: stage:pretrain, epochs: 3, batch_size: 8, lr: 1e-2}"
+    Path("tiny.yaml").write_text(f"{Path('tiny.yaml').read_text()}  live: {live}\n")
+    before = sorted(path for path in experiment.rglob("*") if "__pycache__" not in path.parts)
+    recipe = load("tiny.yaml", stages)
+    threads = torch.get_num_threads()
+    found = budget.plan(recipe, None, HASTE)
+    assert sorted(path for path in experiment.rglob("*") if "__pycache__" not in path.parts) == before
+    assert torch.get_num_threads() == threads
+    time = found["time"]
+    assert time["stages"].keys() == {"pretrain", "distill", "live"} and time["measured"]["cache"]["rows"] > 0
+    rate = time["measured"]["cache"]["rows"] / time["measured"]["cache"]["seconds"]
+    assert time["cache_seconds"] == pytest.approx(sum(found["rows"].values()) / rate) == 3600 * time["cache_hours"]
+    for name, one in time["stages"].items():
+        its = time["measured"]["stages"][name]
+        assert its["rows"] == 8 and its["steps"] >= 1 and its["step_seconds"] > 0
+        assert one["examples_per_second"] == pytest.approx(8 / its["step_seconds"])
+        assert one["bytes_per_second"] == pytest.approx(one["example_bytes"] * one["examples_per_second"])
+        row = found["row_bytes"]["train"] if name == "distill" else 0
+        assert one["example_bytes"] == 2 * found["example_bytes"]["packed"] + row  # every view has a partner
+    alone, *listening = time["stages"].values()
+    assert alone["break_even_epoch"] is None and alone["online_seconds"] is None
+    for one in listening:
+        assert one["break_even_epoch"] == -(-time["cache_seconds"] // one["online_seconds"])
+    total = sum(one["online_seconds"] * one["epochs"] for one in listening)
+    assert time["online_seconds"] == pytest.approx(total)
+    text = "\n".join(budget.sentences(found))
+    assert text.count("caching has paid for itself after epoch ") == 2 and "\nall stages that listen: " in text
+
+
+def test_features_of_a_packed_recipe_are_in_its_hours(scenery):
+    found = budget.plan(load("scenes.yaml"), None, HASTE)
+    time = found["time"]
+    rate = time["measured"]["cache"]["rows"] / time["measured"]["cache"]["seconds"]
+    # All 20 training views once more, to fit and to measure what codecs keep.
+    assert time["cache_seconds"] == pytest.approx((20 + 4 + 20) / rate)
+    assert time["stages"]["distill"]["example_bytes"] > found["row_bytes"]["train"] >= 500
+
+
+def test_processes_divide_the_work_and_seeds_multiply_it(experiment):
+    recipe = load("tiny.yaml", ["views.count=10", "stages.distill.max_steps=3", "views.mixup=0.5", "views.mixed=0.25"])
+    one = {"rows": 8, "steps": 3, "step_seconds": 0.02, "validation_seconds": 0.001, "teacher_seconds": 0.01}
+    measured = {"device": "cpu", "cache": {"rows": 100, "seconds": 2.0}, "stages": {"pretrain": one, "distill": one}}
+    shards = {"train": [8, 8, 5], "val": [9], "test": [8, 2]}
+    found = {
+        "rows": {"train": 210, "val": 9, "test": 10},
+        "row_bytes": {"train": 100},
+        "example_bytes": {"packed": 1000},
+    }
+    single = forecast.outlook(recipe, measured, shards, found, Timing(), {})
+    assert single["cache_seconds"] == pytest.approx(229 * 0.02)
+    alone, taught = single["stages"].values()
+    assert alone["examples_per_second"] == 400 and alone["example_bytes"] == 1250 and taught["example_bytes"] == 1350
+    assert taught["bytes_per_second"] == 540_000
+    assert alone["epoch_seconds"] == pytest.approx(21 / 400 + 9 * 0.001) and alone["epochs"] == 2
+    assert taught["epochs"] == pytest.approx(24 / 21) and taught["online_seconds"] == pytest.approx(0.21)
+    assert taught["break_even_epoch"] == 22 and single["online_seconds"] == pytest.approx(0.24)
+    both = forecast.outlook(recipe, measured, shards, found, Timing(processes=2, seeds=3), {})
+    # The first process has two of the three shards of training, the only one of val, and the larger of test.
+    assert both["cache_seconds"] == pytest.approx((130 + 9 + 8) * 0.02)
+    assert both["stages"]["distill"]["examples_per_second"] == 800
+    assert both["stages"]["distill"]["online_seconds"] == pytest.approx(0.105)
+    assert both["online_seconds"] == pytest.approx(0.36) and both["stages"]["distill"]["break_even_epoch"] == 28
+    words = forecast.sentences(both)
+    assert words[1] == "caching takes 2.9 s on each of 2 processes"
+    assert words[-1] == "all stages that listen with 3 seeds: 0.36 s of teacher in the loop, 2.9 s from a cache"
+    assert [forecast.duration(one) for one in (0.0123, 42, 600, 7200)] == ["0.012 s", "42 s", "10.0 min", "2.0 h"]
 
 
 # ---------------------------------------------------------------------------------------------- the commands
@@ -248,21 +451,22 @@ def without_none(found: dict) -> list[tuple[str, dict]]:
 
 
 def test_the_plan_command_says_it_in_words_and_in_json(scenery):
-    ended = CliRunner().invoke(app, ["plan", "scenes.yaml", "--budget", "100KB", "--json"])
+    ended = CliRunner().invoke(app, ["plan", "scenes.yaml", "--budget", "100KB", "--json", "--bytes-only"])
     assert ended.exit_code == 0
     found = json.loads(ended.stdout)
     expected = budget.plan(load("scenes.yaml"), 100_000)
     assert {**found, "free_bytes": 0} == {**expected, "free_bytes": 0} and found["free_bytes"] > 10**6
-    words = CliRunner().invoke(app, ["plan", "scenes.yaml", "--budget", "100KB"])
+    words = CliRunner().invoke(app, ["plan", "scenes.yaml", "--budget", "100KB", "--bytes-only"])
     assert words.exit_code == 0
     assert words.stdout.startswith("train: 20 views, 0.05 MB\nval: 4 views, 0.01 MB\nbytes of a training view: logits")
-    assert "high 288, low 208\nin all 0.07 MB, free on the disk " in words.stdout
+    assert "high 288, low 208\nbytes of a training example: " in words.stdout
+    assert "\nin all 0.07 MB, still to be written 0.07 MB, free on the disk " in words.stdout
     assert f"within the budget, {found['proposal_bytes'] / 1e6:.2f} MB in all:\n" in words.stdout
     lines = words.stdout.splitlines()
     section = yaml.safe_load("\n".join(lines[lines.index("cache:") :]))
     kept = {"logits": "fp16", "batch_size": 8, "threads": 1}
     assert section["cache"] == {**kept, "features": {name: one["recipe"] for name, one in without_none(found)}}
-    short = CliRunner().invoke(app, ["plan", "scenes.yaml", "views.count=4"])
+    short = CliRunner().invoke(app, ["plan", "scenes.yaml", "views.count=4", "--bytes-only"])
     assert short.exit_code == 0 and short.stdout.startswith("train: 40 views, ") and "budget" not in short.stdout
 
 
@@ -272,3 +476,5 @@ def test_the_plan_command_fails_in_one_sentence(scenery):
     assert sentence(ended) == "'lots' is no size; write a number and a unit, such as 20GB"
     ended = run(kd_dist, "plan", "scenes.yaml", "--budget", "1KB", folder=scenery)
     assert sentence(ended).startswith("the smallest signals that are tried take ")
+    ended = run(kd_dist, "plan", "scenes.yaml", "views.count=1000000000", folder=scenery)
+    assert "bytes are still to be written and the disk has" in sentence(ended)

@@ -20,6 +20,7 @@ from kd_dist.disk import file_digest
 
 ROW = {
     "without_generated",
+    "taught_by",
     "steps",
     "role",
     "stage",
@@ -211,7 +212,7 @@ def test_the_advice_on_a_damaged_shard_mends_it(home):
         whole = tar.read_bytes()
         tar.write_bytes(whole[:1100] + bytes([whole[1100] ^ 1]) + whole[1101:])
         said = sentence(run(kd_dist, "verify", "tiny.yaml", folder=home))
-        assert said.startswith(f"{tar}: is missing or damaged, its sha256 is not the manifest's; delete it and run")
+        assert said.startswith(f"{tar}: is missing or damaged, its sha256 is not the manifest's; delete the file and")
         if tar.name.startswith("data"):
             broken = run(train.main, ["tiny.yaml", "--stage", "distill", "data.workers=1"], folder=home)
             assert "is damaged: the CRC32 of its" in sentence(broken) and "Caught" not in broken.output

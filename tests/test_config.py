@@ -184,7 +184,7 @@ def test_names_that_recipes_may_use(written):
 SAFE = "is not a safe name; use 1 to 32 of A-Z a-z 0-9 _ -, a letter or digit first"
 MODELS = "is not a model; write timm/<name>, torchvision/<name>, kd_dist/<name> or package.module:factory"
 NEEDED = "is missing; training needs 'train' and 'val'"
-FORMATS = "must be one of 'fp32', 'fp16', 'uint8' or null"
+FORMATS = "must be a text, fp32, fp16, uint16, uint8 or, of the largest, such as top20"
 NO_CLASSES = "needs `classes`, their number, and has no outputs"
 MAPPING = "must be a mapping of keys to values"
 PLAIN = "is not allowed; a recipe holds plain values only"
@@ -362,7 +362,7 @@ def test_a_loss_for_another_number_of_classes_is_refused(written):
 
 def test_two_classes_cannot_be_cached_as_uint8(written):
     path = written(edited("  # logits: fp32", "  logits: uint8"))
-    sentence = "cache.logits: two classes store one margin, for which 'uint8' is too coarse; use 'fp16' or 'fp32'"
+    sentence = "cache.logits: two classes store one margin, which 'uint8' cannot hold; use 'fp16' or 'fp32'"
     assert load(path).cache.logits == "uint8"
     assert refusal(path, ["task.classes=2"]) == f"configs/pets.yaml:15: {sentence}"
 
@@ -408,6 +408,9 @@ ANOTHER_KIND = {  # of views: option -> a value, for recordings
     **{"gain": ("6", False), "time_mask": ("4", False), "band_mask": ("2", False)},
     **{"crop_scale": ("[0.5, 1]", True), "crop_ratio": ("[0.5, 2]", True), "flip": ("0.5", True)},
     **{"brightness": ("0.1", True), "contrast": ("0.1", True), "saturation": ("0.1", True)},
+    **{"hue": ("0.1", True), "operations": ("2", True), "magnitude": ("[0, 1]", True), "blur": ("0.5", True)},
+    **{"blur_sigma": ("[1, 2]", True), "erase": ("0.5", True), "erase_scale": ("[0.1, 0.2]", True)},
+    **{"mixup": ("0.2", True), "cutmix": ("1", True), "mixed": ("0.5", True)},
 }
 
 
@@ -548,7 +551,7 @@ def test_an_override_changes_one_place_of_what_an_alias_shares(written):
         ("stages.distil.lr=1", "unknown stage 'distil'; did you mean 'distill'?"),
         ("train.lrr=1", "stages.distill: unknown key 'lrr'; did you mean 'lr'?"),
         ("train.lr=", "stages.distill.lr: must be a number, not empty"),
-        ("train.losses={kd: {}, dkd: {}}", "stages.distill.losses.dkd: unknown loss 'dkd'; did you mean 'kd'?"),
+        ("train.losses={kd: {}, kdd: {}}", "stages.distill.losses.kdd: unknown loss 'kdd'; did you mean 'kd'?"),
         ("train.batch_size=3", "stages.distill.batch_size: 3 cannot be divided by accumulate, 2"),
         ("seed", "'seed' must have the form section.key=value"),
         ("seed=[1", "seed: not valid YAML: expected ',' or ']', but got '<stream end>'"),
@@ -621,6 +624,67 @@ def test_a_trained_stage_without_a_head_or_a_size_of_its_own(written):
     trained(options={}, image_size=None, mean=None, std=None, head=None)
     section = load(written(FROM_RUN)).teacher
     assert (section.image_size, section.mean, section.std, section.head, section.options) == (*[None] * 4, {})
+
+
+WIDE = "teachers.wide={model: timm/wide}"
+LISTENS = "stages.distill.teachers"
+FEATURES = ["cache.features={f: {tap: a}}", "student.taps={f: b}", "stages.distill.losses={kd: {}, cosine: {}}"]
+TEACHERS = [
+    (["teachers.a/b={model: timm/wide}"], f"teachers.a/b: 'a/b' {SAFE}"),
+    (["teachers.teacher={model: timm/wide}"], "teachers.teacher: is the name of the first teacher, teacher.name; "),
+    (["teachers.again={model: timm/wide}"], "teachers.again: is the name of another row of reports, too; take "),
+    (["teachers.given={model: timm/wide}"], "teachers.given: is the name of another row of reports, too; take "),
+    (["teachers.wide={model: wide}"], "teachers.wide.model: 'wide' is not a model; write "),
+    (["teachers.wide={model: timm/wide, name: x}"], "teachers.wide: unknown key 'name'"),
+    (["teachers.wide={model: timm/wide, weights: a.pt}"], "teachers.wide.weights: no file 'a.pt'; "),
+    (["teachers.wide={model: timm/wide, mean: [0]}"], "teachers.wide.mean: has 1 numbers, but images have red, "),
+    (["teachers.wide={run: nowhere}"], "teachers.wide.run: nowhere has no finished result (result.json); "),
+    (
+        ["teachers.wide={model: timm/wide, weights: stage:teach}"],
+        "teachers.wide.weights: no stage trains a further teacher; in place of model and weights give the folder of a "
+        "trained one, such as `run: runs/<recipe>/<stage>/seed-1`",
+    ),
+    ([WIDE, f"{LISTENS}=[wid]"], f"{LISTENS}: unknown teacher 'wid'; did you mean 'wide'?"),
+    ([WIDE, f"{LISTENS}=[wide, wide]"], f"{LISTENS}: names one of them twice: wide, wide"),
+    ([WIDE, "stages.pretrain.teachers=[wide]"], "stages.pretrain.teachers: none of the losses listens to a teacher; "),
+    ([WIDE, "stages.teach.teachers=[wide]"], "stages.teach.teachers: none of the losses listens to a teacher; "),
+    (
+        [WIDE, f"{LISTENS}=[wide]", *FEATURES],
+        f"{LISTENS}: the losses read features, and only the first teacher's are cached; add 'teacher'",
+    ),
+    (
+        [WIDE, f"{LISTENS}=[teacher, wide]", "task.classes=1000", "cache.logits=top20"],
+        f"{LISTENS}: a mean needs the logits of every class, and the cache keeps the 20 largest (cache.logits: top20); "
+        f"store them as fp16, or name one teacher",
+    ),
+]
+
+
+@pytest.mark.parametrize("words, sentence", TEACHERS, ids=[sentence for _, sentence in TEACHERS])
+def test_what_is_wrong_with_several_teachers(written, words, sentence):
+    assert refusal(written(TEXT), words).startswith(f"command line: {sentence}")
+
+
+def test_several_teachers(written):
+    """Each by itself is the recipe's only one; features are those of the first, wherever it stands."""
+    words = [WIDE, "teachers.deep={model: timm/deep, seed: 3}", f"{LISTENS}=[deep, teacher]", *FEATURES]
+    recipe = load(written(TEXT), words)
+    assert [recipe.teachers_of(stage) for stage in recipe.stages.values()] == [["teacher"]] * 3 + [["teacher", "deep"]]
+    deep = recipe.with_teacher("deep")
+    assert deep.teacher == sections.Teacher(name="deep", model="timm/deep", seed=3)
+    assert (deep.teachers, deep.cache.features, recipe.with_teacher("teacher").cache) == ({}, {}, recipe.cache)
+
+
+def test_a_trained_stage_is_a_further_teacher(written):
+    folder = trained()
+    path = written(edited("views:", f"teachers:\n  second: {{run: {folder}}}\nviews:"))
+    second = load(path).with_teacher("second").teacher
+    assert second == dataclasses.replace(load(written(FROM_RUN, "configs/one.yaml")).teacher, name="second")
+    keys = "teachers.second"
+    given = f"{keys}.run: says what {keys}.model is, which is given too; leave one of them out"
+    assert refusal(path, [f"{keys}.model=timm/convnet"]) == f"configs/pets.yaml:12: {given}"
+    other = f"{keys}.run: was trained for task.classes = 10, the recipe says 9; give a run of the same task"
+    assert refusal(path, ["task.classes=9"]) == f"configs/pets.yaml:12: {other}"
 
 
 @pytest.mark.parametrize(
@@ -700,7 +764,7 @@ def test_every_key_refuses_a_value_of_another_type(written):
         name, wrong = ".".join(keys), "3" if free else "{no: 1}"
         assert refusal(path, [f"{name}={wrong}"]).startswith(f"command line: {name}: must be "), name
         seen += 1
-    assert seen == 108
+    assert seen == 129
 
 
 def test_every_bounded_value_refuses_what_is_below_it(written):
@@ -714,17 +778,47 @@ def test_every_bounded_value_refuses_what_is_below_it(written):
             "noise": "[-1, 1]",
             "crop_scale": "[-1, 1]",
             "crop_ratio": "[-1, 1]",
+            **dict.fromkeys(("magnitude", "blur_sigma", "erase_scale"), "[-1, 1]"),
             "std": "[1, 1, -1]",
             "hidden": "[8, -1]",
         }
         wrong = lists.get(keys[-1], "-1")
         assert re.fullmatch(
-            rf"command line: {name}: must be (a (whole )?number, (at least [012]|above [01]|between 0 and 1|"
-            "a multiple of 8), not -1|a text, a size such as 20GB, not '-1')",
+            rf"command line: {name}: must be (a (whole )?number, (at least (0.1|\d)|above [01]|between 0 and (0.5|1)|"
+            "above 0 and (below|at most) 1|from 0 to 3|a multiple of 8), not -1|a text, "
+            "(a size such as 20GB|fp32, .* such as top20), not '-1')",
             refusal(path, [f"{name}={wrong}"]),
         ), name
         seen += 1
-    assert seen == 71
+    assert seen == 87
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["layer_decay=0.5", "backbone_lr=0.1"], "layer_decay: gives every block a factor of its own"),
+        (["cycle_factor=2"], "cycle_factor: is the growth of cycles; give cycle_epochs, the length of the first"),
+        (["cycle_epochs=9", "epochs=10", "warmup_epochs=1"], "cycle_epochs: 9 leaves no restart within the 9 epochs"),
+        (["compile=true", "gradient_checkpointing=true"], "compile: decides itself what is computed again"),
+        (["unfreeze={1: 2}"], "unfreeze: says what learns later; give train_last"),
+        (["unfreeze={0: 2}", "train_last=0"], "unfreeze.0: must be an epoch after 0 and before 10, counted from 0"),
+        (["unfreeze={2: 2, 1: 3}", "train_last=0"], "unfreeze.1: must be an epoch after 2 and before 10"),
+        (["unfreeze={10: 2}", "train_last=0"], "unfreeze.10: must be an epoch after 0 and before 10"),
+        (["unfreeze={late: 2}", "train_last=0"], "unfreeze.late: must be an epoch after 0 and before 10"),
+        (["unfreeze={1: 2, 2: 2}", "train_last=0"], "unfreeze.2: must let more blocks learn than the 2 before it"),
+        (["unfreeze={1: null, 2: 2}", "train_last=0"], "unfreeze.2: must let more blocks learn than the all before it"),
+    ],
+)
+def test_options_of_training_that_do_not_go_together_are_refused(written, words, said):
+    given = [f"stages.distill.{word}" for word in ("epochs=10", "warmup_epochs=0", *words)]
+    assert refusal(written(TEXT), given).removeprefix("command line: ").startswith(f"stages.distill.{said}")
+
+
+def test_options_of_training_that_go_together_are_taken(written):
+    words = ["epochs=10", "warmup_epochs=1", "train_last=0", "unfreeze={2: 1, 5: null}", "layer_decay=0.75", "ema=0.99"]
+    words += ["cycle_epochs=3", "cycle_factor=2", "gradient_checkpointing=true", "channels_last=true"]
+    stage = load(written(TEXT), [f"stages.distill.{word}" for word in words]).stages["distill"]
+    assert [stage.learning(epoch) for epoch in range(7)] == [0, 0, 1, 1, 1, None, None]
 
 
 def test_a_section_that_may_be_null(written):

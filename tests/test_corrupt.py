@@ -12,8 +12,9 @@ from processes import inside, laboratory
 
 from kd_dist import assemble, cache_teacher, journey
 from kd_dist.config import load
-from kd_dist.data import Shards, SignalShards
 from kd_dist.errors import ShardError
+from kd_dist.folders import Shards
+from kd_dist.rows import SignalShards
 from kd_dist.shards import Shard, index_path
 from kd_dist.verify import refuse_damaged
 

@@ -1,5 +1,6 @@
 """One process, DDP and ZeRO 1, 2, 3: the same training, the same checkpoints, the same refusal of a bad step."""
 
+import copy
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from processes import done, ranks, run, sentence
 from safetensors.torch import load_file
+from torch import nn
 from trainings import (
     PLAIN,
     arguments,
@@ -29,9 +31,13 @@ from trainings import (
 
 from kd_dist import checkpoint, train
 from kd_dist.checkpoint import Progress
-from kd_dist.engine import Engine, _check_deepspeed
+from kd_dist.engine import Engine, _check_deepspeed, start
 from kd_dist.errors import TrainingError
+from kd_dist.models import Built, Network
+from kd_dist.recipe import Stage
+from kd_dist.stage import equipped
 from kd_dist.step import go_back
+from kd_dist.student import Student
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 
@@ -178,6 +184,69 @@ def test_lower_precision_trains_as_under_ddp(lab, tmp_path, name, precision):
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
+# ---------------------------------------------------------------------------------------------- how it is computed
+
+
+def test_compiled_code_computes_the_same_and_is_made_for_any_size():
+    """Taps and projections within one graph; batches of a second size are compiled for all."""
+    from torch._dynamo.utils import counters
+
+    def student() -> Student:
+        torch.manual_seed(0)
+        parts = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+        built = Built(nn.Sequential(*parts, nn.Linear(16, 2)), (0.0,) * 3, (1.0,) * 3)
+        return Student(Network(built, 2, None, "own:model"), {"f": "0"}, {"hint": {"f": 5}}, (8, 8)).train()
+
+    accelerator = Accelerator(cpu=True)
+    plain, compiled = (
+        start(accelerator, one, torch.optim.SGD(one.parameters(), lr=0.1), "fp32", turn)
+        for turn, one in enumerate((student(), student()))
+    )
+    made = []
+    for rows in (6, 5, 4, 6):
+        images = torch.randint(0, 256, (rows, 3, 8, 8), dtype=torch.uint8)
+        for engine in (plain, compiled):
+            output = engine.forward(images)
+            engine.backward(output.logits.square().mean() + output.projected["hint"]["f"].square().mean(), 1.0)
+        for mine, other in zip(plain.gradients(1.0), compiled.gradients(1.0), strict=True):
+            torch.testing.assert_close(other, mine, rtol=1e-4, atol=1e-6)
+        plain.step(), compiled.step()
+        made.append(counters["stats"]["unique_graphs"])
+    assert [one - made[0] for one in made] == [0, 1, 1, 1]
+    assert plain.weights().keys() == compiled.weights().keys() and len(plain.weights()) == 11
+    for name, value in plain.weights().items():
+        torch.testing.assert_close(compiled.weights()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_channels_last_trains_the_same_and_resumes_bit_for_bit(lab, tmp_path):
+    """Without dropout, whose masks follow the order in memory."""
+    words = [*PLAIN, "student.model=tiny_model:normed", "train.ema=0.5"]
+    plain, last = (trained(lab, tmp_path / one, *words, f"train.channels_last={one}") for one in ("false", "true"))
+    assert_same_weights(plain, last, 2e-5, tensors=len(weights(plain)))
+    words += ["train.channels_last=true"]
+    trained(lab, tmp_path / "parts", *words, "train.max_steps=4")
+    parts = trained(lab, tmp_path / "parts", *words)
+    for file in ("model.safetensors", "optimizer.safetensors", "best"):
+        assert state(last)[file] == state(parts)[file], file
+
+
+def test_memory_lies_in_the_order_that_was_asked_for(tmp_path):
+    stage = Stage(losses={}, epochs=1, batch_size=2, lr=0.1, channels_last=True)
+    student = Student(Network(Built(nn.Conv2d(3, 4, 3), (0.0,) * 3, (1.0,) * 3), 4, None, "own:model", maps=True))
+    equipped(student, stage, "distill")
+    weight, seen = student.network.backbone.weight, []
+    student.network.backbone.register_forward_hook(lambda module, inputs, output: seen.extend([inputs[0], output]))
+    engine = Engine(Accelerator(cpu=True), student, torch.optim.AdamW(student.parameters()), None)
+    for _ in range(2):
+        engine.backward(engine.forward(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).logits.sum(), 1.0)
+        engine.step()
+        checkpoint.save_weights(engine.weights(), tmp_path / "weights.safetensors")
+        engine.load(load_file(tmp_path / "weights.safetensors"), copy.deepcopy(engine.moments()))
+    moments = [one for one in engine.optimizer.state[weight].values() if one.ndim == 4]
+    assert len(seen) == 4 and len(moments) == 2
+    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in (weight, *seen, *moments))
+
+
 # ---------------------------------------------------------------------------------------------- a bad step
 
 BREAKING = [*PLAIN, WIDE, "train.batch_size=2", "train.epochs=1", "views.brightness=0.2"]
@@ -279,7 +348,7 @@ def test_weights_to_go_back_to_that_are_of_another_model_are_refused(tmp_path):
     checkpoint.save(tmp_path, other.state_dict(), optimizer.state_dict(), Progress(step=3), {})
     made = Engine(Accelerator(cpu=True), module, torch.optim.AdamW(module.parameters()), None)
     with pytest.raises(TrainingError, match=f"^{tmp_path}/checkpoint-00000003: its weights are of another model"):
-        go_back(SimpleNamespace(folder=tmp_path, identity={}, engine=made), Progress(step=20, streak=20))
+        go_back(SimpleNamespace(folder=tmp_path, identity={}, engine=made, average=None), Progress(step=20, streak=20))
 
 
 def test_weights_of_another_model_are_refused(lab, tmp_path):

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from kd_dist import guard
-from kd_dist.batch import Batch, TeacherSignal
+from kd_dist.batch import Batch, TeacherSignal, TopLogits
 from kd_dist.checkpoint import Progress
 from kd_dist.engine import Engine
 from kd_dist.errors import TrainingError
@@ -123,6 +123,16 @@ def test_what_was_read_is_named_with_its_example(what):
     assert guard.wrong_data(batch._replace(images=torch.zeros(3, 3, 4, 4, dtype=torch.uint8), signals=None), 1) == (
         [Cause(1, what, ("b",))] if what == "targets" else []
     )
+
+
+@pytest.mark.parametrize("part", ["logits", "tail"])
+def test_top_logits_that_are_not_finite_are_the_teacher_s(part):
+    top = TopLogits(torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2), torch.zeros(3, 16))
+    images, targets, valid = torch.zeros(3, 3, 4, 4), torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.bool)
+    batch = Batch(("a", "b", "c"), images, targets, None, valid, 3, TeacherSignal(top))
+    assert guard.wrong_data(batch, 0) == []
+    getattr(top, part)[2, 1] = NAN
+    assert guard.wrong_data(batch, 0) == [Cause(0, "teacher's logits", ("c",))]
 
 
 def test_the_parameters_whose_gradient_is_not_finite_are_named():

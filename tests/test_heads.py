@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kd_dist import assemble
+from kd_dist import assemble, caches
 from kd_dist.config import load
 from kd_dist.errors import ModelError
 from kd_dist.models import build_network, load_weights
@@ -125,7 +125,7 @@ def test_another_head_is_another_teacher_and_another_run(packed):
     ]
     words = [["teacher.weights=null", *one] for one in words]
     recipes = [load("tiny.yaml", one) for one in words]
-    teachers = [assemble.teacher_identity(recipe) for recipe in recipes]
+    teachers = [caches.teacher_identity(recipe) for recipe in recipes]
     runs = [
         assemble.stage_identity(recipe, "teacher", assemble.training_corridor(recipe, "teacher", 0, 1))
         for recipe in recipes

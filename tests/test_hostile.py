@@ -28,10 +28,11 @@ from torch import nn
 
 from kd_dist import assemble, cache_teacher, checkpoint, journey, manifest
 from kd_dist.config import load
-from kd_dist.data import Shards, SignalShards, feature_codecs
 from kd_dist.disk import file_digest
 from kd_dist.errors import KdError
+from kd_dist.folders import Shards
 from kd_dist.models import Built, Network, load_weights
+from kd_dist.rows import SignalShards, feature_codecs
 from kd_dist.shards import Shard, index_tar, write_shard
 from kd_dist.signals import dtype_from_json
 

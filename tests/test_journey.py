@@ -273,7 +273,7 @@ def all_gone(processes: list[psutil.Process]) -> bool:
         (
             "SIGUSR1",
             "cache teacher",
-            "shards/tiny/train/teacher/signals-000000.idx",
+            "shards/tiny/val/teacher/signals-000000.idx",
             [RUNS.format("teacher", 0)],
             STUDENTS,
         ),

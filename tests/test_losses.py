@@ -19,12 +19,18 @@ from kd_dist.losses.logits import cross_entropy, kd, kd_binary
 from kd_dist.losses.table import Loss
 
 INF = math.inf
-NAMES = ["ail", "at", "ccc", "cosine", "cross_entropy", "cwd", "cwd_features", "hint", "huber", "kd", "kd_binary"]
-NAMES += ["kd_ccc", "kd_huber", "kd_mse", "kd_pixel", "mse", "rkd", "saliency", "sp", "teacher_bounded"]
-TEACHER_CASES = cases(lambda name, row, shapes: row.against != "targets" and shapes[0][1:] == shapes[1][1:])
+NAMES = ["ail", "at", "ccc", "cosine", "cross_entropy", "cwd", "cwd_features", "dist", "dkd", "hard_label", "hint"]
+NAMES += ["huber", "kd", "kd_binary", "kd_ccc", "kd_huber", "kd_mse", "kd_pixel", "logit_mse", "logit_std", "mse"]
+NAMES += ["rkd", "saliency", "sp", "teacher_bounded"]
+# Of those that are least where both say the same; a hard label is not what its teacher says.
+TEACHER_CASES = cases(
+    lambda name, row, shapes: row.against != "targets" and shapes[0][1:] == shapes[1][1:] and name != "hard_label"
+)
 ROW_CASES = cases(lambda name, row, shapes: not row.relational)
 LOGIT_CASES = cases(lambda name, row, shapes: row.student == "logits" and "regression" not in row.tasks)
 VECTOR_LOGIT_CASES = [case for case in LOGIT_CASES if len(case.values[1][0]) == 1]
+# Of those that are infinite where the student rules out what is so; the others have means or variances of logits.
+LIKELIHOOD_CASES = [case for case in VECTOR_LOGIT_CASES if case.values[0] not in ("dist", "logit_mse", "logit_std")]
 OUTPUT_CASES = cases(lambda name, row, shapes: row.tasks == ("regression",))
 FEATURE_CASES = cases(lambda name, row, shapes: row.against == "features")
 
@@ -34,12 +40,16 @@ FEATURE_CASES = cases(lambda name, row, shapes: row.against == "features")
 
 def test_the_cases_cover_the_whole_table():
     assert sorted(LOSSES) == sorted(ORACLES) == NAMES
-    vectors, maps, features = 4 * 4 + 4 * 4 + 4, 2 * 4 * 4 * 3, 5 * 4 + 6 * 2 + 5 * 2 + 7 + 7 * 6
+    shaped = {"logit_mse": 4, "hard_label": 4, "logit_std": 3 * 4, "dkd": 3 * 8, "dist": 3 * 8}
+    assert {name: len(cases(lambda one, *_, name=name: one == name)) for name in shaped} == shaped
+    new = sum(shaped.values())
+    vectors, maps, features = 4 * 4 + 4 * 4 + 4 + new, 2 * 4 * 4 * 3, 5 * 4 + 6 * 2 + 5 * 2 + 7 + 7 * 6
     outputs = 3 * (4 * 4 + 4)
     assert len(CASES) == vectors + maps + features + outputs and len(OUTPUT_CASES) == outputs
     assert len(VECTOR_LOGIT_CASES) == vectors and len(LOGIT_CASES) == vectors + maps and len(FEATURE_CASES) == features
-    assert len(ROW_CASES) == len(CASES) - 7 - 7 * 6 - 2 * 3
-    assert len(TEACHER_CASES) == 4 * 4 + 4 + 2 * 2 * 4 + 2 * 4 + 3 * 2 + 2 * 2 + 3 + 3 * 6 + 3 * (4 + 2)
+    assert len(ROW_CASES) == len(CASES) - 7 - 7 * 6 - 2 * 3 - shaped["dist"]
+    taught = 4 * 4 + 4 + new - shaped["hard_label"] - shaped["dkd"]
+    assert len(TEACHER_CASES) == taught + 2 * 2 * 4 + 2 * 4 + 3 * 2 + 2 * 2 + 3 + 3 * 6 + 3 * (4 + 2)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -67,8 +77,8 @@ def test_every_row_names_fields_that_exist(name):
 @pytest.mark.parametrize(
     ("task", "classes", "names"),
     [
-        ("classification", 2, "cross_entropy kd kd_binary"),
-        ("classification", 3, "cross_entropy kd"),
+        ("classification", 2, "cross_entropy hard_label kd kd_binary logit_mse"),
+        ("classification", 3, "cross_entropy dist dkd hard_label kd logit_mse logit_std"),
         ("segmentation", 21, "cross_entropy cwd kd_pixel"),
         ("regression", 1, "ail ccc huber kd_ccc kd_huber kd_mse mse teacher_bounded"),
         ("sound", 2, ""),
@@ -141,7 +151,10 @@ def test_adding_a_constant_to_the_logits_of_a_place_changes_nothing(name, shapes
         return logits + torch.linspace(-50, 50, places.numel()).reshape(places.shape)
 
     torch.testing.assert_close(function(shifted(student), against, **options), values, **tolerance)
-    if against.is_floating_point():
+    if LOSSES[name].with_teacher:  # behind the column of labels
+        against = torch.cat([against[:, :1], shifted(against[:, 1:])], dim=1)
+        torch.testing.assert_close(function(student, against, **options), values, **tolerance)
+    elif against.is_floating_point():
         torch.testing.assert_close(function(student, shifted(against), **options), values, **tolerance)
 
 
@@ -191,15 +204,19 @@ def test_extreme_logits_give_finite_values_and_gradients(name, shapes, options):
         return made
 
     student = maps([s for s, _ in pairs], grid).requires_grad_()
-    if LOSSES[name].against == "targets":
+    if LOSSES[name].with_teacher:
+        against = torch.cat([torch.arange(len(pairs))[:, None] % 2, maps([t for _, t in pairs], ())], dim=1)
+    elif LOSSES[name].against == "targets":
         against = torch.arange(len(pairs)).reshape(-1, *[1] * len(grid)).repeat(1, *shapes[1]) % classes
     else:
         against = maps([t for _, t in pairs], shapes[1][1:])
     values = function_of(name)(student, against, **options)
     values.sum().backward()
     assert values.isfinite().all() and student.grad.isfinite().all()
-    # Confidently wrong is expensive; CWD has the mean over classes, most of which are the same everywhere.
-    assert values.max() > (min(1000, 400 * options.get("temperature", 4)) if name == "cwd" else 1000)
+    # Confidently wrong is expensive; CWD has the mean over classes, most of which are the same everywhere, and what
+    # has been brought to one scale has a bound.
+    if name not in ("dist", "logit_std"):
+        assert values.max() > (min(1000, 400 * options.get("temperature", 4)) if name == "cwd" else 1000)
 
 
 @pytest.mark.parametrize("name, shapes, options", FEATURE_CASES)
@@ -222,13 +239,26 @@ def test_extreme_features_give_finite_values_and_gradients(name, shapes, options
             assert student.grad.abs().max() <= 1 + 1e-2 * sum(options.values())
 
 
-@pytest.mark.parametrize("name, shapes, options", VECTOR_LOGIT_CASES)
+def test_saying_the_same_as_the_teacher_is_the_minimum_of_dkd_whatever_the_label():
+    other, both = inputs("dkd", ((10,), (11,)))
+    student = both[:, 1:].clone().requires_grad_()
+    match = function_of("dkd")(student, both)
+    assert torch.equal(match, torch.zeros(64))
+    match.sum().backward()
+    assert student.grad.abs().max() <= 1e-5
+    nearer = [function_of("dkd")(torch.lerp(other, both[:, 1:], step), both).mean() for step in (0, 0.25, 0.5, 0.75, 1)]
+    assert nearer == sorted(nearer, reverse=True) and nearer[0] > 1
+
+
+@pytest.mark.parametrize("name, shapes, options", LIKELIHOOD_CASES)
 def test_an_infinite_logit_of_the_student_is_never_nan(name, shapes, options):
     student, against = inputs(name, shapes, batch=8)
     student[:, 0] = -INF
     agrees, wants_it = slice(0, 4), slice(4, 8)
-    if against.is_floating_point():
-        against[agrees, 0], against[wants_it, 0] = -1e5, 10
+    if LOSSES[name].with_teacher:
+        against[agrees, :2], against[wants_it, :2] = torch.tensor([1.0, -1e5]), torch.tensor([0.0, 30.0])
+    elif against.is_floating_point():
+        against[agrees, 0], against[wants_it, 0] = -1e5, 30
     else:
         against[agrees], against[wants_it] = 1, 0
     student.requires_grad_()
@@ -435,6 +465,37 @@ def test_the_gradient_of_kd_is_the_stated_one():
     torch.testing.assert_close(student.grad, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_dkd_with_the_teacher_s_doubt_for_a_weight_is_kd():
+    student, both = inputs("dkd", ((10,), (11,)))
+    for row, (label, *teacher) in enumerate(both.tolist()):
+        one = both[row : row + 1]
+        p = torch.softmax(torch.tensor(teacher) / 2, dim=0)[int(label)]
+        found = function_of("dkd")(student[row : row + 1], one, beta=float(1 - p), temperature=2.0)
+        torch.testing.assert_close(found, kd(student[row : row + 1], one[:, 1:], temperature=2.0), rtol=1e-4, atol=1e-5)
+
+
+def test_kd_tends_to_half_of_logit_mse():
+    student, teacher = inputs("kd", ((10,), (10,)), scale=1.0)
+    half = LOSSES["logit_mse"].function(student, teacher) / 2
+    torch.testing.assert_close(kd(student, teacher, temperature=50.0), half, rtol=0.05, atol=0)
+
+
+def test_logit_std_and_dist_leave_the_scale_of_the_student_free():
+    _, teacher = inputs("logit_std", ((10,), (10,)))
+    assert LOSSES["logit_std"].function(3 * teacher + 1, teacher).max() < 1e-5 < kd(3 * teacher, teacher).min()
+    p = torch.softmax(teacher, dim=1)
+    blurred = torch.log(0.5 * p + 0.05)  # probabilities that are a straight line of the teacher's
+    assert LOSSES["dist"].function(blurred, teacher) < 1e-5 < kd(blurred, teacher).min()
+
+
+@pytest.mark.parametrize("name, bound", [("logit_std", 2000.0), ("dist", 2000.0)])
+def test_a_student_that_says_nothing_yet_has_a_bounded_gradient(name, bound):
+    _, teacher = inputs(name, ((10,), (10,)))
+    student = torch.zeros_like(teacher, requires_grad=True)
+    LOSSES[name].function(student, teacher).sum().backward()
+    assert 1e-3 < student.grad.abs().max() < bound
+
+
 # ------------------------------------------------------------------------------------------------------ the objective
 
 BOTH = {"cross_entropy": {"weight": 0.1, "label_smoothing": 0.1}, "kd": {"weight": 0.9, "temperature": 3.0}}
@@ -590,7 +651,7 @@ def whole_and_shares(losses, output, batch, cut):
 
 @pytest.mark.parametrize("cut", [0, 1, 4, 7])
 @pytest.mark.parametrize(
-    "task, count, grid", [("classification", 7, ()), ("segmentation", 8, (4, 3)), ("regression", 11, ())]
+    "task, count, grid", [("classification", 11, ()), ("segmentation", 8, (4, 3)), ("regression", 11, ())]
 )
 def test_the_shares_of_a_step_add_up_to_the_whole(cut, task, count, grid):
     rows = {name: row for name, row in LOSSES.items() if task in row.tasks and not row.relational}
@@ -704,7 +765,7 @@ def test_gradient_descent_on_kd_finds_the_teacher():
 
 def test_signals_needed():
     assert signals_needed({"cross_entropy": {}}) == set()
-    assert signals_needed(BOTH) == {"logits"}
+    assert signals_needed(BOTH) == signals_needed({"dkd": {}}) == signals_needed({"hard_label": {}}) == {"logits"}
     assert signals_needed({}) == set()
 
 
@@ -744,8 +805,11 @@ WRONG = [
     (
         {"kd_binary": {}},
         "loss 'kd_binary': is for classification with exactly 2 classes, not for classification with 10; "
-        "losses that fit: cross_entropy, kd, cwd_features, cosine, hint, at, saliency, sp, rkd",
+        "losses that fit: cross_entropy, kd, logit_mse, hard_label, logit_std, dkd, dist, cwd_features, cosine, hint, "
+        "at, saliency, sp, rkd",
     ),
+    ({"dkd": {"beta": 0}}, "loss 'dkd': option 'beta' must be from 0.01 to 100, not 0"),
+    ({"hard_label": {"label_smoothing": 0.1}}, "loss 'hard_label': unknown option 'label_smoothing'; known: weight"),
     ({"kd": {"weight": -1}}, "loss 'kd': weight: 'value' must be finite and not negative, not -1"),
     ({"cross_entropy": {}, "kd": {"weight": "high"}}, "loss 'kd': weight: must be a number or one schedule"),
     ({"kd": {"weight": {"linaer": {}}}}, "loss 'kd': weight: unknown schedule 'linaer'; did you mean 'linear'?"),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from processes import run as start_run
 from recordings import encoded, tones
 from safetensors.torch import load_file, save_file
 
-from kd_dist import assemble, cache_teacher, cost, train
+from kd_dist import assemble, cache_teacher, caches, cost, train
+from kd_dist.batch import Batch, StudentOutput, TeacherSignal
 from kd_dist.config import load
+from kd_dist.losses import Objective
 from kd_dist.models import build_network
 from kd_dist.sources.voc import VOC_CLASSES
 
@@ -24,7 +27,8 @@ STEPS = 2
 
 
 def test_every_shipped_recipe_is_found():
-    names = ["camvid", "deepfake_sbi", "digits", "emotion_deam", "emotion_vgmidi", "faces_sbi", "voc_fcn_resnet50"]
+    names = ["camvid", "deepfake_sbi", "digits", "digits_losses", "emotion_deam", "emotion_vgmidi", "faces_sbi"]
+    names += ["voc_fcn_resnet50"]
     assert [path.stem for path in RECIPES] == names
 
 
@@ -36,6 +40,27 @@ def test_a_shipped_recipe_can_be_read_and_its_header_says_how_to_run_it(path, tm
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(f"kd-dist run configs/{path.name}" in line for line in header)
     assert any("Hardware: " in line for line in header)
+
+
+def test_the_losses_on_digits_differ_in_nothing_but_the_loss():
+    """And from the digits' own recipe in nothing at all but more stages: its `kd` is their `distill`."""
+    recipe, digits = load(CONFIGS / "digits_losses.yaml"), load(CONFIGS / "digits.yaml")
+    students = {name: stage for name, stage in recipe.stages.items() if stage.model == "student"}
+    assert list(students) == ["pretrain", "kd", "logit_mse", "dkd", "dist", "logit_std", "hard_label"]
+    assert {repr(replace(stage, losses={})) for stage in students.values()} == {
+        repr(replace(digits.stages["distill"], losses={}))
+    }
+    assert replace(recipe, name="digits", stages={}) == replace(digits, stages={})
+    assert recipe.stages["teacher"] == digits.stages["teacher"] and students["kd"] == digits.stages["distill"]
+    generator = torch.Generator().manual_seed(0)
+    labels, teacher = torch.arange(8), TeacherSignal(torch.randn(8, 10, generator=generator))
+    batch = Batch(tuple("abcdefgh"), torch.zeros(8, 3, 1, 1), labels, None, labels >= 0, 8, teacher)
+    for name, stage in students.items():
+        assert {"pretrain": "cross_entropy"}.get(name, name) in stage.losses
+        logits = torch.randn(8, 10, generator=generator).requires_grad_()
+        loss, _ = Objective(stage.losses, stage.epochs)(StudentOutput(logits), batch, epoch=30.0)
+        loss.backward()
+        assert loss > 0 and logits.grad.isfinite().all() and logits.grad.any()
 
 
 @pytest.fixture
@@ -263,7 +288,7 @@ def test_the_deam_recipe_runs_at_full_scale(tmp_path, ran, fewer):
             assert 0 < epoch["logit_max"] <= 1
     recipe = load(*words[:1], words[1:])
     with inside(tmp_path):
-        cached = assemble.signals(recipe, "train", assemble.examples(recipe, "train"))
+        cached = caches.signals(recipe, "train", assemble.examples(recipe, "train"))
         said = cached.codec.decode(cached.rows(np.arange(2), np.zeros(2, int)))
     assert said.shape == (2, 2) and 0 < np.abs(said).max() <= 1
     rows = json.loads(ran(evaluate, *words))

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import pearsonr
+from test_images import PNG
 
 from kd_dist.errors import DataError, RecipeError
 from kd_dist.signals import add_sums
 from kd_dist.tasks.regression import Regression
-from tests.test_images import PNG
 
 TASK = Regression(("valence", "arousal"))
 LABEL = json.dumps({"label": [0.5, -1]}).encode()

@@ -13,7 +13,7 @@ from kd_dist.batch import Batch, StudentOutput, TeacherSignal
 from kd_dist.losses import LOSSES, Objective
 from kd_dist.losses.relations import related
 
-RELATIONAL = ["ccc", "kd_ccc", "sp", "rkd"]
+RELATIONAL = ["dist", "ccc", "kd_ccc", "sp", "rkd"]
 ROWS, TOTAL, UNLABELLED = 8, 11, 2  # rows of this micro-batch, of the whole step, and which row has no label
 SPLITS = {"even": (4, 4), "uneven": (5, 3), "one row": (7, 1), "nothing": (8, 0)}  # rows of each rank
 
@@ -23,13 +23,13 @@ def lesson():
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(ROWS, 3, 4, 4, generator=generator)
     features = {name: torch.randn(ROWS, 7, 2, 2, generator=generator) for name in ("low", "high")}
-    targets, outputs = torch.randn(2, ROWS, 2, generator=generator)
+    targets, outputs = torch.randn(2, ROWS, 3, generator=generator)
     targets[UNLABELLED, 1] = torch.nan
     return images, targets, TeacherSignal(outputs, features)
 
 
 class Pupil(nn.Module):
-    """Two features from images, and an output from each."""
+    """Two features from images, and three outputs from these."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Pupil(nn.Module):
 
     def forward(self, images):
         features = {"low": self.low(images), "high": self.high(images)}
-        outputs = torch.stack([feature[:, 0].mean(dim=(1, 2)) for feature in features.values()], dim=1)
+        outputs = torch.cat([features["low"][:, :2].mean(dim=(2, 3)), features["high"][:, :1].mean(dim=(2, 3))], dim=1)
         return StudentOutput(outputs, features)
 
 
@@ -53,7 +53,7 @@ def learn(pupil, losses, rows, world=1):
     features = {name: value[rows] for name, value in features.items()}
     if not len(valid):
         valid, images = torch.tensor([False]), torch.full((1, 3, 4, 4), 100.0)
-        targets, outputs = torch.zeros(1, 2), torch.full((1, 2), -100.0)
+        targets, outputs = torch.zeros(1, 3), torch.full((1, 3), -100.0)
         features = {name: torch.full((1, 7, 2, 2), -100.0) for name in features}
     signals = TeacherSignal(outputs, features)
     batch = Batch(("k",) * len(valid), images.to(torch.uint8), targets, None, valid, TOTAL, signals)
@@ -128,7 +128,7 @@ def test_without_gather_each_rank_relates_its_own_rows(shares, name, split):
         assert second["loss"] == 0
         torch.testing.assert_close(first["loss"], whole["loss"])
     else:
-        assert (first["loss"] + second["loss"] - whole["loss"]).abs() > 1e-2 * whole["loss"]
+        assert (first["loss"] + second["loss"] - whole["loss"]).abs() > 1e-3 * whole["loss"]
 
 
 @pytest.mark.slow

@@ -143,6 +143,20 @@ def test_every_metric_has_an_interval_and_a_retention():
     assert found["retention"] == pytest.approx(0.5 / 0.9) == found["metrics"]["accuracy"]["retention"]
 
 
+def test_a_student_is_held_to_the_teachers_that_it_listens_to():
+    """Those of no stage beside the first one; a student alone, and one of the first, is held to the first."""
+    teachers = [row("teacher", "teacher", 0, 0.8)]
+    teachers += [row("teacher", stage, 0, value, further=True) for stage, value in (("wide", 0.6), ("both", 0.9))]
+    students = [row("student_alone", "pretrain", 0, 0.6), row("student_kd", "first", 0, 0.6, taught_by=None)]
+    students += [row("student_kd", name, 0, 0.6, taught_by=name[2:]) for name in ("byboth", "bywide", "bylost")]
+    found = {one["stage"]: one for one in summarise([*teachers, *students])}
+    kept = {"pretrain": 0.75, "first": 0.75, "byboth": 0.6 / 0.9, "bywide": 1.0}
+    for stage, value in kept.items():
+        assert found[stage]["retention"] == found[stage]["metrics"]["accuracy"]["retention"] == pytest.approx(value)
+    assert found["bylost"]["retention"] is None and found["teacher"]["retention"] == 1
+    assert list(found)[:3] == ["teacher", "wide", "both"]
+
+
 def test_a_metric_that_a_seed_has_not_has_no_mean():
     teacher = row("teacher", "teacher", 0, 0.9, metrics={"accuracy": 0.9, "nll": 0.2, "auc": None})
     for rows in ([teacher, two(0, 0.7, 0.5)], [two(0, None, 0.5), two(1, 0.7, 0.5)], [two(0, 0.7, 0.5)]):

@@ -383,10 +383,60 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     assert all(later < earlier for earlier, later in zip(values[15:], values[16:], strict=False))
 
 
+@pytest.mark.parametrize("factor", [1, 2])
+def test_the_learning_rate_begins_again_after_each_cycle(factor):
+    """SGDR's formula, counted from the end of the warm-up."""
+    more = {"cycle_epochs": 2, "cycle_factor": factor}
+    stage = Stage(losses={}, epochs=15, batch_size=1, lr=0.1, warmup_epochs=1, min_lr=0.01, **more)
+    expected = [0.1 * (step + 1) / 10 for step in range(10)]
+    for length in ([20] * 7 if factor == 1 else [20, 40, 80]):
+        expected += [0.01 + 0.5 * (0.1 - 0.01) * (1 + math.cos(math.pi * step / length)) for step in range(length)]
+    values = [train.learning_rate(step, stage, 10) for step in range(150)]
+    assert len(expected) == 150 and values == pytest.approx(expected)
+    assert sum(value == pytest.approx(0.1) for value in values) == 1 + (7 if factor == 1 else 3)
+
+
 @pytest.mark.parametrize(("warmup", "steps"), [(0.4, 3), (0.5, 5), (0.1, 15), (1, 3)])
 def test_the_learning_rate_never_passes_its_maximum(warmup, steps):
     stage = Stage(losses={}, epochs=2, batch_size=1, lr=0.1, warmup_epochs=warmup)
     assert max(train.learning_rate(step, stage, steps) for step in range(2 * steps)) <= 0.1
+
+
+UNFREEZE = ["train.train_last=0", "train.unfreeze={1: 1, 2: null}", "train.epochs=3", "train.batch_size=8"]
+UNFREEZE += ["student.model=tiny_model:blocky", "train.weight_decay=0.1", "train.gradient_checkpointing=true"]
+
+
+def test_blocks_begin_to_learn_when_they_are_to(lab, tmp_path):
+    """3 steps an epoch. Until then they are not decayed, have no moments, and their statistics rest."""
+    whole = trained(lab, tmp_path / "whole", *UNFREEZE, "train.checkpoint_every=1")
+    first = trained(lab, tmp_path / "first", *UNFREEZE, "train.max_steps=1", "train.lr=1e-30")
+    parts, seen = tmp_path / "parts", [weights(first)]
+    for steps in (3, 4, 6, 8, 9):  # stopped and resumed within epochs and between them
+        folder = trained(lab, parts, *UNFREEZE, f"train.max_steps={steps}")
+        seen.append(weights(folder))
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert state(whole)[file] == state(folder)[file], file
+
+    def moved(one: dict, other: dict) -> set[str]:
+        return {name.split(".")[2] for name, value in one.items() if not value.equal(other[name])}
+
+    assert moved(seen[0], seen[1]) == {"5"} and moved(seen[1], seen[2]) == moved(seen[2], seen[3]) == {"2", "5"}
+    assert moved(seen[3], seen[4]) == {"0", "1", "2", "5"}
+    moments = load_file(next(folder.glob("checkpoint-*")) / "optimizer.safetensors")
+    steps = [int(value) for name, value in moments.items() if name.endswith(".step")]
+    assert sorted(steps) == [3] * 10 + [6] * 4 + [9] * 2
+    static = trained(lab, tmp_path / "static", *UNFREEZE, "train.unfreeze={}", "train.max_steps=3")
+    assert_same_weights(static, trained(lab, tmp_path / "a", *UNFREEZE, "train.max_steps=3"), 0, tensors=len(seen[0]))
+
+
+def test_blocks_that_learn_later_train_on_two_processes_as_on_one(lab, tmp_path):
+    words = [*UNFREEZE, "student.model=tiny_model:brittle", "student.options={norm: false, limit: 2.0}"]
+    words += ["train.gradient_checkpointing=false", "train.accumulate=2", "train.ema=0.5"]
+    one, two = (trained(lab, tmp_path / str(world), *words, world=world) for world in (1, 2))
+    assert_same_weights(one, two, 2e-5, tensors=16)
+    moments = load_file(next(two.glob("checkpoint-*")) / "optimizer.safetensors")
+    steps = sorted(int(value) for name, value in moments.items() if name.endswith(".step"))
+    assert steps == sorted([3] * 4 + [6] * 2 + [9] * 2)
 
 
 def test_a_share_of_one_example_has_no_batch_statistics(lab, tmp_path):

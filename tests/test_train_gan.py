@@ -208,7 +208,7 @@ def test_recordings_that_cannot_be_read_are_not_learnt_from_as_silence(studio, t
 
 
 @pytest.mark.slow
-def test_a_student_learns_from_both_and_the_report_says_whether_it_helped(generated):
+def test_a_student_learns_from_both_and_the_report_says_whether_it_helped(generated, monkeypatch):
     done(run(cache_teacher.main, ["tunes.yaml"], folder=generated))
     for stage in ("alone", "taught"):
         done(run(train.main, ["tunes.yaml", "--stage", stage], folder=generated))
@@ -233,6 +233,15 @@ def test_a_student_learns_from_both_and_the_report_says_whether_it_helped(genera
     )
     assert with_them > without
     assert f"`more` against `taught`, which has no generated examples, {with_them} steps against {without}: " in said
+    monkeypatch.chdir(generated)
+    second = "teachers.other={model: kd_dist/mobile_vit, options: {width: 16, blocks: 1, heads: 2, patch: 8}}"
+    recipe = load("tunes.yaml", [second, "stages.more.teachers=[teacher, other]"])
+    cache_teacher.cache_teacher(recipe)
+    corridor, live = assemble.training_corridor(recipe, "more", 0, 1), assemble.online_teacher(recipe, "more")
+    both = [corridor[cursor] for cursor in range(corridor.plan.steps_per_epoch)]
+    assert sum(key.startswith("generated") for batch in both for key in batch.keys) > 4
+    for batch in both:
+        torch.testing.assert_close(batch.signals.logits, live(batch.images).logits, atol=1e-5, rtol=0)
     other = run(kd_dist, "train", "tunes.yaml", "--stage", "more", "gan.seed=1", folder=generated)
     assert "generated: was made with source.options.seed = 0, the recipe says 1; " in sentence(other)
 
@@ -259,6 +268,7 @@ def test_generated_examples_that_are_not_there_are_one_sentence(studio, tmp_path
             ["stages.more.losses={huber: {}, ail: {}, teacher_bounded: {}}"],
             "stages.more.generated: generated examples have no labels; they are for a student with a loss that",
         ),
+        (["stages.more.shards=1"], "stages.more.shards: is for a part of the packed examples, and generated ones are"),
         (["gan.batch_size=1"], "gan.batch_size: must be a whole number, at least 2, not 1"),
         (["audio.mels=1", f"views.size=[1, {FRAMES}]"], "gan: needs views of two bands and two frames at least"),
         (["gan.labels=[0.1, 0.9]"], "gan.labels: recordings must be called more than samples, not [0.1, 0.9]"),

@@ -17,6 +17,7 @@ TOKENS = [
 # Overrides of the tiny classification recipe, and what is wrong with them.
 REFUSED = [
     (["cache.features={f: {tap: '0', pca: 9}}"], "cache.features.f.pca: 9 components cannot be had from the 8"),
+    (["teachers.wide={model: tiny_model:wider}"], "teachers.wide.model: 'tiny_model:wider'"),
     (["cache.features={f: {tap: '4', pool: 2}}"], "feature 'f' of shape (3,): pool 2 is not possible"),
     ([*TOKENS, "cache.features={f: {tap: blocks.0, pool: 2}}"], "feature 'f' of shape (12, 5): pool 2 is not possible"),
     (["cache.features={f: {tap: '7'}}"], "teacher.model: tiny_model:network: feature 'f': there is no module '7'"),

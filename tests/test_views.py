@@ -96,12 +96,13 @@ def test_each_parameter_alone_is_golden(name):
 def test_a_fresh_process_draws_and_replays_the_same():
     script = (
         "import json\n"
-        "from tests.test_views import POLICY, draw, input_crc, noise, replay\n"
+        "from test_views import POLICY, draw, input_crc, noise, replay\n"
         "views = [draw(POLICY, 'cats/1', n, (91, 70)) for n in range(20)]\n"
         "print(json.dumps([[v.tobytes().hex(), input_crc(replay(noise(91, 70), v, POLICY.size))] for v in views]))\n"
     )
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": root}
+    here = os.path.dirname(os.path.abspath(__file__))
+    path = os.pathsep.join([os.path.dirname(here), here])
+    environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
     views = [draw(POLICY, "cats/1", n, (91, 70)) for n in range(20)]
     here = [[v.tobytes().hex(), input_crc(replay(noise(91, 70), v, POLICY.size))] for v in views]

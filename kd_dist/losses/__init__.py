@@ -93,6 +93,7 @@ class Objective:
     rank by themselves, which gives another value than one process has. With its option `gather: true` it compares the
     rows of all ranks, as one process would; each rank then fetches the others' rows in every micro-batch. `ccc` and
     `kd_ccc`, whose rows are a few numbers, do so unless told `gather: false`.
+    Of a row that shows two examples, what a loss says with the target of each is weighed by how much of it is seen.
     """
 
     losses: Mapping[str, Mapping[str, Any]]
@@ -138,7 +139,10 @@ def _share(row: Loss, written: Mapping[str, Any], student: Tensor, against: Tens
         rows = batch.valid & outputs.labelled(against) if row.against == "targets" else batch.valid
         return related(function, student, against, rows, batch.total, written.get("gather", row.gather))
     teacher = [batch.signals.logits] if row.with_teacher else []
-    return torch.where(batch.valid, function(student, against, *teacher), 0.0).sum() / batch.total
+    values = function(student, against, *teacher)
+    if row.against == "targets" and batch.mixture is not None:
+        values = torch.lerp(values, function(student, batch.mixture.targets, *teacher), batch.mixture.share)
+    return torch.where(batch.valid, values, 0.0).sum() / batch.total
 
 
 def _feature_pairs(

@@ -1,7 +1,7 @@
 """One row of the losses table. It stands apart so that every family of losses can import it."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -23,4 +23,7 @@ class Loss(NamedTuple):
     ranges: dict[str, tuple[float, float]]  # numeric option -> smallest and largest value, both allowed
     relational: bool = False  # whether it compares the rows of a batch with each other
     gather: bool = False  # of a relational one: whether it compares those of all ranks where a recipe is silent
+    # What becomes of it where the cache keeps the largest K logits: "exact", "near" (as `truncated` says), None: it
+    # needs all. Its function then takes TopLogits as well.
+    top: Literal["exact", "near"] | None = None
     with_teacher: bool = False  # of one against targets, not relational: whether it reads the teacher's logits too

@@ -47,8 +47,8 @@ class Network(nn.Module):
     backbone gives. With `bounds` (low, high) the `classes` outputs are real numbers between the two, float32 in any
     precision: low + (high - low) (tanh(z) + 1) / 2. Any other shape is a ModelError on the first batch.
 
-    `resting` names the normalisation layers that stay in evaluation mode whatever `train()` says: see
-    `kd_dist.models.blocks`.
+    `frozen` names the parameters that do not learn for now, `resting` the normalisation layers that stay in evaluation
+    mode whatever `train()` says: see `kd_dist.models.blocks`. `layout` is how images lie in memory.
     """
 
     def __init__(
@@ -65,6 +65,8 @@ class Network(nn.Module):
         self.classes, self.image_size, self.label, self.maps = classes, image_size, label, maps
         self.channels, self.bounds, self.ignored, self.size = len(built.mean), bounds, built.ignored, built.size
         self.resting: tuple[str, ...] = ()  # names in the backbone: a module may be replaced by a synchronised one
+        self.frozen: tuple[str, ...] = ()  # likewise
+        self.layout = torch.preserve_format
         # Not persistent: the recipe states them, and weights stay plain weights of the architecture.
         self.register_buffer("mean", torch.tensor(built.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(built.std).view(1, -1, 1, 1), persistent=False)
@@ -80,7 +82,7 @@ class Network(nn.Module):
                 f"{self.label}: takes inputs of {height} x {width}, and views.size is {given}; give it "
                 f"`options: {{img_size: {given}}}`"
             )
-        logits = self.backbone((pixels - self.mean) / self.std)
+        logits = self.backbone(((pixels - self.mean) / self.std).to(memory_format=self.layout))
         if not isinstance(logits, Tensor):
             raise ModelError(f"{self.label}: returns {type(logits).__name__}, not one tensor of logits")
         if self.classes == 2 and not self.maps and self.bounds is None and logits.shape == (len(images), 1):

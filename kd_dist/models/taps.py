@@ -66,6 +66,7 @@ class Taps:
         self.taps = {name: self._parsed(name, text, modules) for name, text in paths.items()}
         self.overwritten: set[str] = set()  # features that the next module changes in place: these are copied
         self.taken: dict[str, Taken] = {}
+        self.listening = True  # what runs meanwhile is taken
         self.patches = Patches(None, 0)  # of the last forward
         self.unfused: list[nn.Module] = []
         self.handles = [self._hooked(name, tap, modules[tap.path]) for name, tap in self.taps.items()]
@@ -147,15 +148,18 @@ class Taps:
             value = received(inputs[0])
         except ModelError as error:
             raise self._error(name, f"module '{self.taps[name].path}' {error}") from error
-        times = self.taken[name].times if name in self.taken else 0
-        self.taken[name] = Taken(value, _version(value), times + 1)
+        self._keep(name, value)
 
     def _take(self, name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         value = self._selected(name, output)
         if name in self.overwritten:
             value = value.clone()
-        times = self.taken[name].times if name in self.taken else 0
-        self.taken[name] = Taken(value, _version(value), times + 1)
+        self._keep(name, value)
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        if self.listening:  # else all but this is done, so that a block that runs again does what it did
+            times = self.taken[name].times if name in self.taken else 0
+            self.taken[name] = Taken(value, _version(value), times + 1)
 
     def _selected(self, name: str, output: Any) -> Tensor:
         path, selector, *_ = self.taps[name]
@@ -224,5 +228,5 @@ class Taps:
 
 
 def _version(value: Tensor) -> int:
-    """How often a tensor has been changed in place; inference tensors do not count."""
-    return 0 if value.is_inference() else value._version
+    """How often a tensor has been changed in place; inference tensors and those of compiled code do not count."""
+    return 0 if torch.compiler.is_compiling() or value.is_inference() else value._version

@@ -12,6 +12,7 @@ class Raw(NamedTuple):
 
     payload: bytes  # the encoded image or recording
     about: Mapping[str, Any]  # more metadata, JSON values: the landmarks of a face that had to be found
+    extension: str | None = None  # of what it is encoded as, where its item does not say
 
 
 class Item(NamedTuple):
@@ -19,7 +20,7 @@ class Item(NamedTuple):
 
     name: str  # relative path or other name, unique in its split; the example's key is made from it
     split: str | None  # None: the recipe's split fractions decide
-    extension: str  # of the encoded image or recording, without the dot: png, mp3
+    extension: str  # of the encoded image or recording, without the dot: png, mp3; "": `read` says it
     # Class index; or a mask's encoded PNG, or a picklable function that returns it; or numbers. Checked when packed.
     label: Any
     read: Callable[[], bytes | Raw]  # the encoded image or recording; picklable
@@ -44,8 +45,10 @@ SOURCES = {
     "deam": "kd_dist.sources.deam:deam",
     "digits": "kd_dist.sources.digits:digits",
     "face_frames": "kd_dist.sources.face_frames:face_frames",
+    "huggingface": "kd_dist.sources.huggingface:huggingface",
     "image_folder": "kd_dist.sources.image_folder:image_folder",
     "voc": "kd_dist.sources.voc:voc",
+    "webdataset": "kd_dist.sources.webdataset:webdataset",  # tars that are linked, not packed: kd_dist.link
 }
 
 

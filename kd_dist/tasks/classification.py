@@ -20,6 +20,7 @@ from kd_dist.views.blended import FAKE, is_fake
 
 HIGHER_IS_BETTER = {"accuracy": True, "nll": False, "ece": False}  # and of two classes: `binary`
 BINS = 15  # of the calibration error
+LISTED = 20  # classes that are told one by one
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Classification:
         return [
             f"accuracy {report['accuracy']:.4f}, nll {report['nll']:.4f}, entropy {report['entropy']:.4f} nat, "
             f"saturated {report['saturated']:.1%} of {report['rows']:,} rows",
-            f"  rows per class, labelled / predicted: {report['labelled_per_class']} / {report['predicted_per_class']}",
+            f"  rows per class, labelled / predicted: {counts(report['labelled_per_class'])} / "
+            f"{counts(report['predicted_per_class'])}",
             *self._ignorance_warnings(report),
             *certainty_warnings(report["entropy"]),
         ]
@@ -184,3 +186,8 @@ class CalibrationError(torchmetrics.Metric):
 
     def compute(self) -> Tensor:
         return (self.right - self.confidence).abs().sum() / self.count
+
+
+def counts(rows: Sequence[int]) -> str:
+    """How many rows each class has; of many classes the fewest and the most."""
+    return str(list(rows)) if len(rows) <= LISTED else f"{min(rows):,} to {max(rows):,}"

@@ -5,6 +5,7 @@ from PIL import Image
 
 ONE = 1 << 16  # the factor 1 in Q16 fixed point
 HALF = ONE // 2
+HUES = 1 << 12  # steps of hue in a turn
 
 
 def coloured(picture: Image.Image, brightness: float, contrast: float, saturation: float) -> np.ndarray:
@@ -19,6 +20,29 @@ def coloured(picture: Image.Image, brightness: float, contrast: float, saturatio
     if contrast != 1:
         picture = _mapped(picture, _away_from(_mean_grey(picture), contrast))
     return _saturated(picture, saturation) if saturation != 1 else np.array(picture)
+
+
+def hued(pixels: np.ndarray, amount: int) -> np.ndarray:
+    """(h, w, 3) uint8 with the hue of HSV turned by `amount` / HUES of a turn, from red to green; saturation and value
+    stay. A new array."""
+    red, green, blue = (pixels[..., channel].astype(np.int32) for channel in range(3))
+    value = np.maximum(np.maximum(red, green), blue)
+    chroma = value - np.minimum(np.minimum(red, green), blue)
+    # The hue in units of which a turn has 6 times the chroma: whole numbers, 0 for red. The first largest decides.
+    hue = np.where(
+        value == red, green - blue, np.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
+    )
+    sector = chroma * HUES
+    turn = 6 * sector
+    hue = hue * HUES + 6 * chroma * (amount % HUES)
+    made = np.empty_like(pixels)
+    for channel, offset in enumerate((5, 3, 1)):  # from HSV back: how far each channel is below the value
+        place = hue + offset * sector
+        place -= turn * (place >= turn)
+        place -= turn * (place >= turn)
+        below = np.clip(np.minimum(place, 4 * sector - place), 0, sector)
+        made[..., channel] = value - (below + HUES // 2 >> 12)
+    return made
 
 
 def _fixed(factor: float) -> int:

@@ -129,6 +129,7 @@ def replay_mask(mask: np.ndarray, view: np.void, size: tuple[int, int]) -> np.nd
     The box and the flip are those of `replay`; each pixel takes the value at its centre, so no value is made up.
     Raises DataError when the mask is of another kind, or when the view's box does not lie inside it.
     """
+    view = view["view"] if "view" in view.dtype.names else view  # what is done to pixels where they are moves no mask
     if mask.dtype != np.uint8 or mask.ndim != 2:
         raise DataError(f"a mask must be uint8 (H, W), not {mask.dtype} {mask.shape}; mend its decoder")
     top, left, bottom, right = _checked_box(view, mask.shape, "mask")
