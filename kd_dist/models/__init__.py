@@ -83,15 +83,16 @@ class Network(nn.Module):
                 f"`options: {{img_size: {given}}}`"
             )
         logits = self.backbone(((pixels - self.mean) / self.std).to(memory_format=self.layout))
+        count = images.shape[0]  # not len(), which would be a constant of an exported graph
         if not isinstance(logits, Tensor):
             raise ModelError(f"{self.label}: returns {type(logits).__name__}, not one tensor of logits")
-        if self.classes == 2 and not self.maps and self.bounds is None and logits.shape == (len(images), 1):
+        if self.classes == 2 and not self.maps and self.bounds is None and logits.shape == (count, 1):
             return torch.cat([torch.zeros_like(logits), logits], dim=1)
-        if logits.shape[:2] != (len(images), self.classes) or logits.dim() != (4 if self.maps else 2):
+        if logits.shape[:2] != (count, self.classes) or logits.dim() != (4 if self.maps else 2):
             grid, what = ", h, w" if self.maps else "", "classes" if self.bounds is None else "outputs"
             raise ModelError(
-                f"{self.label}: gives logits of shape {tuple(logits.shape)} for {len(images)} images, but the task has "
-                f"{self.classes} {what}: expected ({len(images)}, {self.classes}{grid})"
+                f"{self.label}: gives logits of shape {tuple(logits.shape)} for {count} images, but the task has "
+                f"{self.classes} {what}: expected ({count}, {self.classes}{grid})"
             )
         if self.bounds is None:
             return logits
