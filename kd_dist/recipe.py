@@ -297,6 +297,35 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limits:
+    """`export.limits`: what an exported model is held to; null: it is measured, and not judged.
+
+    `parity` and `int8` decide whether a file is written at all; `kd-dist check` judges the others.
+    """
+
+    retention: Positive | None = 0.9  # metric of each file / the teacher's
+    # Largest difference of a float32 file's outputs to the student's, of outputs up to 1; of larger ones, of the largest
+    parity: Positive = 1e-5
+    int8: Share = 0.95  # metric of an int8 file / the student's
+    size_mb: Positive | None = 25.0  # 10^6 bytes of a file
+    latency_ms: Positive | None = 100.0  # median of one example on one thread of the machine that exports
+    memory_mb: Positive | None = 500.0  # what a process takes to load a file and run one example, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """`export`: which student becomes a package for an app, in which formats, and what it is held to."""
+
+    stage: str | None = None  # null: the last that trains a student
+    formats: tuple[str, ...] = ()  # of kd_dist.formats.FORMATS; empty: all
+    calibration: Count = 128  # cached training examples that int8 takes its ranges from
+    license: str | None = None  # of the weights: an SPDX identifier or a sentence, for the model card
+    teacher_license: str | None = None  # of the teacher's weights, likewise
+    data_license: str | None = None  # of the training data, likewise
+    limits: Limits = Limits()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Monitor:
     """`monitor`: when a training run speaks up."""
 
@@ -324,6 +353,7 @@ class Recipe:
     student: Student
     stages: dict[str, Stage]  # in the order they are run
     evaluate: Evaluate = Evaluate()
+    export: Export = Export()
     monitor: Monitor = Monitor()
 
     @property

@@ -1,0 +1,1 @@
+"""Whether a package keeps what its recipe promises."""
