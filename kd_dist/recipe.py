@@ -304,7 +304,7 @@ class Limits:
     """
 
     retention: Positive | None = 0.9  # metric of each file / the teacher's
-    # Largest difference of a float32 file's outputs to the student's, relative to the largest of them if that is above 1
+    # Largest difference of a float32 file's outputs to the student's; over the largest of them, where that is above 1
     parity: Positive = 1e-5
     int8: Share = 0.95  # metric of an int8 file / the student's
     size_mb: Positive | None = 25.0  # 10^6 bytes of a file
