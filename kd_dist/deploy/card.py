@@ -151,9 +151,9 @@ def _seen(info: Mapping[str, Any]) -> str:
     low, high = sound["db"]
     highest = sound["sample_rate"] / 2 if sound["fmax"] is None else sound["fmax"]
     return (
-        f"of a recording at {sound['sample_rate']} Hz, one channel: {sound['frames']} frames from its middle of a log-mel "
-        f"spectrogram of {sound['mels']} bands from {shown(sound['fmin'])} to {shown(highest)} Hz, windows of "
-        f"{sound['n_fft']} samples every {sound['hop']}, {shown(low)} to {shown(high)} dB; `android/LogMel.java` does it"
+        f"of a recording at {sound['sample_rate']} Hz, one channel: the middle {sound['frames']} frames of its log-mel "
+        f"spectrogram, {sound['mels']} bands from {shown(sound['fmin'])} to {shown(highest)} Hz, windows of "
+        f"{sound['n_fft']} samples every {sound['hop']}, {shown(low)} to {shown(high)} dB, as `android/LogMel.java`"
     )
 
 
@@ -226,8 +226,8 @@ def _kept(metric: str, student: float | None, teacher: float | None) -> float | 
 def _limits(info: Mapping[str, Any]) -> Iterator[str]:
     found = info["metrics"]
     lines = [
-        f"made for inputs like those of its training data; how well it does on others was not measured: all figures are "
-        f"of {found['examples']:,} examples of one split, `{found['split']}`",
+        f"made for inputs like those of its training data; how well it does on others was not measured: all figures "
+        f"are of {found['examples']:,} examples of one split, `{found['split']}`",
         "no group of people, device or place was looked at by itself: differences between them are not known",
         "an input of something else gets an answer too; the model has no way to say that it does not know",
     ]
