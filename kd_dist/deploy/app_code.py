@@ -175,7 +175,7 @@ def _constants(info: Mapping[str, Any]) -> Iterator[str]:
         yield from _sound(info["front_end"])
     for name, one in info["files"].items():
         yield f"String {name.upper()}_FILE = {quoted(one['file'])}"
-        yield f"String {name.upper()}_SHA256 = {quoted(one['sha256'])}"
+        yield f"String {name.upper()}_SHA256 =\n            {quoted(one['sha256'])}"
 
 
 def _sound(front_end: Mapping[str, Any]) -> Iterator[str]:
