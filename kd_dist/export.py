@@ -74,7 +74,7 @@ def export(recipe: Recipe) -> dict[str, Any]:
         if not taken:
             raise unwritten(refused)
         info = told(recipe, student, own, own_row, teacher_row)
-        info["files"] = {name: described(recipe, info, name, files[name], heard[name]) | taken[name] for name in taken}
+        info["files"] = {name: described(info, name, files[name], heard[name], own) | taken[name] for name in taken}
         info["not_written"] = refused
         if recipe.audio is not None:
             runtimes = [one for one in FRONT_ENDS if any(name.startswith(one) for name in taken)]
@@ -337,7 +337,7 @@ def teacher_identity(recipe: Recipe, name: str) -> dict[str, Any]:
 
 
 def described(
-    recipe: Recipe, info: Mapping[str, Any], name: str, paths: list[Path], heard: proof.Outcome
+    info: Mapping[str, Any], name: str, paths: list[Path], heard: proof.Outcome, own: proof.Outcome
 ) -> dict[str, Any]:
     """What deployment_info.json says of one file, beside what it takes."""
     form, known = FORMATS[name], info["metrics"]
@@ -349,7 +349,7 @@ def described(
         "int8": form.int8,
         "note": form.note,
         "max_difference": heard.max_difference,
-        "largest_output": heard.largest,
+        "largest_output": own.largest,
         "range": list(heard.range),
         "metrics": heard.metrics,
         "retention": proof.share(known["metric"], heard.metrics, known["teacher"]),
