@@ -3,25 +3,25 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from kd_dist.checkpoint import write_atomic
+from kd_dist.deploy import golden
+from kd_dist.deploy.app_code import app_code
+from kd_dist.deploy.card import model_card
+from kd_dist.deploy.golden import Case
+
+__all__ = ["CARD", "INFO", "Case", "write"]
 
 INFO = "deployment_info.json"
-
-
-class Case(NamedTuple):
-    """An example of which every step to the output is known."""
-
-    name: str  # of its files: letters, digits, `-`, `_` and `.`
-    image: np.ndarray  # (H, W, 3) uint8, decoded; or (mels, frames) uint8, the levels of a whole recording
-    input: np.ndarray  # (C, H, W) float32, as the model takes it
-    output: np.ndarray  # float32, what the student says to it in Python, without the batch
+CARD = "MODEL_CARD.md"
 
 
 def write(folder: Path, info: Mapping[str, Any], cases: Sequence[Case]) -> None:
     """Write deployment_info.json, MODEL_CARD.md, android/ and golden/ into `folder`, beside the model files that
-    `info` lists."""
-    write_atomic(folder / INFO, json.dumps(info, indent=1, ensure_ascii=False) + "\n")
+    `info` lists. Raises KdError for cases that cannot be told apart."""
+    golden.write(folder / "golden", cases)
+    for name, text in app_code(info).items():
+        write_atomic(folder / "android" / name, text)
+    write_atomic(folder / CARD, model_card(info))
+    write_atomic(folder / INFO, json.dumps(info, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

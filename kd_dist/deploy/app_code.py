@@ -1,0 +1,214 @@
+"""Code for an Android app: a student's constants, its input and output in plain Java, and an example of each runtime."""
+
+import re
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+SOURCES = Path(__file__).with_name("android")
+MARK = re.compile(r"@(\w+)@")
+WIDTH = 112  # characters that a line of names may have, so that it fits into 120 with its indent
+
+INPUTS = {
+    "image": {
+        "java_import": "import android.graphics.Bitmap;",
+        "java_argument": "Bitmap bitmap",
+        "java_input": """\
+        int width = bitmap.getWidth();
+        int height = bitmap.getHeight();
+        int[] pixels = new int[width * height];
+        bitmap.getPixels(pixels, 0, width, 0, 0, width, height);
+        float[] input = Preprocess.input(pixels, width, height);""",
+        "kotlin_import": "import android.graphics.Bitmap",
+        "kotlin_argument": "bitmap: Bitmap",
+        "kotlin_input": """\
+        val width = bitmap.width
+        val height = bitmap.height
+        val pixels = IntArray(width * height)
+        bitmap.getPixels(pixels, 0, width, 0, 0, width, height)
+        val input = Preprocess.input(pixels, width, height)""",
+        "note": """\
+ * The student learnt from pixels as they are stored: no orientation of EXIF was applied, no colour profile, and what is
+ * transparent kept its colour. BitmapFactory turns nothing either, ImageDecoder does; set inScaled and inPremultiplied
+ * to false, and do not ask for Bitmap.Config.HARDWARE, which has no pixels to read. Two JPEG decoders may differ by a
+ * level here and there.""",
+    },
+    "spectrogram": {
+        "java_import": "",
+        "java_argument": "float[] waveform",
+        "java_input": "        float[] input = Preprocess.input(LogMel.spectrogram(waveform));",
+        "kotlin_import": "",
+        "kotlin_argument": "waveform: FloatArray",
+        "kotlin_input": "        val input = Preprocess.input(LogMel.spectrogram(waveform))",
+        "note": """\
+ * The waveform has one channel, the mean of all, at StudentInfo.SAMPLE_RATE Hz, full scale 1: samples of 16 bits are
+ * divided by 32768. Loudness counts, so it is not normalised.""",
+    },
+}
+
+OUTPUTS = {
+    "classification": {
+        "returns": "The probability of each of StudentInfo.CLASS_NAMES; Postprocess.best has the index of the largest.",
+        "method": "probabilities",
+        "java_type": "float[]",
+        "java_util_import": "",
+        "kotlin_type": "FloatArray",
+        "result": "Postprocess.probabilities(output)",
+    },
+    "segmentation": {
+        "returns": "The class of each pixel of the bitmap, row by row, as Postprocess.classMap says.",
+        "method": "classMap",
+        "java_type": "byte[]",
+        "java_util_import": "",
+        "kotlin_type": "ByteArray",
+        "result": "Postprocess.classMap(output, width, height)",
+    },
+    "regression": {
+        "returns": "The student's values by the names of StudentInfo.OUTPUT_NAMES.",
+        "method": "values",
+        "java_type": "Map<String, Float>",
+        "java_util_import": "import java.util.Map;",
+        "kotlin_type": "Map<String, Float>",
+        "result": "Postprocess.byName(output)",
+    },
+}
+
+EXAMPLES = {  # file: the formats that it can run, the best one first, and where their versions are told
+    "JavaExample.java": (("executorch", "executorch_int8"), "executorch"),
+    "KotlinExample.kt": (("executorch", "executorch_int8"), "executorch"),
+    "OnnxExample.kt": (("onnx", "onnx_int8", "onnx_dynamic_int8"), "onnxruntime"),
+    "TorchScriptExample.java": (("torchscript",), "torch"),
+}
+
+
+def app_code(info: Mapping[str, Any]) -> dict[str, str]:
+    """The text of each file of `android/` by its name. There is an example of each runtime that can run one of the
+    files of `info`, and all of them compile together."""
+    image = info["input"]["name"] == "image"
+    files = {
+        "StudentInfo.java": student_info(info),
+        "Preprocess.java": _source("Preprocess.image.java" if image else "Preprocess.recording.java"),
+        "Postprocess.java": _source(f"Postprocess.{info['task']}.java"),
+    }
+    if image:
+        files["CanonicalBox.java"] = _source(f"CanonicalBox.{info['input']['view']}.java")
+    else:
+        files["LogMel.java"] = _source("LogMel.java")
+    parts = {**INPUTS[info["input"]["name"]], **OUTPUTS[info["task"]]}
+    for name, (formats, library) in EXAMPLES.items():
+        known = [one for one in formats if one in info["files"]]
+        if known:
+            version = info["made_with"][library].partition("+")[0]  # 2.13.0+cpu is no version of an Android library
+            text = _source(name)
+            files[name] = filled(text, {**parts, formats[0]: known[0].upper(), f"{library}_version": version})
+    if "JavaExample.java" in files or "TorchScriptExample.java" in files:
+        files["AssetFile.java"] = _source("AssetFile.java")
+    return {**files, "README.md": readme(files)}
+
+
+def filled(template: str, parts: Mapping[str, str]) -> str:
+    """A template with each `@name@` replaced; a line that holds only such a name, and gets nothing, is left out."""
+    lines = []
+    for line in template.splitlines():
+        whole = MARK.fullmatch(line)
+        if whole is None or parts[whole[1]]:
+            lines.append(MARK.sub(lambda mark: parts[mark[1]], line))
+    return "\n".join([*lines, ""])
+
+
+def student_info(info: Mapping[str, Any]) -> str:
+    """`StudentInfo.java`: what `info` says that code needs, in ASCII whatever the names are."""
+    lines = "\n".join(f"    public static final {one};" for one in _constants(info))
+    return (
+        "package dev.kd_dist.student;\n\n"
+        "/** The student in constants, as deployment_info.json has them. */\n"
+        f"public final class StudentInfo {{\n{lines}\n\n    private StudentInfo() {{}}\n}}\n"
+    )
+
+
+def _constants(info: Mapping[str, Any]) -> Iterator[str]:
+    """Type, name and value of each."""
+    given, said, shape = info["input"], info["output"], info["input"]["shape"]
+    yield f"String NAME = {quoted(info['name'])}"
+    yield f"String TASK = {quoted(info['task'])}"
+    yield f"String INPUT_NAME = {quoted(given['name'])}"
+    yield f"long[] INPUT_SHAPE = {{{', '.join(map(str, shape))}}}"
+    yield f"int HEIGHT = {shape[2]}"
+    yield f"int WIDTH = {shape[3]}"
+    yield f"String OUTPUT_NAME = {quoted(said['name'])}"
+    yield f"long[] OUTPUT_SHAPE = {{{', '.join(map(str, said['shape']))}}}"
+    yield f"int OUTPUT_SIZE = {prod(said['shape'])}"
+    if said["range"] is not None:
+        yield f"float[] OUTPUT_RANGE = {{{', '.join(f'{one!r}f' for one in map(float, said['range']))}}}"
+    if info["outputs"] is not None:
+        yield f"String[] OUTPUT_NAMES = {_names(info['outputs'])}"
+    else:  # a class without a name is called by its number
+        yield f"String[] CLASS_NAMES = {_names(info['class_names'] or map(str, range(said['shape'][1])))}"
+    if info["front_end"] is not None:
+        yield f"int SAMPLE_RATE = {info['front_end']['sample_rate']}"
+    for name, one in info["files"].items():
+        yield f"String {name.upper()}_FILE = {quoted(one['file'])}"
+        yield f"String {name.upper()}_SHA256 = {quoted(one['sha256'])}"
+
+
+def _names(names: Any) -> str:
+    """An array of strings, on as many lines as it takes."""
+    lines = [""]
+    for name in map(quoted, names):
+        if lines[-1] and len(lines[-1]) + len(name) > WIDTH:
+            lines.append("")
+        lines[-1] += f"{name}, "
+    return "{\n" + "".join(f"        {line.rstrip()}\n" for line in lines) + "    }"
+
+
+def quoted(text: str) -> str:
+    """A Java string that says `text`, in ASCII. A control character is an octal escape: Java takes `\\u000a` for the
+    end of a line before it looks for strings."""
+    units = memoryview(text.encode("utf-16-le", "surrogatepass")).cast("H")
+    return '"' + "".join(map(_unit, units)) + '"'
+
+
+def _unit(unit: int) -> str:
+    if unit < 32 or unit == 127:
+        return f"\\{unit:03o}"
+    if unit > 127:
+        return f"\\u{unit:04x}"
+    return f"\\{unit:c}" if chr(unit) in '"\\' else chr(unit)
+
+
+def readme(files: Mapping[str, str]) -> str:
+    """What the files are and how to try them."""
+    about = {
+        "StudentInfo.java": "names, shapes, class names and files of the student",
+        "CanonicalBox.java": "the part of an image that the student sees",
+        "LogMel.java": "a waveform to the levels of its spectrogram",
+        "Preprocess.java": "to the student's input, the same numbers as in training",
+        "Postprocess.java": "what the output says",
+        "AssetFile.java": "an asset as a file",
+        "JavaExample.java": "all of it with ExecuTorch, in Java",
+        "KotlinExample.kt": "all of it with ExecuTorch, in Kotlin",
+        "OnnxExample.kt": "all of it with ONNX Runtime, in Kotlin",
+        "TorchScriptExample.java": "all of it with PyTorch Mobile, which is retired",
+    }
+    listed = [f"| `{name}` | {what} |" for name, what in about.items() if name in files]
+    return "\n".join(["# The student in an Android app", "", "| file | what it is |", "| --- | --- |", *listed, "", *STEPS])
+
+
+STEPS = """\
+1. Copy the `.java` and `.kt` files into one module of the app, under `dev/kd_dist/student/`; of the examples, the one of
+   your runtime. Each names its Gradle dependency and what to mind.
+2. Copy the model file that the example opens into the module's `src/main/assets`.
+3. Make the example once, off the main thread, and call it.
+
+Then try the golden vectors of `../golden`: `golden.json` lists cases and shapes, each case has its original (`.png`, or
+`.u8`: the levels of a recording), what the student takes (`.input.f32`) and what it said in Python (`.output.f32`), as
+little-endian float32 without a header: `ByteBuffer.wrap(bytes).order(ByteOrder.LITTLE_ENDIAN).asFloatBuffer()`.
+`Preprocess.input` of the original gives the input to the bit. The runtime's output is as close to Python's as
+`max_difference` of its file in `../deployment_info.json`, on the machine that exported; a phone's arithmetic may add as
+much again.
+""".splitlines()
+
+
+def _source(name: str) -> str:
+    return (SOURCES / name).read_text(encoding="utf-8")

@@ -1,0 +1,256 @@
+"""The model card: what a package holds, in words and tables that a person reads before an app is built on it."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from kd_dist.losses import signals_needed
+from kd_dist.tasks import METRICS, retention
+
+NOT_STATED = "not stated: ask before you ship"
+DOES = {
+    "classification": "says which of {count} classes {what} is of",
+    "segmentation": "says of each pixel of {what} which of {count} classes it is of",
+    "regression": "says {count} of {what}",
+}
+OUTPUTS = {
+    "classification": "one logit a class; the softmax of them are probabilities",
+    "segmentation": "one map of logits a class, coarser than the input; scaled up bilinearly to the image, the largest "
+    "is a pixel's class",
+    "regression": "one value an output, final as it is",
+}
+VIEWS = {
+    "centre": "the largest centred box of the input's aspect ratio, scaled",
+    "whole": "the whole image, stretched",
+}
+FILES = ("file", "format", "bytes", "int8", "largest difference", "of outputs up to")
+SPEED = ("one thread, ms", "p95", "all threads, ms", "p95", "memory, MB")
+
+
+def model_card(info: Mapping[str, Any]) -> str:
+    """The card as Markdown, from what deployment_info.json says."""
+    parts = [
+        _opening(info),
+        _section("How it was made", _origin(info)),
+        _section("Input and output", _interface(info)),
+        _section("Files", _files(info)),
+        _section("Evaluation", _evaluation(info)),
+        _section("Intended use and limits", _limits(info)),
+        _section("Licences", _licences(info)),
+        _section("Versions", _versions(info)),
+        _section("How to verify", _verification(info)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table, whatever the cells hold."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+
+
+def cell(value: object) -> str:
+    """A value in a table: one line, in which `|` divides nothing."""
+    return " ".join(shown(value).replace("\\", "\\\\").replace("|", "\\|").split())
+
+
+def shown(value: object) -> str:
+    """A value in words; a number with the digits that tell it apart."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _section(title: str, parts: Iterator[str]) -> str:
+    return "\n\n".join([f"## {title}", *parts])
+
+
+def _listed(lines: Iterator[str] | Sequence[str]) -> str:
+    return "\n".join(f"* {' '.join(line.split())}" for line in lines)
+
+
+def _opening(info: Mapping[str, Any]) -> str:
+    model = info["model"]
+    return (
+        f"# {info['name']}\n\n{model['name']}, {model['parameters']:,} parameters, {model['macs']:,} multiply-adds an "
+        f"input: it {_does(info)}."
+    )
+
+
+def _does(info: Mapping[str, Any]) -> str:
+    what = "an image" if info["input"]["name"] == "image" else "a recording"
+    if info["task"] == "regression":
+        return DOES["regression"].format(count=_and(info["outputs"]), what=what)
+    return DOES[info["task"]].format(count=info["output"]["shape"][1], what=what)
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _origin(info: Mapping[str, Any]) -> Iterator[str]:
+    teacher, stage = info["teacher"], info["recipe"]["stages"][info["stage"]]
+    listens = signals_needed(stage["losses"])
+    way = (
+        f"distilled from the teacher {teacher['name']} ({teacher['model']}), whose outputs were kept beforehand"
+        if listens
+        else "trained on labels alone; no loss of it asks the teacher"
+    )
+    yield f"Stage `{info['stage']}`, seed {info['seed']}, of a recipe of kd_dist: {way}. {stage['epochs']} epochs."
+    losses = [
+        (name, written.get("weight", 1.0), _options({key: one for key, one in written.items() if key != "weight"}))
+        for name, written in stage["losses"].items()
+    ]
+    yield table(("loss", "weight", "options"), [(name, _options(weight), rest) for name, weight, rest in losses])
+    lines = [f"weights of the student: sha256 `{info['student']['weights_sha256']}`"]
+    lines.append(f"weights of the teacher {teacher['name']}: sha256 `{teacher['weights_sha256']}`")
+    lines += [f"cache of the teacher, {split}: `{mark}`" for split, mark in teacher["cache"].items()]
+    lines += [f"examples, {split}: `{mark}`" for split, mark in info["examples"].items()]
+    yield _listed(lines)
+
+
+def _options(value: Any) -> str:
+    """An option as a recipe writes it; nothing where there is none."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_options(one)}" for key, one in value.items())
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _interface(info: Mapping[str, Any]) -> Iterator[str]:
+    given, said = info["input"], info["output"]
+    low, high = given["range"]
+    lines = [
+        f"input `{given['name']}`: {given['dtype']} {given['shape']}, {given['layout']}, channels {given['channels']}, "
+        f"from {shown(low)} to {shown(high)}: a level of 8 bits divided by 255",
+        _seen(info),
+        f"mean {given['normalisation']['mean']} and std {given['normalisation']['std']} are "
+        + ("applied inside the model: give it no normalised input" if given["normalisation"]["in_graph"] else "yours")
+    ]
+    if given["resized_in_graph_to"] is not None:
+        side = given["resized_in_graph_to"]
+        lines.append(f"inside, the model scales its input to {side} x {side}")
+    span = "" if said["range"] is None else f", from {shown(said['range'][0])} to {shown(said['range'][1])}"
+    lines.append(f"output `{said['name']}`: {said['shape']}, {OUTPUTS[info['task']]}{span}")
+    yield _listed(lines)
+    if info["outputs"] is not None:
+        yield f"Outputs, in order: {', '.join(info['outputs'])}."
+    elif info["class_names"] is not None:
+        yield table(("class", "name"), list(enumerate(info["class_names"])))
+    else:
+        yield "The data give the classes no names; they are numbered from 0."
+
+
+def _seen(info: Mapping[str, Any]) -> str:
+    given, sound = info["input"], info["front_end"]
+    if sound is None:
+        return f"of an image: {VIEWS[given['view']]} with antialiasing; `android/Preprocess.java` does it to the bit"
+    low, high = sound["db"]
+    highest = sound["sample_rate"] / 2 if sound["fmax"] is None else sound["fmax"]
+    return (
+        f"of a recording at {sound['sample_rate']} Hz, one channel: {sound['frames']} frames from its middle of a log-mel "
+        f"spectrogram of {sound['mels']} bands from {shown(sound['fmin'])} to {shown(highest)} Hz, windows of "
+        f"{sound['n_fft']} samples every {sound['hop']}, {shown(low)} to {shown(high)} dB; `android/LogMel.java` does it"
+    )
+
+
+def _files(info: Mapping[str, Any]) -> Iterator[str]:
+    main, files = info["metrics"]["metric"], info["files"]
+    yield table(
+        FILES,
+        [
+            (f"`{one['file']}`", name, one["bytes"], one["int8"], one["max_difference"], one["largest_output"])
+            for name, one in files.items()
+        ],
+    )
+    yield "Difference: the largest from the student's own outputs in Python, over the examples of the evaluation."
+    metrics = list(dict.fromkeys(name for one in files.values() for name in one["metrics"]))
+    headings = ("file", *map(_directed, metrics), f"{main} kept of the teacher's", f"{main} kept of the student's")
+    yield table(
+        headings,
+        [
+            (f"`{one['file']}`", *(one["metrics"].get(name) for name in metrics), one["retention"], one["kept"])
+            for one in files.values()
+        ],
+    )
+    yield table(("file", *SPEED), [(f"`{one['file']}`", *_speed(one)) for one in files.values()])
+    threads = sorted({one["latency_ms"]["all_threads"]["threads"] for one in files.values()})
+    yield (
+        f"Time of one input, median and 95th percentile, and memory of a process that loads the file and runs it, on "
+        f"{info['machine']['processor']}; all threads: {', '.join(map(str, threads))}. A phone is another machine: "
+        f"measure there."
+    )
+    yield _listed([f"`{one['file']}`: {one['note']}" for one in files.values()])
+    if info["not_written"]:
+        yield "Not written:"
+        yield table(("format", "why"), list(info["not_written"].items()))
+
+
+def _speed(one: Mapping[str, Any]) -> Iterator[object]:
+    for threads in ("one_thread", "all_threads"):
+        yield from (one["latency_ms"][threads][name] for name in ("median", "p95"))
+    yield one["memory_mb"]
+
+
+def _directed(metric: str) -> str:
+    return metric if METRICS.get(metric.partition("/")[0], True) else f"{metric} (lower is better)"
+
+
+def _evaluation(info: Mapping[str, Any]) -> Iterator[str]:
+    found = info["metrics"]
+    student, teacher = found["student"], found["teacher"]
+    yield (
+        f"Split `{found['split']}`, {found['examples']:,} examples; the student in Python before it was exported. Main "
+        f"metric: {found['metric']}"
+        + (f", {shown(found['retention'])} of the teacher's." if found["retention"] is not None else ".")
+    )
+    yield table(
+        ("metric", "student", "teacher", "retention"),
+        [
+            (_directed(name), value, teacher.get(name), _kept(name, value, teacher.get(name)))
+            for name, value in student.items()
+        ],
+    )
+
+
+def _kept(metric: str, student: float | None, teacher: float | None) -> float | None:
+    """What is kept of the teacher's metric, where it is one that has a direction."""
+    if metric not in METRICS or student is None or teacher is None:
+        return None
+    return retention(metric, student, teacher)
+
+
+def _limits(info: Mapping[str, Any]) -> Iterator[str]:
+    found = info["metrics"]
+    lines = [
+        f"made for inputs like those of its training data; how well it does on others was not measured: all figures are "
+        f"of {found['examples']:,} examples of one split, `{found['split']}`",
+        "no group of people, device or place was looked at by itself: differences between them are not known",
+        "an input of something else gets an answer too; the model has no way to say that it does not know",
+    ]
+    if info["task"] == "classification":
+        lines.append("a probability is no promise: see `ece` and `nll` above, where they are given")
+    if any(one["int8"] for one in info["files"].values()):
+        lines.append("int8 files answer a little differently from the others; their figures are their own")
+    yield _listed(lines)
+
+
+def _licences(info: Mapping[str, Any]) -> Iterator[str]:
+    names = {"weights": "these weights", "teacher": "the teacher's weights", "data": "the training data"}
+    yield table(("of", "licence"), [(what, info["licences"][key] or NOT_STATED) for key, what in names.items()])
+
+
+def _versions(info: Mapping[str, Any]) -> Iterator[str]:
+    yield table(("made with", "version"), list(info["made_with"].items()))
+
+
+def _verification(info: Mapping[str, Any]) -> Iterator[str]:
+    yield "`sha256sum FILE` must say:"
+    yield table(("file", "sha256"), [(f"`{one['file']}`", f"`{one['sha256']}`") for one in info["files"].values()])
+    yield (
+        "`golden/` holds examples with what the model takes and says, `golden/golden.json` lists them, and "
+        "`android/README.md` says how to compare. `deployment_info.json` has every figure of this card."
+    )
