@@ -94,8 +94,8 @@ def refuse_other(recipe: Recipe, name: str, folder: Path, info: Mapping[str, Any
         )
     if not (places.stage_folder(recipe, name) / places.RESULT).is_file():
         raise TrainingError(
-            f"{places.stage_folder(recipe, name)}: the stage has not been trained to its end, and what it will end with "
-            f"is not in the package; run `kd-dist train RECIPE --stage {name}`, then `kd-dist export`"
+            f"{places.stage_folder(recipe, name)}: the stage has not been trained to its end, so what it will end "
+            f"with is not in the package; run `kd-dist train RECIPE --stage {name}`, then `kd-dist export`"
         )
     difference = first_difference(_essence(plain(to_dict(recipe)), name), _essence(info["recipe"], info["stage"]))
     if difference is not None:
@@ -164,7 +164,9 @@ def measured(name: str, info: Mapping[str, Any], limits: Limits) -> Iterator[Che
     yield _bounded(name, "memory", one["memory_mb"], limits.memory_mb, "MB")
 
 
-def _bounded(subject: str, what: str, value: float | None, limit: float | None, unit: str, least: bool = False) -> Check:
+def _bounded(
+    subject: str, what: str, value: float | None, limit: float | None, unit: str, least: bool = False
+) -> Check:
     """A figure that is to be at most, or at `least`, its limit. One that is not known passes no limit."""
     shown = "unknown" if value is None else f"{value:.4g} {unit}"
     if limit is None:

@@ -388,9 +388,7 @@ def replaced(folder: Path) -> Iterator[Path]:
 def exchange(one: Path, other: Path) -> None:
     """Let two folders have each other's name, at once where the file system can."""
     libc, names = ctypes.CDLL(None, use_errno=True), (os.fsencode(one), os.fsencode(other))
-    if libc.renameat2(FRONT_ENDS = ("torchscript", "onnx", "executorch")  # formats that sound becomes a spectrogram in, too
-AT_FDCWD, names[0], FRONT_ENDS = ("torchscript", "onnx", "executorch")  # formats that sound becomes a spectrogram in, too
-AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
+    if libc.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
         return
     number = ctypes.get_errno()
     if number not in NO_EXCHANGE:
