@@ -114,7 +114,7 @@ def test_the_graph_hears_what_training_heard(name):
         for sound, waveform in sounds(parameters).items():
             levels = canonical(parameters, waveform, frames)
             off[frames, sound] = difference(as_an_app(run, info, waveform), levels)
-            if "music" in sound:
+            if sound == "music":
                 assert len(np.unique(levels)) > 40
     every = np.concatenate([one.ravel() for one in off.values()])
     assert len(off) == 18 and every.max() <= 1 and (every > 0).mean() < 1e-3
@@ -127,7 +127,7 @@ def test_frames_behind_a_short_recording_are_for_the_app_to_silence():
     waveform = tones(0.4, SMALL.sample_rate)
     given = np.pad(waveform, (128, front_end.samples(SMALL, 60)))[None, : front_end.samples(SMALL, 60)]
     spectrogram, found = running(FrontEnd(SMALL, 60))(given)[0, 0], SMALL.frames(len(waveform))
-    assert spectrogram[:, found].max() > 0.1 and not canonical(SMALL, waveform, 60)[:, found:].any()
+    assert spectrogram[:, found].any() and not canonical(SMALL, waveform, 60)[:, found:].any()
 
 
 def test_the_graph_is_light():
@@ -141,8 +141,8 @@ def test_the_graph_is_light():
     assert sizes.pop("bands") == 4 * bands and 0.55e6 < sum(sizes.values()) < 0.57e6
 
 
-@pytest.mark.parametrize("n_fft, inner", [(2048, 64), (1024, 32), (400, 25), (1764, 42), (254, 127), (16, 4)])
-def test_the_two_factors_are_near_each_other(n_fft, inner):
+@pytest.mark.parametrize("n_fft, inner", [(4096, 128), (2048, 64), (1024, 64), (400, 25), (1764, 63), (254, 127)])
+def test_the_two_factors_take_the_fewest_multiplications(n_fft, inner):
     assert front_end._inner(n_fft) == inner
 
 
@@ -196,12 +196,11 @@ def test_what_is_said_of_the_front_end(written):
 
 @pytest.mark.slow
 def test_a_file_that_is_too_far_off_is_refused(tmp_path):
-    """Steps of 1/250 dB are finer than float32 hears faint sound beside a loud one."""
-    fine = LogMel(sample_rate=8000, n_fft=256, hop=128, mels=20, db=(-46, -45))
-    told = front_end.write(tmp_path, fine, 30, ["torchscript"])
+    """Steps of 1/25 dB are finer than float32 hears faint sound beside a loud one."""
+    told = front_end.write(tmp_path, LogMel(db=(-50, -40)), 64, ["torchscript"])
     assert told["files"] == {} and re.fullmatch(
-        r".*front_end\.torchscript: as torchscript the front end is up to \d+ levels off, and off in \d+\.\d\d% of all "
-        r"places; right is 1 level in at most 0\.1%; compute the levels with LogMel\.java, which takes no float32",
+        r".*front_end\.torchscript: as torchscript the front end differs from training by up to 1, in 0\.\d\d% of all "
+        r"levels; 1, in 0\.1% of them, may be; compute them with LogMel\.java, which does not take float32",
         told["not_written"]["torchscript"],
     )
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["front_end.u8", "front_end.wav"]
@@ -260,7 +259,7 @@ WRONG = {  # parameters as LogMel.java takes them, and what it says
     "8000 256 257 20 0 4000 -60 40": "nFft must be even, hop from 1 to nFft and mels at least 1, not 256, 257, 20",
     "8000 256 100 20 0 4001 -60 40": "fmin must be below fmax, fmax at most half of the sample rate and dbLow below "
     "dbHigh, not 0.0, 4001.0 of 8000 Hz, -60.0, 40.0",
-    "22050 256 100 100 0 8000 -60 40": "band 1 of 100 holds no frequency of a transform of 256 samples; take fewer "
+    "22050 256 100 100 0 8000 -60 40": "band 0 of 100 holds no frequency of a transform of 256 samples; take fewer "
     "bands or a larger nFft",
 }
 
@@ -283,7 +282,7 @@ def java(tmp_path_factory):
     (folder / "Trial.java").write_text(TRIAL)
     compiler = ["javac", "--release", "8", "-Xlint:all,-options", "-Werror", "-d", folder, JAVA, folder / "Trial.java"]
     subprocess.run(compiler, check=True)
-    subprocess.run(["java", "-Xshare:auto", "-cp", folder, "dev.kd_dist.student.Trial", folder], check=True)
+    subprocess.run(["java", "-cp", folder, "dev.kd_dist.student.Trial", folder], check=True)
     made = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert len(cases) == 9 * len(FRONT_ENDS) + 5
     return made
@@ -315,5 +314,6 @@ def test_the_java_needs_nothing_of_android():
     parser = tree_sitter.Parser(tree_sitter.Language(tree_sitter_java.language()))
     root = parser.parse(JAVA.read_bytes()).root_node
     assert not root.has_error
-    assert [node.type for node in root.children] == ["package_declaration", "block_comment", "class_declaration"]
+    imports = [node.text.decode() for node in root.children if node.type == "import_declaration"]
+    assert imports == ["import java.util.Arrays;"]
     assert max(map(len, JAVA.read_text().splitlines())) <= 120
