@@ -304,7 +304,7 @@ class Limits:
     """
 
     retention: Positive | None = 0.9  # metric of each file / the teacher's
-    # Largest difference of a float32 file's outputs to the student's, of outputs up to 1; of larger ones, of the largest
+    # Largest difference of a float32 file to the student, of outputs up to 1; of larger ones, relative to the largest
     parity: Positive = 1e-5
     int8: Share = 0.95  # metric of an int8 file / the student's
     size_mb: Positive | None = 25.0  # 10^6 bytes of a file
