@@ -74,9 +74,10 @@ import java.io.FileOutputStream;
 
 public class Cases {
     public static void main(String[] folder) throws Exception {
-        try (DataInputStream in = new DataInputStream(new BufferedInputStream(new FileInputStream(folder[0] + "/given")));
-             DataOutputStream out =
-                 new DataOutputStream(new BufferedOutputStream(new FileOutputStream(folder[0] + "/found")))) {
+        FileInputStream given = new FileInputStream(folder[0] + "/given");
+        FileOutputStream found = new FileOutputStream(folder[0] + "/found");
+        try (DataInputStream in = new DataInputStream(new BufferedInputStream(given));
+             DataOutputStream out = new DataOutputStream(new BufferedOutputStream(found))) {
             for (int left = in.readInt(); left > 0; left--) {
                 %s
             }
@@ -156,8 +157,8 @@ def maps(number: int) -> np.ndarray:
 
 def packages() -> dict[str, dict]:
     """`info` by package: every task, both views, files of every runtime or of one, names that break code."""
-    names = {**deployment(), "class_names": HOSTILE, "name": '"\\u000a*/', "output": {"shape": [1, 10], "name": "logits"}}
-    names["output"]["range"] = None
+    output = {"name": "logits", "shape": [1, len(HOSTILE)], "range": None}
+    names = {**deployment(), "class_names": HOSTILE, "name": '"\\u000a*/', "output": output}
     names["files"] = {name: one for name, one in names["files"].items() if name in ("executorch_int8", "onnx_int8")}
     return {
         "centre": deployment("classification", VIEWS["centre"], "centre"),
@@ -182,8 +183,8 @@ def given(package: str) -> tuple[str, list[bytes]]:
     if package == "probabilities":
         return PROBABILITIES, [struct.pack(">i3f", 3, *one) for one in LOGITS]
     if package == "class_map":
-        cases = [(maps(number).astype(">f4").tobytes(), height, width) for number, (height, width) in enumerate(TARGETS)]
-        return CLASS_MAP, [struct.pack(">i", 84) + logits + struct.pack(">2i", w, h) for logits, h, w in cases]
+        logits = [struct.pack(">i", 84) + maps(number).astype(">f4").tobytes() for number in range(len(TARGETS))]
+        return CLASS_MAP, [one + struct.pack(">2i", w, h) for one, (h, w) in zip(logits, TARGETS, strict=True)]
     if package == "values":
         return VALUES, [struct.pack(">i2f", 2, 0.25, -0.5)]
     if package == "sound":

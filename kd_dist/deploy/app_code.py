@@ -37,10 +37,10 @@ INPUTS = {
         bitmap.getPixels(pixels, 0, width, 0, 0, width, height)
         val input = Preprocess.input(pixels, width, height)""",
         "note": """\
- * The student learnt from pixels as they are stored: no orientation of EXIF was applied, no colour profile, and what is
- * transparent kept its colour. BitmapFactory turns nothing either, ImageDecoder does; set inScaled and inPremultiplied
- * to false, and do not ask for Bitmap.Config.HARDWARE, which has no pixels to read. Two JPEG decoders may differ by a
- * level here and there.""",
+The student learnt from pixels as they are stored: no orientation of EXIF was applied, no colour profile, and what
+ * is transparent kept its colour. BitmapFactory turns nothing either, ImageDecoder does; set inScaled and
+ * inPremultiplied to false, and do not ask for Bitmap.Config.HARDWARE, which has no pixels to read. Two JPEG decoders
+ * may differ by a level here and there.""",
         "originals": "* `Preprocess.input` of a case's `.png` must give its `.input.f32`, to the bit.",
     },
     "spectrogram": {
@@ -51,8 +51,8 @@ INPUTS = {
         "kotlin_argument": "waveform: FloatArray",
         "kotlin_input": "        val input = Preprocess.input(waveform)",
         "note": """\
- * The waveform has one channel, the mean of all, at StudentInfo.SAMPLE_RATE Hz, full scale 1: samples of 16 bits are
- * divided by 32768. Loudness counts, so it is not normalised.""",
+The waveform has one channel, the mean of all, at StudentInfo.SAMPLE_RATE Hz, full scale 1: samples of 16 bits
+ * are divided by 32768. Loudness counts, so it is not normalised.""",
         "originals": """\
 * `LogMel.spectrogram` of `front_end.wav` must give `front_end.u8`, to the byte. A case's `.u8` are the levels of a
   whole recording, band by band; its `.input.f32` is the middle of them, divided by 255.""",
@@ -173,9 +173,11 @@ def _constants(info: Mapping[str, Any]) -> Iterator[str]:
         yield f"String[] CLASS_NAMES = {_names(info['class_names'] or map(str, range(said['shape'][1])))}"
     if info["front_end"] is not None:
         yield from _sound(info["front_end"])
+    runnable = {one for formats, _ in EXAMPLES.values() for one in formats}
     for name, one in info["files"].items():
-        yield f"String {name.upper()}_FILE = {quoted(one['file'])}"
-        yield f"String {name.upper()}_SHA256 =\n            {quoted(one['sha256'])}"
+        if name in runnable:
+            yield f"String {name.upper()}_FILE = {quoted(one['file'])}"
+            yield f"String {name.upper()}_SHA256 =\n            {quoted(one['sha256'])}"
 
 
 def _sound(front_end: Mapping[str, Any]) -> Iterator[str]:

@@ -17,7 +17,7 @@ import org.pytorch.executorch.Tensor;
  * <p>Make one of these and keep it, and call it from a background thread: loading and running take time. ExecuTorch runs
  * one call of a module at a time; others wait.
  *
-@note@
+ * <p>@note@
  */
 public final class JavaExample implements AutoCloseable {
     private final Module module;

@@ -18,7 +18,7 @@ import org.pytorch.Tensor;
  *
  * <p>Make one of these and keep it, and call it from one background thread: loading and running take time.
  *
-@note@
+ * <p>@note@
  */
 public final class TorchScriptExample implements AutoCloseable {
     private final Module module;
