@@ -305,11 +305,12 @@ def nodes(root: tree_sitter.Node, kind: str) -> list[tree_sitter.Node]:
 
 
 def members(text: str) -> set[str]:
-    """The static fields and methods of a Java class."""
+    """The fields and methods of a Java class that others may use."""
     root = parsed("X.java", text)
-    named = [one.child_by_field_name("name") for one in nodes(root, "method_declaration")]
-    named += [one.child_by_field_name("name") for one in nodes(root, "variable_declarator")]
-    return {one.text.decode() for one in named}
+    declared = [(one, one) for one in nodes(root, "method_declaration")]
+    declared += [(one, one.child_by_field_name("declarator")) for one in nodes(root, "field_declaration")]
+    open_to_all = [name for one, name in declared if not one.text.startswith(b"private")]
+    return {one.child_by_field_name("name").text.decode() for one in open_to_all}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

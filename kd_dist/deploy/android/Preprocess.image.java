@@ -1,11 +1,11 @@
 package dev.kd_dist.student;
 
 /**
- * A decoded image as the student takes it: the box of {@link CanonicalBox}, scaled to the student's size and divided by
- * 255. Every level is the same as in training, whatever the size of the image.
+ * A decoded image as the student takes it: the box of {@link CanonicalBox}, scaled to the student's size and divided
+ * by 255. Every level is the same as in training, whatever the size of the image.
  *
- * <p>Scaling is Pillow's: a triangle as wide as the ratio of the sizes when it shrinks, else two pixels wide; weights of
- * 22 bits; across and down, each rounded to a level. Near the edges of the box it looks at pixels beyond them.
+ * <p>Scaling is Pillow's: a triangle that reaches as far as the ratio of the sizes where it shrinks, else one pixel;
+ * weights of 22 bits; across and down, each rounded to a level. Near the edges of the box it looks at pixels beyond.
  *
  * <p>Plain Java 8, without Android; safe to call from any thread.
  */
@@ -67,8 +67,8 @@ public final class Preprocess {
     }
 
     /**
-     * Scales lines, which are rows or columns. From line to line it is `line` pixels, along one `step`; in what is made,
-     * `madeLine` and `madeStep`.
+     * Scales lines, which are rows or columns. From line to line it is `line` pixels, along one `step`; in what is
+     * made, `madeLine` and `madeStep`.
      */
     private static void scale(
             int[] pixels, int from, int line, int step, int lines, Taps taps, int[] made, int madeLine, int madeStep) {

@@ -1,8 +1,8 @@
 package dev.kd_dist.student;
 
 /**
- * A recording as the student takes it: the middle of its spectrogram, or all of it and then silence where it is shorter,
- * divided by 255. Every level is the same as in training.
+ * A recording as the student takes it: the middle of its spectrogram, or all of it and then silence where it is
+ * shorter, divided by 255. Every level is the same as in training.
  *
  * <p>Plain Java 8, without Android; safe to call from any thread.
  */
