@@ -103,6 +103,6 @@ def deployment(
         "licences": {"weights": "CC-BY-4.0", "teacher": None, "data": None},
         "recipe": {
             "data": {"source": "camera"},
-            "stages": {stage: {"teacher": "cached", "losses": losses, "epochs": 30}},
+            "stages": {stage: {"teacher": "cached", "losses": losses, "epochs": 30, "generated": False}},
         },
     }

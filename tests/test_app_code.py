@@ -5,6 +5,7 @@ import re
 import shutil
 import struct
 import subprocess
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ import tree_sitter_kotlin
 from deployments import SOUND, deployment
 from recordings import tones
 
-from kd_dist.deploy.app_code import app_code, quoted
+import kd_dist
+from kd_dist.deploy.app_code import SOURCES, app_code, quoted
 from kd_dist.inputs.spectrograms import LogMel
 from kd_dist.tasks.segmentation import classes_at
 from kd_dist.views.images import ImageViews
@@ -368,6 +370,14 @@ def test_the_examples_name_the_libraries_that_made_the_files():
     assert "PyTorch 2.15.0 wrote" in files["TorchScriptExample.java"]
     assert "ImageDecoder" in files["JavaExample.java"]
     assert "full scale 1" in app_code(PACKAGES["sound"])["KotlinExample.kt"]
+
+
+def test_what_the_code_is_made_of_is_installed_with_the_package():
+    project = tomllib.loads((Path(kd_dist.__file__).parents[1] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["kd_dist.deploy"]
+    found = [path for path in SOURCES.rglob("*") if any(path.match(f"deploy/{pattern}") for pattern in patterns)]
+    assert len(found) >= 14
+    assert set(found) == set(SOURCES.rglob("*"))
 
 
 def test_the_readme_lists_every_file():

@@ -132,7 +132,9 @@ def test_the_card_says_how_the_student_was_made():
     assert "distilled from first (timm/big_model), whose outputs were kept beforehand" in model_card(info)
     stage = info["recipe"]["stages"]["distill"]
     assert "| kd | 0.75 | temperature: 4.0 |" in model_card(info)
-    stage["teacher"] = "online"
+    assert "read by the source `camera`." in model_card(info)
+    stage |= {"teacher": "online", "generated": True}
+    assert "read by the source `camera`, and generated ones without labels." in model_card(info)
     assert "distilled from first (timm/big_model), which was asked in every step" in model_card(info)
     stage["losses"] = {"cross_entropy": {"weight": {"start": 1.0, "end": 0.5}}}
     assert "trained on labels alone; no loss asks a teacher" in model_card(info)

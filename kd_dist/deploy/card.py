@@ -103,9 +103,10 @@ def _origin(info: Mapping[str, Any]) -> Iterator[str]:
     )
     if not signals_needed(stage["losses"]):
         way = f"trained on labels alone; no loss asks a teacher, and {who} is what it is compared with"
+    made = ", and generated ones without labels" if stage["generated"] else ""
     yield (
         f"Stage `{info['stage']}`, seed {info['seed']}, {stage['epochs']} epochs: {way}. Its examples were read by the "
-        f"source `{info['recipe']['data']['source']}`."
+        f"source `{info['recipe']['data']['source']}`{made}."
     )
     rows = []
     for name, written in stage["losses"].items():
