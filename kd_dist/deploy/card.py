@@ -184,9 +184,9 @@ def _files(info: Mapping[str, Any]) -> Iterator[str]:
     yield table(("file", *SPEED), [(f"`{one['file']}`", *_speed(one)) for one in files.values()])
     threads = sorted({one["latency_ms"]["all_threads"]["threads"] for one in files.values()})
     yield (
-        f"Time of one input, median and 95th percentile, and memory of a process that loads the file and runs it, on "
-        f"{info['machine']['processor']}; all threads: {', '.join(map(str, threads))}. A phone is another machine: "
-        f"measure there."
+        f"Time of one input, median and 95th percentile, on {info['machine']['processor']}; all threads: "
+        f"{', '.join(map(str, threads))}. Memory: how far that of a process rises while the file is opened and run on "
+        f"one thread. A phone is another machine: measure there."
     )
     yield _listed([f"`{one['file']}`: {one['note']}" for one in files.values()])
     if info["not_written"]:
