@@ -264,7 +264,7 @@ def _versions(info: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _verification(info: Mapping[str, Any]) -> Iterator[str]:
-    yield "`sha256sum FILE` must say:"
+    yield "`sha256sum -c SHA256SUMS` looks at every file of the package; those of the models are:"
     files = [*info["files"].values(), *(info["front_end"] or {"files": {}})["files"].values()]
     yield table(("file", "sha256"), [(f"`{one['file']}`", f"`{one['sha256']}`") for one in files])
     yield (
