@@ -276,6 +276,46 @@ def compare(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fal
 
 
 @app.command()
+def export(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Write a trained student as a package for an app: model files, each proven to be the student on every held-out
+    example, what they take and give, a model card, example code. A file that is not the student is left out, and the
+    exit status is 1.
+
+    Example: kd-dist export configs/digits.yaml export.formats=[onnx,executorch_int8]
+    """
+    from kd_dist import export as packaging
+    from kd_dist import journey, proof
+    from kd_dist.config import load
+    from kd_dist.places import package_folder
+
+    loaded = load(recipe, overrides or [])
+    info = packaging.export(loaded)
+    if as_json:
+        typer.echo(json.dumps(info))
+    else:
+        journey.on_terminal(proof.table(info))
+        typer.echo(f"{package_folder(loaded, info['stage'])}/MODEL_CARD.md and what lies beside it")
+    if info["not_written"]:
+        raise packaging.unwritten(info["not_written"])
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Hold an exported package to the recipe's `export.limits`, line by line; exits with 1 when it fails one.
+
+    Example: kd-dist check configs/digits.yaml export.limits.size_mb=1
+    """
+    from kd_dist import check as judgement
+    from kd_dist.config import load
+
+    found = judgement.check(load(recipe, overrides or []))
+    lines = [json.dumps([one._asdict() for one in found])] if as_json else judgement.sentences(found)
+    typer.echo("\n".join(lines))
+    if not all(one.ok for one in found):
+        raise typer.Exit(1)
+
+
+@app.command()
 def import_config(
     config: Annotated[Path, typer.Argument(help="The configuration, a JSON file.", metavar="CONFIG")],
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="The recipe to write, else CONFIG.yaml.")] = None,

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kd_dist.checkpoint import BEST, RESULT
+from kd_dist.errors import RecipeError
 from kd_dist.losses import signals_needed
 from kd_dist.manifest import GENERATED, GENERATOR
 from kd_dist.recipe import Recipe, parse_bytes
@@ -33,6 +34,20 @@ def signals_folder(recipe: Recipe, split: str, number: int = 0) -> Path | Remote
 def stage_folder(recipe: Recipe, name: str) -> Path:
     """Where a stage of this recipe and seed leaves its checkpoints, its best weights and its result."""
     return Path(recipe.runs) / recipe.name / name / f"seed-{stage_seed(recipe, name)}"
+
+
+def exported_stage(recipe: Recipe) -> str:
+    """The stage whose student is exported: `export.stage`, else the last that trains one. Raises RecipeError when none
+    does."""
+    students = [name for name, stage in recipe.stages.items() if stage.model == "student"]
+    if not students:
+        raise RecipeError("stages: none trains a student, which could be exported; add one")
+    return recipe.export.stage or students[-1]
+
+
+def package_folder(recipe: Recipe, name: str) -> Path:
+    """Where the student of a stage is exported to."""
+    return stage_folder(recipe, name) / "package"
 
 
 def stage_seed(recipe: Recipe, name: str) -> int:

@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from kd_dist.batch import IGNORED
 from kd_dist.choose import hint
 from kd_dist.errors import RecipeError
+from kd_dist.formats import FORMATS
 from kd_dist.inputs import Images, Spectrograms
 from kd_dist.inputs.spectrograms import STEPS
 from kd_dist.losses import LOSSES, asks_the_cache, check_losses, features_read, imitates, signals_needed
@@ -65,6 +66,7 @@ def problems(recipe: Recipe) -> Problems:
         yield ("stages",), "at least one stage is needed"
     for name in recipe.stages:
         yield from _stage_problems(recipe, name)
+    yield from _export_problems(recipe)
 
 
 def _name_problems(recipe: Recipe) -> Problems:
@@ -95,8 +97,7 @@ def _task_problems(recipe: Recipe) -> Problems:
     if not regression and (task.classes is None or task.outputs):
         yield ("task",), f"{task.name} needs `classes`, their number, and has no outputs"
         return
-    if len(set(task.outputs)) < len(task.outputs):
-        yield ("task", "outputs"), f"names one of them twice: {', '.join(task.outputs)}"
+    yield from _list_problems(("task", "outputs"), "output", task.outputs, task.outputs)
     if task.range[0] >= task.range[1]:
         yield ("task", "range"), f"must begin with its lower end, not {task.range[0]:g} before {task.range[1]:g}"
     if task.name == "segmentation" and recipe.audio is not None:
@@ -165,8 +166,7 @@ def _data_problems(recipe: Recipe) -> Problems:
         yield ("data", "splits"), f"the fractions must sum to 1, not {sum(splits.values()):g}"
     if (problem := url_problem(recipe.data.shards)) is not None:
         yield ("data", "shards"), problem
-    if recipe.evaluate.split not in splits:
-        yield ("evaluate", "split"), f"unknown split '{recipe.evaluate.split}'{hint(recipe.evaluate.split, splits)}"
+    yield from _list_problems(("evaluate", "split"), "split", [recipe.evaluate.split], splits)
 
 
 def _view_problems(views: Views) -> Problems:
@@ -209,8 +209,7 @@ def _kind_problems(recipe: Recipe) -> Problems:
     views, audio = recipe.views, recipe.audio
     if views.self_blend and (recipe.task.name, recipe.task.classes) != ("classification", 2):
         yield ("views", "self_blend"), "makes fakes of real faces; it is for a classification of two classes"
-    others = OF_IMAGES if audio is not None else OF_AUDIO
-    for name in others:
+    for name in OF_IMAGES if audio is not None else OF_AUDIO:
         if getattr(views, name) != getattr(Views(size=1), name):
             what = "of images; this recipe has `audio`" if audio is not None else "of audio; this recipe has no `audio`"
             yield ("views", name), f"is an option of views {what}"
@@ -250,15 +249,13 @@ def _gan_problems(recipe: Recipe) -> Problems:
         if stage.generated and gan is None:
             yield ("stages", name, "generated"), "needs the section `gan`, which says how examples are generated"
         elif stage.generated and stage.shards is not None:
-            yield (
-                ("stages", name, "shards"),
-                "is for a part of the packed examples, and generated ones are made of all of them; leave one out",
+            yield ("stages", name, "shards"), (
+                "is for a part of the packed examples, and generated ones are made of all of them; leave one out"
             )
         elif stage.generated and not (stage.model == "student" and imitates(stage.losses)):
-            yield (
-                ("stages", name, "generated"),
+            yield ("stages", name, "generated"), (
                 "generated examples have no labels; they are for a student with a loss that compares it with the "
-                "teacher alone, such as kd_huber",
+                "teacher alone, such as kd_huber"
             )
 
 
@@ -373,11 +370,7 @@ def _teachers_problems(recipe: Recipe, name: str) -> Problems:
     """Who teaches a stage."""
     stage, keys = recipe.stages[name], ("stages", name, "teachers")
     known = (recipe.teacher.name, *recipe.teachers)
-    for one in stage.teachers:
-        if one not in known:
-            yield keys, f"unknown teacher '{one}'{hint(one, known)}"
-    if len(set(stage.teachers)) < len(stage.teachers):
-        yield keys, f"names one of them twice: {', '.join(stage.teachers)}"
+    yield from _list_problems(keys, "teacher", stage.teachers, known)
     losses = {loss: written for loss, written in stage.losses.items() if loss in LOSSES}
     if stage.teachers and not signals_needed(losses):
         yield keys, "none of the losses listens to a teacher; leave it out, or add one that does, such as kd"
@@ -389,3 +382,19 @@ def _teachers_problems(recipe: Recipe, name: str) -> Problems:
             f"a mean needs the logits of every class, and the cache keeps the {stored.removeprefix('top')} largest "
             f"(cache.logits: {stored}); store them as fp16, or name one teacher"
         )
+
+
+def _export_problems(recipe: Recipe) -> Problems:
+    """Which student is exported, and in which formats."""
+    if (name := recipe.export.stage) is not None:
+        yield from _weights_problems(recipe, ("export", "stage"), f"stage:{name}", "student", list(recipe.stages))
+    yield from _list_problems(("export", "formats"), "format", recipe.export.formats, FORMATS)
+
+
+def _list_problems(keys: Keys, what: str, names: Sequence[str], known: Collection[str]) -> Problems:
+    """Names that are not known, or stand twice."""
+    for name in names:
+        if name not in known:
+            yield keys, f"unknown {what} '{name}'{hint(name, known)}"
+    if len(set(names)) < len(names):
+        yield keys, f"names one of them twice: {', '.join(names)}"
