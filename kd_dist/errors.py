@@ -39,6 +39,10 @@ class ModelError(KdError):
     """A model that cannot be built, weights that do not fit it, or an output of the wrong kind."""
 
 
+class ExportError(KdError):
+    """A model that cannot be written in a format, or a file of one that cannot be run."""
+
+
 class TrainingError(KdError):
     """A training run that cannot go on."""
 
