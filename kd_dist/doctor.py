@@ -37,6 +37,11 @@ MODULES = {
     "deepspeed": "deepspeed",
     "av": "av",
     "aiohttp": "aiohttp",
+    "onnx": "onnx",
+    "onnxscript": "onnxscript",
+    "onnxruntime": "onnxruntime",
+    "executorch": "executorch",
+    "torchao": "torchao",
 }
 MARK = "kd-dist doctor: "  # begins the lines of a probe; libraries print what they like
 PATIENCE = 300  # seconds for a probe
@@ -332,6 +337,7 @@ def recipe_findings(path: str, overrides: Sequence[str]) -> Iterator[Finding]:
     is read."""
     from kd_dist import places, trial
     from kd_dist.config import load
+    from kd_dist.formats import FORMATS, missing
     from kd_dist.recipe import Recipe
     from kd_dist.sources import source_function
 
@@ -357,6 +363,10 @@ def recipe_findings(path: str, overrides: Sequence[str]) -> Iterator[Finding]:
     if d.source == "face_frames" and installed("av") is None:
         mend = "pip install 'kd_dist[video]'; folders of frames do without"
         yield Finding("av", "warning", "is not installed, and video files need it", mend)
+    lacking = dict.fromkeys(one for name in recipe.export.formats or FORMATS for one in missing(FORMATS[name]))
+    if lacking:
+        said = f"`kd-dist export` needs {', '.join(lacking)}, which cannot be found"
+        yield Finding("export", "warning", said, "pip install 'kd_dist[export]', or choose other export.formats")
     if "pretrained" in (recipe.teacher.weights, recipe.student.weights):
         yield Finding("pretrained", "ok", "weights are fetched once from the model's hub, which needs a network")
     try:

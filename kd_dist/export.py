@@ -64,10 +64,11 @@ def export(recipe: Recipe) -> dict[str, Any]:
     ExportError when none is left, or a library is not installed, and TrainingError for a stage that has not ended.
     """
     forms, student = chosen(recipe), trained(recipe)
+    examples = calibration(recipe, student)
     own_row, teacher_row = rows(recipe, student.stage)
     folder = places.package_folder(recipe, student.stage)
     with alone(folder.parent), replaced(folder) as fresh:
-        files, refused = written(forms, student.graph, calibration(recipe, student), fresh)
+        files, refused = written(forms, student.graph, examples, fresh)
         own, heard = heard_of(recipe, student, {name: fresh / forms[name].file for name in files})
         taken, failed = measured(recipe, student, files, own, heard)
         refused |= failed
@@ -191,11 +192,7 @@ def heard_of(
 
 
 def measured(
-    recipe: Recipe,
-    student: Student,
-    files: Mapping[str, list[Path]],
-    own: proof.Outcome,
-    heard: Mapping[str, proof.Outcome],
+    recipe: Recipe, student: Student, files: Mapping[str, list[Path]], own: proof.Outcome, heard: Mapping
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """What each file takes that is the student, and why others are not; these are deleted."""
     limits, taken, refused = recipe.export.limits, {}, {}
@@ -245,19 +242,12 @@ def rows(recipe: Recipe, name: str) -> tuple[dict[str, Any], dict[str, Any] | No
     every, label = journey.evaluate_recipe(recipe), journey.taught_by(recipe, name)
     [own] = [row for row in every if row["stage"] == name]
     teachers = [row for row in every if row["role"] == "teacher"]
-    if label is None:
-        held_to = [row for row in teachers if not row.get("further")]
-    else:
-        held_to = [row for row in teachers if row["stage"] == label]
+    held_to = [row for row in teachers if (row["stage"] == label if label else not row.get("further"))]
     return own, next(iter(held_to), None)
 
 
 def told(
-    recipe: Recipe,
-    student: Student,
-    own: proof.Outcome,
-    own_row: Mapping[str, Any],
-    teacher_row: Mapping[str, Any] | None,
+    recipe: Recipe, student: Student, own: proof.Outcome, own_row: Mapping, teacher_row: Mapping | None
 ) -> dict[str, Any]:
     """What deployment_info.json says beside the files."""
     judged, metric, e = assemble.examples(recipe, recipe.evaluate.split), recipe.evaluate.metric, recipe.export
@@ -299,6 +289,7 @@ def inputs_and_outputs(recipe: Recipe, student: Student) -> dict[str, Any]:
     with torch.inference_mode():
         said = network(torch.zeros(1, channels, height, width))
     resized = network.image_size is not None and (height, width) != (network.image_size, network.image_size)
+    normalisation = {"mean": network.mean.flatten().tolist(), "std": network.std.flatten().tolist()}
     given = {
         "name": student.graph.input,
         "shape": [1, channels, height, width],
@@ -307,11 +298,7 @@ def inputs_and_outputs(recipe: Recipe, student: Student) -> dict[str, Any]:
         "layout": "NCHW",
         "channels": "RGB" if recipe.audio is None else "level",
         "view": "whole" if task(recipe).canonical_whole else "centre",
-        "normalisation": {
-            "mean": network.mean.flatten().tolist(),
-            "std": network.std.flatten().tolist(),
-            "in_graph": True,
-        },
+        "normalisation": {**normalisation, "in_graph": True},
         "resized_in_graph_to": network.image_size if resized else None,
     }
     bounds = None if network.bounds is None else list(network.bounds)
@@ -393,6 +380,11 @@ def exchange(one: Path, other: Path) -> None:
     number = ctypes.get_errno()
     if number not in NO_EXCHANGE:
         raise OSError(number, os.strerror(number), str(other))
+    exchange_in_turn(one, other)
+
+
+def exchange_in_turn(one: Path, other: Path) -> None:
+    """The same by three renames; after the first there is no `other`."""
     aside = one.with_name(f"{other.name}.{secrets.token_hex(4)}.tmp")
     os.rename(other, aside)
     os.rename(one, other)

@@ -538,6 +538,9 @@ def test_an_override_changes_one_place_of_what_an_alias_shares(written):
     assert recipe.stages["pretrain"].losses == {"cross_entropy": {"weight": 1}}
 
 
+EXPORTED = "executorch, executorch_int8, onnx, onnx_dynamic_int8, onnx_int8, safetensors, torch_export, torchscript"
+
+
 @pytest.mark.parametrize(
     "override, sentence",
     [
@@ -553,6 +556,12 @@ def test_an_override_changes_one_place_of_what_an_alias_shares(written):
         ("train.lr=", "stages.distill.lr: must be a number, not empty"),
         ("train.losses={kd: {}, kdd: {}}", "stages.distill.losses.kdd: unknown loss 'kdd'; did you mean 'kd'?"),
         ("train.batch_size=3", "stages.distill.batch_size: 3 cannot be divided by accumulate, 2"),
+        ("export.stage=distil", "export.stage: unknown stage 'distil'; did you mean 'distill'?"),
+        ("export.stage=teach", "export.stage: stage 'teach' trains the teacher, not the student"),
+        ("export.formats=[onnx, tflite]", f"export.formats: unknown format 'tflite'; known: {EXPORTED}"),
+        ("export.formats=[onx]", "export.formats: unknown format 'onx'; did you mean 'onnx'?"),
+        ("export.formats=[onnx, onnx]", "export.formats: names one of them twice: onnx, onnx"),
+        ("export.limits.int8=2", "export.limits.int8: must be a number, above 0 and at most 1, not 2"),
         ("seed", "'seed' must have the form section.key=value"),
         ("seed=[1", "seed: not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("data.options={a: 1, a: 2}", "data.options: key 'a' is given twice; first at command line"),

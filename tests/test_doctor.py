@@ -179,11 +179,23 @@ def test_a_recipes_own_needs(experiment):
     assert "no module 'not_there' can be imported" in none["data.source"].says
 
 
+def test_a_recipe_says_what_its_export_lacks(experiment, monkeypatch):
+    for name in ("executorch", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    lacking = by_name(list(doctor.recipe_findings("tiny.yaml", [])))["export"]
+    assert (lacking.status, lacking.needed) == ("warning", True) and doctor.healthy([lacking])
+    assert lacking.says == "`kd-dist export` needs onnxruntime, executorch, which cannot be found"
+    assert lacking.mend == "pip install 'kd_dist[export]', or choose other export.formats"
+    fewer = by_name(list(doctor.recipe_findings("tiny.yaml", ["export.formats=[safetensors, torchscript]"])))
+    assert "export" not in fewer
+
+
 @pytest.mark.slow
 def test_the_command_says_it_line_by_line_and_fails_for_what_is_needed(experiment):
     found = json.loads(done(run(kd_dist, "doctor", "tiny.yaml", "--json", folder=experiment)))
     lines = by_name([Finding(**one) for one in found])
     assert {"python", "torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset"} <= lines.keys()
+    assert {"onnx", "onnxscript", "onnxruntime", "executorch", "torchao"} <= lines.keys()
     assert {"librosa", "numpy", "pillow", "cpu", "limits", "accelerate launch", "ninja", "models"} <= lines.keys()
     assert all(one.mend or one.status == "ok" for one in lines.values())
     text = doctor.sentences(list(lines.values()))
