@@ -6,17 +6,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from kd_dist.views.images import ImageViews
-
 SOURCES = Path(__file__).with_name("android")
 MARK = re.compile(r"@(\w+)@")
 WIDTH = 112  # characters that a line of names may have, so that it fits into 120 with its indent
-
-DOWN_FIRST = """height > StudentInfo.HEIGHT
-                && height - StudentInfo.HEIGHT > 2 * (width - StudentInfo.WIDTH)"""
 
 INPUTS = {
     "image": {
@@ -100,7 +92,7 @@ def app_code(info: Mapping[str, Any]) -> dict[str, str]:
     image = info["input"]["name"] == "image"
     files = {
         "StudentInfo.java": student_info(info),
-        "Preprocess.java": preprocess() if image else _source("Preprocess.recording.java"),
+        "Preprocess.java": _source(f"Preprocess.{'image' if image else 'recording'}.java"),
         "Postprocess.java": _source(f"Postprocess.{info['task']}.java"),
     }
     if image:
@@ -117,20 +109,6 @@ def app_code(info: Mapping[str, Any]) -> dict[str, str]:
     if "JavaExample.java" in files or "TorchScriptExample.java" in files:
         files["AssetFile.java"] = _source("AssetFile.java")
     return {**files, "README.md": readme(files, parts["originals"])}
-
-
-def preprocess() -> str:
-    """`Preprocess.java` of images, with the passes of a resize in the order that views have here.
-
-    Pillow scales across and then down. From 13.0 on it goes down first where height loses more than twice as many
-    pixels as width, and as each pass rounds, that gives other levels; so it is tried out.
-    """
-    tall = (np.arange(40 * 5 * 3) ** 2 % 251).astype(np.uint8).reshape(40, 5, 3)
-    policy = ImageViews((4, 4), whole=True)
-    narrow = Image.fromarray(tall).resize((4, 40), Image.Resampling.BILINEAR)
-    across_first = np.asarray(narrow.resize((4, 4), Image.Resampling.BILINEAR))
-    changed = not np.array_equal(across_first, policy.replay(tall, policy.canonical(tall.shape[:2])))
-    return filled(_source("Preprocess.image.java"), {"down_first": DOWN_FIRST if changed else "false"})
 
 
 def filled(template: str, parts: Mapping[str, str]) -> str:

@@ -16,6 +16,7 @@ from kd_dist.errors import DataError
 from kd_dist.views.chance import record
 from kd_dist.views.colours import coloured
 from kd_dist.views.images import LONGEST_SIDE
+from kd_dist.views.resizing import resized
 
 Chance = Callable[[str], float]  # a number in [0, 1) for each name
 Points = list[tuple[int, int]]  # (x, y), in units of which a side has SIDE
@@ -127,8 +128,8 @@ def blend(image: np.ndarray, parameters: np.void) -> np.ndarray:
     source, target = (changed, original) if parameters["changes_source"] else (original, changed)
     (top, left), (rows, columns) = parameters["place"].tolist(), parameters["resized"].tolist()
     moved = source.copy()
-    moved.paste(source.resize((columns, rows), Image.Resampling.BILINEAR), (left, top))
-    seen = mask(parameters).resize((width, height), Image.Resampling.BILINEAR)
+    moved.paste(resized(source, (columns, rows)), (left, top))
+    seen = resized(mask(parameters), (width, height))
     return np.array(Image.composite(moved, target, seen))
 
 
@@ -154,8 +155,8 @@ def _changed(picture: Image.Image, parameters: np.void, factors: Sequence[float]
     pixels = np.clip(pixels, 0, 255).astype(np.uint8)
     rows, columns = parameters["shrunk"].tolist()
     if (columns, rows) != picture.size:
-        small = Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BILINEAR)
-        return np.asarray(small.resize(picture.size, Image.Resampling.BILINEAR))
+        small = resized(Image.fromarray(pixels), (columns, rows))
+        return np.asarray(resized(small, picture.size))
     sharpened = int(parameters["sharpened"])
     if sharpened:
         mean = np.asarray(Image.fromarray(pixels).filter(ImageFilter.BoxBlur(1)), np.int16)

@@ -16,6 +16,7 @@ from kd_dist.batch import Example
 from kd_dist.errors import DataError, RecipeError
 from kd_dist.views.chance import record, uniform
 from kd_dist.views.colours import coloured
+from kd_dist.views.resizing import resized
 
 # One view: 24 bytes. Photometric factors (1 leaves the pixels unchanged), the crop box in pixels of the decoded
 # image, and whether the resized crop is mirrored left to right (0 or 1).
@@ -116,7 +117,7 @@ def replay(image: np.ndarray, view: np.void, size: tuple[int, int]) -> np.ndarra
     if not all(0 <= factor <= 2 for factor in (brightness, contrast, saturation)):  # NaN is not either
         raise DataError(f"the view's factors {brightness}, {contrast}, {saturation} are not from 0 to 2; cache again")
     top, left, bottom, right = _checked_box(view, image.shape, "image")
-    picture = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+    picture = resized(Image.fromarray(image), size[::-1], (left, top, right, bottom))
     if flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return coloured(picture, brightness, contrast, saturation)

@@ -5,7 +5,7 @@ package dev.kd_dist.student;
  * by 255. Every level is the same as in training, whatever the size of the image.
  *
  * <p>Scaling is Pillow's: a triangle that reaches as far as the ratio of the sizes where it shrinks, else one pixel;
- * weights of 22 bits; across and down, each rounded to a level. Near the edges of the box it looks at pixels beyond.
+ * weights of 22 bits; across, then down, each rounded to a level. Near the edges of the box it looks at pixels beyond.
  *
  * <p>Plain Java 8, without Android; safe to call from any thread.
  */
@@ -35,8 +35,7 @@ public final class Preprocess {
         int[] box = CanonicalBox.of(width, height);
         Taps across = new Taps(width, box[0], box[2], StudentInfo.WIDTH);
         Taps down = new Taps(height, box[1], box[3], StudentInfo.HEIGHT);
-        boolean downFirst = @down_first@;
-        int[] scaled = downFirst ? downFirst(argb, width, across, down) : acrossFirst(argb, width, across, down);
+        int[] scaled = scaled(argb, width, across, down);
         int plane = StudentInfo.HEIGHT * StudentInfo.WIDTH;
         byte[] levels = new byte[3 * plane];
         for (int i = 0; i < plane; i++) {
@@ -47,22 +46,13 @@ public final class Preprocess {
         return levels;
     }
 
-    private static int[] acrossFirst(int[] argb, int width, Taps across, Taps down) {
+    private static int[] scaled(int[] argb, int width, Taps across, Taps down) {
         int rows = down.end - down.start;
         int[] narrow = new int[rows * StudentInfo.WIDTH];
         scale(argb, down.start * width, width, 1, rows, across, narrow, StudentInfo.WIDTH, 1);
         int[] scaled = new int[StudentInfo.HEIGHT * StudentInfo.WIDTH];
         int above = -down.start * StudentInfo.WIDTH;
         scale(narrow, above, 1, StudentInfo.WIDTH, StudentInfo.WIDTH, down, scaled, 1, StudentInfo.WIDTH);
-        return scaled;
-    }
-
-    private static int[] downFirst(int[] argb, int width, Taps across, Taps down) {
-        int columns = across.end - across.start;
-        int[] low = new int[StudentInfo.HEIGHT * columns];
-        scale(argb, across.start, 1, width, columns, down, low, 1, columns);
-        int[] scaled = new int[StudentInfo.HEIGHT * StudentInfo.WIDTH];
-        scale(low, -across.start, columns, 1, StudentInfo.HEIGHT, across, scaled, StudentInfo.WIDTH, 1);
         return scaled;
     }
 
