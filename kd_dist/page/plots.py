@@ -1,0 +1,276 @@
+"""The pictures of a page, by matplotlib. The same values give the same bytes."""
+
+import contextlib
+import io
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kd_dist.page.markup import Picture, printable
+from kd_dist.tasks.binary import POINTS
+
+# Okabe and Ito 2008, which the colour-blind tell apart, without yellow; beyond them markers and lines change.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X", "h"), ("-", "--", ":", "-.")
+SIZE = (4.8, 3.9)  # inches, of a plot
+LABEL = 18  # characters of a name beside an axis
+NUMBERED = 10  # classes of a confusion matrix whose cells are numbered
+SETTINGS = {
+    "svg.hashsalt": "kd_dist",
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # names may hold a $
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 10,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+}
+
+
+class Series(NamedTuple):
+    """Points of a plot, and who they are of."""
+
+    name: str
+    number: int  # of its colour, marker and line
+    points: Sequence[tuple[float, float]]
+
+
+def colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def marker(number: int) -> str:
+    return MARKERS[number % len(MARKERS)]
+
+
+def line(number: int) -> str:
+    return LINES[number // len(COLOURS) % len(LINES)]
+
+
+def short(name: str) -> str:
+    """A name for an axis or a legend, which leaves out what begins with an underscore."""
+    one = printable(name)
+    one = one if len(one) <= LABEL else one[: LABEL - 1] + "…"
+    return f" {one}" if one.startswith("_") else one
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """POINTS of a curve's own points at most, evenly along it, with both ends."""
+    if len(points) <= POINTS:
+        return list(points)
+    return [points[place] for place in np.linspace(0, len(points) - 1, POINTS).round().astype(int)]
+
+
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """Matplotlib as it comes, whatever the user's settings are, and as SETTINGS say."""
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the browser has other fonts
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(SETTINGS)
+        yield
+
+
+def drawing(size: tuple[float, float] = SIZE) -> tuple[Any, Any]:
+    """A figure and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots()
+
+
+def rendered(figure: Any, alt: str, kind: str = "svg") -> Picture:
+    """A figure as bytes without a date in them."""
+    buffer = io.BytesIO()
+    if kind == "svg":
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        return Picture("image/svg+xml", buffer.getvalue(), alt)
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return Picture("image/png", buffer.getvalue(), alt)
+
+
+def legend(figure: Any, axes: Any, columns: int = 2) -> None:
+    """The names of what is drawn, below it, each once."""
+    handles, names = axes.get_legend_handles_labels()
+    once = dict(zip(names, handles, strict=True))
+    if once:
+        figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=columns)
+
+
+def against(models: Sequence[Mapping[str, Any]], metric: str, axis: str) -> Picture:
+    """A metric against what it takes, one mark a model: `name`, `number`, `teacher`, `x` [least, middle, most], `y`
+    and its interval `half`, or None."""
+    figure, axes = drawing()
+    for one in models:
+        least, x, most = one["x"]
+        errors = {"xerr": [[x - least], [most - x]], "yerr": one["half"]}
+        sign, size = ("*", 14) if one["teacher"] else (marker(one["number"]), 7)
+        axes.errorbar(
+            x,
+            one["y"],
+            **errors,
+            color=colour(one["number"]),
+            marker=sign,
+            markersize=size,
+            linestyle="none",
+            capsize=3,
+            label=short(one["name"]) + (" (teacher)" if one["teacher"] else ""),
+        )
+    spread = [value for one in models for value in one["x"]]
+    if max(spread) > 5 * min(spread) > 0:
+        axes.set_xscale("log")
+    axes.set(xlabel=axis, ylabel=metric)
+    legend(figure, axes)
+    said = "; ".join(f"{one['name']} {one['y']:.4f} at {one['x'][1]:.4g}" for one in models)
+    return rendered(figure, f"{metric} against {axis}: {said}.")
+
+
+def bars(quantity: str, parts: Sequence[Mapping[str, Any]], numbers: Mapping[str, int]) -> Picture:
+    """A bar for each stage of `numbers` and each of the parts, as `compare.by_part` gives them."""
+    stages = [stage for stage in numbers if any(stage in one["stages"] for one in parts)]
+    height = max(2.4, 0.9 + len(parts) * (0.14 + 0.11 * len(stages)))
+    figure, axes = drawing((SIZE[0], height))
+    thick = 0.8 / len(stages)
+    for place, stage in enumerate(stages):
+        here = [(row, one["stages"][stage]) for row, one in enumerate(parts) if stage in one["stages"]]
+        rows = [row + (place - (len(stages) - 1) / 2) * thick for row, _ in here]
+        errors = [half or 0 for _, (_, half) in here]
+        axes.barh(
+            rows,
+            [mean for _, (mean, _) in here],
+            thick,
+            color=colour(numbers[stage]),
+            label=short(stage),
+            xerr=errors if any(errors) else None,
+            error_kw={"elinewidth": 0.8},
+            hatch="" if numbers[stage] < 7 else "//",
+        )
+    axes.set_yticks(range(len(parts)), [short(one["name"]) for one in parts])
+    axes.grid(axis="y", visible=False)
+    axes.margins(y=0.01)
+    axes.invert_yaxis()
+    axes.set(xlabel=quantity)
+    legend(figure, axes)
+    worst = {
+        stage: min((one["stages"][stage][0], one["name"]) for one in parts if stage in one["stages"])
+        for stage in stages
+    }
+    said = "; ".join(f"{stage} has least for {name}, {value:.4f}" for stage, (value, name) in worst.items())
+    return rendered(figure, f"{quantity} of {len(parts)} classes or outputs by model: {said}.")
+
+
+def curves(
+    every: Sequence[Series], names: tuple[str, str], alt: str, square: bool = False, dots: bool = False
+) -> Picture:
+    """Lines, those of one name in one colour; `names` of the axes. A `square` one has the diagonal, from 0 to 1."""
+    figure, axes = drawing((4.4, 4.8) if square else SIZE)
+    if square:
+        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+        axes.set_aspect("equal")
+    for one in every:
+        points = thinned([point for point in one.points if all(map(_known, point))])
+        sign = marker(one.number) if dots or len(points) == 1 else None
+        x, y = zip(*points, strict=True) if points else ((), ())
+        axes.plot(
+            x,
+            y,
+            color=colour(one.number),
+            linestyle=line(one.number),
+            linewidth=1.3,
+            marker=sign,
+            markersize=4,
+            label=short(one.name),
+        )
+    axes.set(xlabel=names[0], ylabel=names[1])
+    legend(figure, axes)
+    return rendered(figure, alt)
+
+
+def confusion(stage: str, counts: np.ndarray, names: Sequence[str]) -> Picture:
+    """A confusion matrix (truth, prediction), each row as shares of its examples."""
+    total = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(counts, total, where=total > 0, out=np.zeros(counts.shape))
+    figure, axes = drawing((4.8, 4.6))
+    axes.grid(visible=False)
+    drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    labels, places = [short(name) for name in names], range(len(names))
+    axes.set_xticks(places, labels, rotation=90)
+    axes.set_yticks(places, labels)
+    axes.set(xlabel="predicted class", ylabel="true class", title=short(stage))
+    if len(names) <= NUMBERED:
+        for row, column in np.ndindex(*counts.shape):
+            ink = "black" if shares[row, column] > 0.5 else "white"
+            axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", fontsize=7.5, color=ink)
+    figure.colorbar(drawn, label="share of the true class", shrink=0.7)
+    right = f"{int(counts.trace()):,} of {int(counts.sum()):,}"
+    wrong = counts - np.diag(counts.diagonal())
+    truth, said = np.unravel_index(wrong.argmax(), wrong.shape)
+    most = (
+        f"; most often mistaken, {wrong[truth, said]:,} times: {names[truth]} for {names[said]}" if wrong.any() else ""
+    )
+    return rendered(figure, f"Confusion matrix of {stage}: {right} on the diagonal{most}.")
+
+
+def scatter(title: str, pairs: np.ndarray, number: int) -> Picture:
+    """Predictions against the truth, `pairs` (n, 2), NaN: not known."""
+    figure, axes = drawing((4.2, 4.2))
+    low, high = np.nanmin(pairs), np.nanmax(pairs)
+    axes.plot([low, high], [low, high], color="grey", linewidth=0.8)
+    axes.scatter(*pairs.T, s=9, alpha=0.5, color=colour(number), linewidths=0)
+    axes.set(xlabel="truth", ylabel="prediction", title=short(title), aspect="equal")
+    known = pairs[~np.isnan(pairs).any(axis=1)]
+    gap = np.abs(known[:, 0] - known[:, 1]).mean()
+    return rendered(
+        figure, f"{title}: {len(pairs):,} predictions against the truth, {gap:.4f} apart in the mean.", "png"
+    )
+
+
+def files(found: Sequence[Mapping[str, Any]], metric: str, axis: str, formats: Sequence[str]) -> Picture:
+    """A metric against what a file takes: `package`, `format`, `x`, `y`; a colour a format, a mark a package."""
+    figure, axes = drawing()
+    packages = list(dict.fromkeys(one["package"] for one in found))
+    for one in found:
+        number = formats.index(one["format"])
+        face = colour(number) if number < len(COLOURS) else "none"
+        sign = marker(packages.index(one["package"]))
+        axes.plot(
+            one["x"],
+            one["y"],
+            marker=sign,
+            markersize=8,
+            linestyle="none",
+            markeredgecolor=colour(number),
+            markerfacecolor=face,
+            alpha=0.85,
+            label=one["format"],
+        )
+    axes.set(xlabel=axis, ylabel=metric)
+    legend(figure, axes, columns=3)
+    said = "; ".join(f"{one['package']} as {one['format']} {one['y']:.4f} at {one['x']:.4g}" for one in found)
+    return rendered(figure, f"{metric} against {axis}: {said}.")
+
+
+def sheet(name: str, pixels: np.ndarray, most: int) -> Picture:
+    """Pixels (H, W, 3) uint8 as a PNG of at most so many bytes, halved until they are."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    while True:
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG", optimize=True)
+        if len(buffer.getvalue()) <= most or min(image.size) < 2:
+            alt = f"Examples, a row each: the image, the true mask, and what each model of {name} says."
+            return Picture("image/png", buffer.getvalue(), alt)
+        image = image.reduce(2)
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
