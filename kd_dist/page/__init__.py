@@ -18,6 +18,7 @@ from kd_dist.tasks.classification import BINS
 PACKAGE = Path("package/deployment_info.json")  # of a stage's folder, once it has been exported
 SHORT = 12  # characters of a digest, where it is not all that is asked for
 PARTS = 40  # classes that are drawn
+RARE = 0.01  # of all examples; a bin with fewer says little
 SHEET_BYTES = 800_000  # of a picture of examples
 MEGA = 1e6
 SMALL = 1e-3  # below it a number is told by its leading digits
@@ -97,10 +98,8 @@ def _source(runs: Sequence[Run]) -> str:
 def _origin(run: Run) -> str:
     one = run.model
     step = f", step {one['best_step']:,}" if "best_step" in one else ""
-    return (
-        f"{text(one['recipe'])}: {text(run.name)}, {code(one['folder'])}, weights {code(one['weights'][:SHORT])}{step}, "
-        f"examples {code(one['examples'][:SHORT])}"
-    )
+    digests = f"weights {code(one['weights'][:SHORT])}{step}, examples {code(one['examples'][:SHORT])}"
+    return f"{text(one['recipe'])}: {text(run.name)}, {code(one['folder'])}, {digests}"
 
 
 # ------------------------------------------------------------------------------------------------ sections
@@ -141,9 +140,10 @@ def _cost(page: Page) -> str:
             if values:
                 marks[axis].append({**one, "x": [min(values), statistics.median(values), max(values)]})
     pictures = [plots.against(found, page.metric, axis) for axis, found in marks.items() if found]
+    better = "" if METRICS[page.metric] else " (lower is better)"
     caption = (
-        f"{text(page.metric)}{'' if METRICS[page.metric] else ' (lower is better)'}: the mean over the seeds with its 95 % "
-        f"interval; latency: the median, the least and the most of the seeds, of one example on one CPU thread."
+        f"{text(page.metric)}{better}: the mean over the seeds with its 95 % interval; the star is a teacher. "
+        f"Latency: the median, the least and the most of the seeds, of one example on one CPU thread."
     )
     return figure(pictures, caption, _source(page.runs))
 
@@ -177,14 +177,17 @@ def _outcomes(page: Page) -> str:
         every = [_series(page, run, run.model["roc"]) for run in drawn]
         areas = "; ".join(f"{run.name} {run.model['metrics']['auc']:.4f}" for run in drawn)
         alt = f"ROC curves. Area under each: {areas}."
-        picture = plots.curves(every, ("false positive rate", "true positive rate"), alt, square=True)
+        picture = plots.square(every, ("false positive rate", "true positive rate"), alt)
         found += figure([picture], "ROC curves, a line a seed.", _source(drawn))
     binned = [run for run in page.runs if "reliability" in run.outcomes]
     if binned:
         every = [_reliability(page, stage) for stage in page.numbers]
         alt = f"Reliability diagram: accuracy against the probability of the top class, in {BINS} bins, by model."
-        picture = plots.curves(every, ("mean probability of the top class", "accuracy"), alt, square=True, dots=True)
-        caption = f"Reliability: {BINS} bins of equal width, all seeds together; on the diagonal a model is calibrated."
+        picture = plots.square(every, ("mean probability of the top class", "accuracy"), alt, dots=True)
+        caption = (
+            f"Reliability: those of {BINS} bins of equal width that hold more than {RARE:.0%} of the examples, all "
+            f"seeds together; on the diagonal a model is calibrated."
+        )
         found += figure([picture], caption, _source(binned))
     judged = [run for run in page.runs if run.outcomes.get("confusion")]
     if judged:
@@ -195,13 +198,23 @@ def _outcomes(page: Page) -> str:
             for stage in page.numbers
         ]
         found += figure(pictures, "Confusion matrices, all seeds together; the numbers are examples.", _source(judged))
+    return found + _scatter(page)
+
+
+def _scatter(page: Page) -> str:
+    """Predictions against the truth, a figure an output and a plot a stage, all of one scale."""
     paired = [run for run in page.runs if run.outcomes.get("pairs")]
-    for place, output in enumerate(page.content["names"] if paired else ()):
-        pictures = []
-        for stage, number in page.numbers.items():
-            rows = np.array([row for run in page.of(stage) for row in run.outcomes["pairs"]], float)
-            pair = rows[:, [place, place + len(page.content["names"])]]
-            pictures.append(plots.scatter(f"{output}, {stage}", pair, number))
+    names, found = page.content["names"], ""
+    for place, output in enumerate(names if paired else ()):
+        pairs = {
+            stage: np.array([row for run in page.of(stage) for row in run.outcomes["pairs"]], float)[
+                :, place :: len(names)
+            ]
+            for stage in page.numbers
+        }
+        every = np.concatenate(list(pairs.values()))
+        limits = float(np.nanmin(every)), float(np.nanmax(every))
+        pictures = [plots.scatter(stage, output, pair, limits, page.numbers[stage]) for stage, pair in pairs.items()]
         found += figure(
             pictures, f"{text(output)}: predictions against the truth, all seeds together.", _source(paired)
         )
@@ -213,9 +226,12 @@ def _series(page: Page, run: Run, points: Sequence[tuple[float, float]]) -> Seri
 
 
 def _reliability(page: Page, stage: str) -> Series:
-    """Mean probability and accuracy of each bin of a stage that has rows, over its seeds."""
+    """Mean probability and accuracy of each bin of a stage with RARE of its rows, over its seeds."""
     bins = np.sum([np.array(run.outcomes["reliability"], float) for run in page.of(stage)], axis=0)
-    return Series(stage, page.numbers[stage], [(p / rows, right / rows) for rows, right, p in bins.tolist() if rows])
+    least = RARE * bins[:, 0].sum()
+    return Series(
+        stage, page.numbers[stage], [(p / rows, right / rows) for rows, right, p in bins.tolist() if rows > least]
+    )
 
 
 def _sheets(page: Page, sheets: Mapping[str, np.ndarray]) -> str:
@@ -242,7 +258,7 @@ def _training(page: Page) -> str:
     for label, name in axes.items():
         every = [_series(page, run, _history(run, name)) for run in runs]
         last = "; ".join(f"{run.name} {_number(run.result['history'][-1].get(name))}" for run in runs)
-        pictures.append(plots.curves(every, ("epoch", label), f"{label} by epoch. At the end: {last}."))
+        pictures.append(plots.epochs(every, label, "", f"{label} by epoch. At the end: {last}."))
     return figure(pictures, f"A line a seed; of long runs {plots.POINTS} epochs.", _source(runs))
 
 
@@ -258,7 +274,7 @@ def _losses(page: Page) -> str:
         if every:
             names = ", ".join(dict.fromkeys(one.name for one in every))
             alt = f"Terms of the loss of {stage} by epoch, before they are weighted: {names}."
-            pictures.append(plots.curves(every, ("epoch", f"{plots.short(stage)}: term"), alt))
+            pictures.append(plots.epochs(every, "term of the loss", stage, alt))
             runs += trained
     caption = "Each term before it is weighted, the mean over an epoch; a line a seed."
     return figure(pictures, caption, _source(runs)) if pictures else ""

@@ -12,11 +12,12 @@ import numpy as np
 from kd_dist.page.markup import Picture, printable
 from kd_dist.tasks.binary import POINTS
 
-# Okabe and Ito 2008, which the colour-blind tell apart, without yellow; beyond them markers and lines change.
+# Okabe and Ito 2008, which the colour-blind tell apart, without yellow; markers and lines differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X", "h"), ("-", "--", ":", "-.")
-SIZE = (4.8, 3.9)  # inches, of a plot
-LABEL = 18  # characters of a name beside an axis
+SIZE = (4.8, 3.5)  # inches, of a plot without its legend
+LABEL, TITLE = 18, 44  # characters of a name beside an axis, and above a plot
+LEGEND_LINE = 0.19  # inches
 NUMBERED = 10  # classes of a confusion matrix whose cells are numbered
 SETTINGS = {
     "svg.hashsalt": "kd_dist",
@@ -30,6 +31,9 @@ SETTINGS = {
     "font.size": 10,
     "legend.fontsize": 8.5,
     "legend.frameon": False,
+    "legend.handlelength": 2.6,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.constrained_layout.h_pad": 0.06,
 }
 
 
@@ -50,13 +54,13 @@ def marker(number: int) -> str:
 
 
 def line(number: int) -> str:
-    return LINES[number // len(COLOURS) % len(LINES)]
+    return LINES[number % len(LINES)]
 
 
-def short(name: str) -> str:
-    """A name for an axis or a legend, which leaves out what begins with an underscore."""
+def short(name: str, most: int = LABEL) -> str:
+    """A name for an axis, a title or a legend, which leaves out what begins with an underscore."""
     one = printable(name)
-    one = one if len(one) <= LABEL else one[: LABEL - 1] + "…"
+    one = one if len(one) <= most else one[: most - 1] + "…"
     return f" {one}" if one.startswith("_") else one
 
 
@@ -98,10 +102,11 @@ def rendered(figure: Any, alt: str, kind: str = "svg") -> Picture:
 
 
 def legend(figure: Any, axes: Any, columns: int = 2) -> None:
-    """The names of what is drawn, below it, each once."""
+    """The names of what is drawn, each once, below it, where there is room for them."""
     handles, names = axes.get_legend_handles_labels()
     once = dict(zip(names, handles, strict=True))
     if once:
+        figure.set_figheight(figure.get_figheight() + LEGEND_LINE * math.ceil(len(once) / columns))
         figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=columns)
 
 
@@ -122,11 +127,17 @@ def against(models: Sequence[Mapping[str, Any]], metric: str, axis: str) -> Pict
             markersize=size,
             linestyle="none",
             capsize=3,
-            label=short(one["name"]) + (" (teacher)" if one["teacher"] else ""),
+            label=short(one["name"]),
         )
     spread = [value for one in models for value in one["x"]]
     if max(spread) > 5 * min(spread) > 0:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(spread) < 100 * min(spread) else (1,)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(0.1)
     axes.set(xlabel=axis, ylabel=metric)
     legend(figure, axes)
     said = "; ".join(f"{one['name']} {one['y']:.4f} at {one['x'][1]:.4g}" for one in models)
@@ -167,31 +178,35 @@ def bars(quantity: str, parts: Sequence[Mapping[str, Any]], numbers: Mapping[str
     return rendered(figure, f"{quantity} of {len(parts)} classes or outputs by model: {said}.")
 
 
-def curves(
-    every: Sequence[Series], names: tuple[str, str], alt: str, square: bool = False, dots: bool = False
-) -> Picture:
-    """Lines, those of one name in one colour; `names` of the axes. A `square` one has the diagonal, from 0 to 1."""
-    figure, axes = drawing((4.4, 4.8) if square else SIZE)
-    if square:
-        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-        axes.set_aspect("equal")
-    for one in every:
-        points = thinned([point for point in one.points if all(map(_known, point))])
-        sign = marker(one.number) if dots or len(points) == 1 else None
-        x, y = zip(*points, strict=True) if points else ((), ())
-        axes.plot(
-            x,
-            y,
-            color=colour(one.number),
-            linestyle=line(one.number),
-            linewidth=1.3,
-            marker=sign,
-            markersize=4,
-            label=short(one.name),
-        )
-    axes.set(xlabel=names[0], ylabel=names[1])
+def epochs(every: Sequence[Series], quantity: str, title: str, alt: str) -> Picture:
+    """A quantity by epoch, a line each."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = drawing()
+    lines(axes, every)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="epoch", ylabel=quantity, title=short(title, TITLE))
     legend(figure, axes)
     return rendered(figure, alt)
+
+
+def square(every: Sequence[Series], names: tuple[str, str], alt: str, dots: bool = False) -> Picture:
+    """Lines from 0 to 1, with the diagonal; `names` of the axes."""
+    figure, axes = drawing((4.4, 4.8))
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+    lines(axes, every, dots)
+    axes.set(xlabel=names[0], ylabel=names[1], aspect="equal")
+    legend(figure, axes)
+    return rendered(figure, alt)
+
+
+def lines(axes: Any, every: Sequence[Series], dots: bool = False) -> None:
+    """Each of the series, those of one name in one style, without the points that are not known."""
+    for one in every:
+        points = thinned([point for point in one.points if None not in point])
+        look = {"color": colour(one.number), "linestyle": line(one.number), "linewidth": 1.4, "markersize": 4}
+        look["marker"] = marker(one.number) if dots or len(points) == 1 else None
+        axes.plot(*np.array(points).reshape(-1, 2).T, label=short(one.name), **look)
 
 
 def confusion(stage: str, counts: np.ndarray, names: Sequence[str]) -> Picture:
@@ -204,11 +219,19 @@ def confusion(stage: str, counts: np.ndarray, names: Sequence[str]) -> Picture:
     labels, places = [short(name) for name in names], range(len(names))
     axes.set_xticks(places, labels, rotation=90)
     axes.set_yticks(places, labels)
-    axes.set(xlabel="predicted class", ylabel="true class", title=short(stage))
+    axes.set(xlabel="predicted class", ylabel="true class", title=short(stage, TITLE))
     if len(names) <= NUMBERED:
         for row, column in np.ndindex(*counts.shape):
             ink = "black" if shares[row, column] > 0.5 else "white"
-            axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", fontsize=7.5, color=ink)
+            axes.text(
+                column,
+                row,
+                f"{counts[row, column]:,}" if counts[row, column] else "",
+                ha="center",
+                va="center",
+                fontsize=7.5,
+                color=ink,
+            )
     figure.colorbar(drawn, label="share of the true class", shrink=0.7)
     right = f"{int(counts.trace()):,} of {int(counts.sum()):,}"
     wrong = counts - np.diag(counts.diagonal())
@@ -219,18 +242,16 @@ def confusion(stage: str, counts: np.ndarray, names: Sequence[str]) -> Picture:
     return rendered(figure, f"Confusion matrix of {stage}: {right} on the diagonal{most}.")
 
 
-def scatter(title: str, pairs: np.ndarray, number: int) -> Picture:
-    """Predictions against the truth, `pairs` (n, 2), NaN: not known."""
+def scatter(stage: str, output: str, pairs: np.ndarray, limits: tuple[float, float], number: int) -> Picture:
+    """Predictions against the truth, `pairs` (n, 2), NaN: not known; `limits` of both axes."""
     figure, axes = drawing((4.2, 4.2))
-    low, high = np.nanmin(pairs), np.nanmax(pairs)
-    axes.plot([low, high], [low, high], color="grey", linewidth=0.8)
-    axes.scatter(*pairs.T, s=9, alpha=0.5, color=colour(number), linewidths=0)
-    axes.set(xlabel="truth", ylabel="prediction", title=short(title), aspect="equal")
-    known = pairs[~np.isnan(pairs).any(axis=1)]
-    gap = np.abs(known[:, 0] - known[:, 1]).mean()
-    return rendered(
-        figure, f"{title}: {len(pairs):,} predictions against the truth, {gap:.4f} apart in the mean.", "png"
-    )
+    axes.plot(limits, limits, color="grey", linewidth=0.8)
+    axes.scatter(*pairs.T, s=12, alpha=0.7, color=colour(number), linewidths=0)
+    axes.set(xlabel=f"{short(output)}, truth", ylabel=f"{short(output)}, prediction", aspect="equal")
+    axes.set_title(short(stage, TITLE))
+    gap = np.nanmean(np.abs(pairs[:, 0] - pairs[:, 1]))
+    alt = f"{output}: {len(pairs):,} predictions of {stage} against the truth, {gap:.4f} apart in the mean."
+    return rendered(figure, alt, "png")
 
 
 def files(found: Sequence[Mapping[str, Any]], metric: str, axis: str, formats: Sequence[str]) -> Picture:
@@ -252,8 +273,9 @@ def files(found: Sequence[Mapping[str, Any]], metric: str, axis: str, formats: S
             alpha=0.85,
             label=one["format"],
         )
+    axes.margins(0.1)
     axes.set(xlabel=axis, ylabel=metric)
-    legend(figure, axes, columns=3)
+    legend(figure, axes, columns=2)
     said = "; ".join(f"{one['package']} as {one['format']} {one['y']:.4f} at {one['x']:.4g}" for one in found)
     return rendered(figure, f"{metric} against {axis}: {said}.")
 
@@ -270,7 +292,3 @@ def sheet(name: str, pixels: np.ndarray, most: int) -> Picture:
             alt = f"Examples, a row each: the image, the true mask, and what each model of {name} says."
             return Picture("image/png", buffer.getvalue(), alt)
         image = image.reduce(2)
-
-
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
