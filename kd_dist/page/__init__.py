@@ -296,15 +296,11 @@ def _files(page: Page) -> str:
                 "size, MB": one["bytes"] / MEGA,
                 "latency on one thread, ms": one["latency_ms"]["one_thread"]["median"],
             }
-            y = one["metrics"][page.metric]
             for axis, x in taken.items():
-                marks[axis].append({"package": run.name, "format": name, "x": x, "y": y})
+                marks[axis].append({"package": run.name, "format": name, "x": x, "y": one["metrics"][page.metric]})
         other = package["student"]["weights_sha256"]
-        old = (
-            ""
-            if other == run.model["weights"]
-            else (paragraph(f"<strong>Of other weights, {code(other[:SHORT])}: export the stage again.</strong>"))
-        )
+        wrong = f"<strong>Of other weights, {code(other[:SHORT])}: export the stage again.</strong>"
+        old = "" if other == run.model["weights"] else paragraph(wrong)
         left = "".join(f"<li>{code(name)}: {text(why)}</li>" for name, why in package.get("not_written", {}).items())
         tables += f"<h3>{text(run.name)}</h3>{old}" + table(
             _file_head(page), [_file(page, *pair) for pair in package["files"].items()]
@@ -314,7 +310,7 @@ def _files(page: Page) -> str:
     if not pictures:
         return tables
     where = ", ".join(code(Path(run.model["folder"]) / PACKAGE) for run in runs)
-    return tables + figure(pictures, f"A colour a format, a mark a package. From {where}.", _source(runs))
+    return tables + figure(pictures, f"A mark a format, a filling a package. From {where}.", _source(runs))
 
 
 def _file_head(page: Page) -> list[str]:

@@ -15,6 +15,7 @@ from kd_dist.tasks.binary import POINTS
 # Okabe and Ito 2008, which the colour-blind tell apart, without yellow; markers and lines differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X", "h"), ("-", "--", ":", "-.")
+FILLINGS = ("full", "none", "left", "top")
 SIZE = (4.8, 3.5)  # inches, of a plot without its legend
 LABEL, TITLE = 18, 44  # characters of a name beside an axis, and above a plot
 LEGEND_LINE = 0.19  # inches
@@ -101,13 +102,13 @@ def rendered(figure: Any, alt: str, kind: str = "svg") -> Picture:
     return Picture("image/png", buffer.getvalue(), alt)
 
 
-def legend(figure: Any, axes: Any, columns: int = 2) -> None:
+def legend(figure: Any, axes: Any) -> None:
     """The names of what is drawn, each once, below it, where there is room for them."""
     handles, names = axes.get_legend_handles_labels()
     once = dict(zip(names, handles, strict=True))
     if once:
-        figure.set_figheight(figure.get_figheight() + LEGEND_LINE * math.ceil(len(once) / columns))
-        figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=columns)
+        figure.set_figheight(figure.get_figheight() + LEGEND_LINE * math.ceil(len(once) / 2))
+        figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=2)
 
 
 def against(models: Sequence[Mapping[str, Any]], metric: str, axis: str) -> Picture:
@@ -131,12 +132,12 @@ def against(models: Sequence[Mapping[str, Any]], metric: str, axis: str) -> Pict
         )
     spread = [value for one in models for value in one["x"]]
     if max(spread) > 5 * min(spread) > 0:
-        from matplotlib.ticker import LogLocator, NullFormatter
+        from matplotlib.ticker import LogLocator, NullLocator
 
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(spread) < 100 * min(spread) else (1,)))
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(0.1)
     axes.set(xlabel=axis, ylabel=metric)
     legend(figure, axes)
@@ -249,33 +250,23 @@ def scatter(stage: str, output: str, pairs: np.ndarray, limits: tuple[float, flo
     axes.scatter(*pairs.T, s=12, alpha=0.7, color=colour(number), linewidths=0)
     axes.set(xlabel=f"{short(output)}, truth", ylabel=f"{short(output)}, prediction", aspect="equal")
     axes.set_title(short(stage, TITLE))
-    gap = np.nanmean(np.abs(pairs[:, 0] - pairs[:, 1]))
-    alt = f"{output}: {len(pairs):,} predictions of {stage} against the truth, {gap:.4f} apart in the mean."
+    known = pairs[~np.isnan(pairs).any(axis=1)]
+    gap = f", {np.abs(known[:, 0] - known[:, 1]).mean():.4f} apart in the mean" if len(known) else ""
+    alt = f"{output}: {len(known):,} predictions of {stage} against the truth{gap}."
     return rendered(figure, alt, "png")
 
 
 def files(found: Sequence[Mapping[str, Any]], metric: str, axis: str, formats: Sequence[str]) -> Picture:
-    """A metric against what a file takes: `package`, `format`, `x`, `y`; a colour a format, a mark a package."""
+    """A metric against what a file takes: `package`, `format`, `x`, `y`; a mark a format, a filling a package."""
     figure, axes = drawing()
     packages = list(dict.fromkeys(one["package"] for one in found))
     for one in found:
-        number = formats.index(one["format"])
-        face = colour(number) if number < len(COLOURS) else "none"
-        sign = marker(packages.index(one["package"]))
-        axes.plot(
-            one["x"],
-            one["y"],
-            marker=sign,
-            markersize=8,
-            linestyle="none",
-            markeredgecolor=colour(number),
-            markerfacecolor=face,
-            alpha=0.85,
-            label=one["format"],
-        )
+        number, filled = formats.index(one["format"]), FILLINGS[packages.index(one["package"]) % len(FILLINGS)]
+        look = {"marker": marker(number), "color": colour(number), "fillstyle": filled, "markersize": 8}
+        axes.plot(one["x"], one["y"], linestyle="none", label=one["format"], **look)
     axes.margins(0.1)
     axes.set(xlabel=axis, ylabel=metric)
-    legend(figure, axes, columns=2)
+    legend(figure, axes)
     said = "; ".join(f"{one['package']} as {one['format']} {one['y']:.4f} at {one['x']:.4g}" for one in found)
     return rendered(figure, f"{metric} against {axis}: {said}.")
 
