@@ -121,8 +121,8 @@ def test_outcomes_are_bounded():
     _, record = judged(task, (truth.nan_to_num() + torch.tensor([0.123456789, 0.0]), truth))
     pairs = np.array(record["pairs"])
     assert pairs.shape == (compare.KEPT, 4) and pairs[0].tolist() == [-1, -1, -0.87654, -1] and pairs[-1, 0] == 1
-    assert np.diff(pairs[:, 0]).max() < 3 * 2 / 3000 and not np.isnan(pairs).any()
-    np.testing.assert_allclose(pairs[:, 2] - pairs[:, 0], 0.123457, atol=2e-5)
+    assert np.diff(pairs[:, 0]).max() < 4.5 * 2 / 3000 and not np.isnan(pairs).any()
+    np.testing.assert_allclose(pairs[:, 2] - pairs[:, 0], 0.123457, atol=6e-5)
     assert compare.Outcomes(Segmentation(3)).record() == {}
 
 
@@ -353,14 +353,15 @@ def test_several_recipes_are_one_table(two):
     done(run(kd_dist, "compare", "faces.yaml", "views.count=2", "others.yaml", folder=two))
     content = json.loads((two / "runs/faces/compare.json").read_text())
     stages = ["teacher", "others/teacher", "pretrain", "distill", "others/distill"]
-    assert [(row["stage"], row["seeds"]) for row in content["summary"]] == list(zip(stages, (1, 1, 2, 3, 2), strict=True))
+    assert [row["stage"] for row in content["summary"]] == stages
+    assert [row["seeds"] for row in content["summary"]] == [1, 1, 2, 3, 2]
     assert content["title"] == "faces and others" and not (two / "runs/others/compare.html").exists()
     assert content["command"] == "kd-dist compare faces.yaml others.yaml views.count=2"
     found = page_of(two, "faces")
     assert [line[0] for line in found.tables[0][1:]] == stages
     assert [line[1] for line in found.tables[-1][1:]] == ["faces"] * 6 + ["others"] * 3
-    said = sentence(run(kd_dist, "compare", "faces.yaml", "others.yaml", "name=same", folder=two))
-    assert said == "others.yaml: is called 'same', as faces.yaml is; give each recipe a name of its own"
+    said = sentence(run(kd_dist, "compare", "faces.yaml", "faces.yaml", folder=two))
+    assert said == "faces.yaml: is called 'faces', as faces.yaml is; give each recipe a name of its own"
     (two / "others.yaml").write_text(recipe_text("others") + "evaluate: {split: val}\n")
     said = sentence(run(kd_dist, "compare", "faces.yaml", "others.yaml", folder=two))
     assert said.startswith("others.yaml: has evaluate.split = 'val', faces.yaml has 'test'; ")

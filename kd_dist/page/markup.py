@@ -20,7 +20,7 @@ figure { margin: 1rem 0; break-inside: avoid; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 0.5rem; }
 .panels img { background: white; border-radius: 4px; width: 100%; max-width: 42rem; height: auto; }
 .panels.wide { display: block; }
-.panels.wide img { width: auto; max-width: 100%; image-rendering: pixelated; }
+.panels.wide img { width: auto; min-width: min(100%, 44rem); max-width: 100%; image-rendering: pixelated; }
 figcaption, .source { font-size: 0.85rem; }
 .source summary { cursor: pointer; }
 code { font-size: 0.9em; }

@@ -19,6 +19,7 @@ FILLINGS = ("full", "none", "left", "top")
 SIZE = (4.8, 3.5)  # inches, of a plot without its legend
 LABEL, TITLE = 18, 44  # characters of a name beside an axis, and above a plot
 LEGEND_LINE = 0.19  # inches
+TICKS = 5  # of an axis of sizes or times, about
 NUMBERED = 10  # classes of a confusion matrix whose cells are numbered
 SETTINGS = {
     "svg.hashsalt": "kd_dist",
@@ -114,6 +115,8 @@ def legend(figure: Any, axes: Any) -> None:
 def against(models: Sequence[Mapping[str, Any]], metric: str, axis: str) -> Picture:
     """A metric against what it takes, one mark a model: `name`, `number`, `teacher`, `x` [least, middle, most], `y`
     and its interval `half`, or None."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
     figure, axes = drawing()
     for one in models:
         least, x, most = one["x"]
@@ -131,9 +134,8 @@ def against(models: Sequence[Mapping[str, Any]], metric: str, axis: str) -> Pict
             label=short(one["name"]),
         )
     spread = [value for one in models for value in one["x"]]
+    axes.xaxis.set_major_locator(MaxNLocator(TICKS))
     if max(spread) > 5 * min(spread) > 0:
-        from matplotlib.ticker import LogLocator, NullLocator
-
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(spread) < 100 * min(spread) else (1,)))
         axes.xaxis.set_major_formatter("{x:g}")
@@ -264,6 +266,7 @@ def files(found: Sequence[Mapping[str, Any]], metric: str, axis: str, formats: S
         number, filled = formats.index(one["format"]), FILLINGS[packages.index(one["package"]) % len(FILLINGS)]
         look = {"marker": marker(number), "color": colour(number), "fillstyle": filled, "markersize": 8}
         axes.plot(one["x"], one["y"], linestyle="none", label=one["format"], **look)
+    axes.locator_params(axis="x", nbins=TICKS)
     axes.margins(0.1)
     axes.set(xlabel=axis, ylabel=metric)
     legend(figure, axes)
