@@ -41,7 +41,8 @@ class Outcomes:
         self.pairs: list[Tensor] = []  # of a regression: (B, 2 D) float32, truth and prediction of the labelled rows
         classes = task.classes if task.name == "classification" else 0
         self.labelled, self.predicted, self.right = torch.zeros(3, classes, dtype=torch.int64)
-        self.confusion = torch.zeros(2 * (classes if classes <= LISTED else 0,), dtype=torch.int64)
+        few = classes if classes <= LISTED else 0
+        self.confusion = torch.zeros(few, few, dtype=torch.int64)
         self.bins = torch.zeros(BINS, 3, dtype=torch.float64)  # rows, right ones, summed probability of the top class
 
     def counting(self, network: Callable[[Tensor], Tensor]) -> Callable[[Batch], Tensor]:
@@ -49,18 +50,19 @@ class Outcomes:
 
         def predict(batch: Batch) -> Tensor:
             logits = network(batch.images)
-            said, targets = logits[batch.valid].detach().float().cpu(), batch.targets[batch.valid].cpu()
-            if self.task.name == "classification":
-                self._count(said, targets)
-            elif self.task.name == "regression":
-                known = ~targets.isnan().any(dim=1)
-                self.pairs.append(torch.cat([targets[known], said[known]], dim=1))
+            if not self.task.maps:
+                self._count(logits[batch.valid].detach().float().cpu(), batch.targets[batch.valid].cpu())
             return logits
 
         return predict
 
     def _count(self, logits: Tensor, targets: Tensor) -> None:
-        """Rows of logits (B, C) with targets (B,), in the bins of `tasks.classification.CalibrationError`."""
+        """Rows of logits (B, C) with targets (B,), in the bins of `tasks.classification.CalibrationError`; or of
+        numbers (B, D) with targets (B, D)."""
+        if self.task.name == "regression":
+            known = ~targets.isnan().any(dim=1)
+            self.pairs.append(torch.cat([targets[known], logits[known]], dim=1))
+            return
         p, top = logits.double().softmax(dim=1).max(dim=1)
         right, classes = top == targets, self.task.classes
         self.labelled += torch.bincount(targets, minlength=classes)
