@@ -259,20 +259,35 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fa
 
 
 @app.command()
-def compare(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Teacher and students side by side, over every seed that has been trained: metrics, cost, what is kept of the
-    teacher. Written to compare.md and compare.json, of two classes roc-SPLIT.png too, in the recipe's folder of runs.
+def compare(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            help="Recipes, YAML files; a word with = in it is an override of all.",
+            metavar="RECIPE... [KEY.PATH=VALUE]...",
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Teacher and students side by side, over every seed that has been trained, of one recipe or of several that are
+    judged on the same examples: metrics, cost, what is kept of the teacher. Written to compare.html, which needs
+    nothing beside it, to compare.md and compare.json, of two classes roc-SPLIT.png too, in the first recipe's folder of
+    runs.
 
     Example: kd-dist compare configs/digits.yaml
     """
     from kd_dist import compare as comparison
     from kd_dist import journey
 
-    loaded, found = journey.compare_recipe(recipe, overrides or [])
+    overrides = [word for word in words if "=" in word]
+    recipes = [Path(word) for word in words if "=" not in word]
+    if not recipes:
+        raise KdError("compare: no recipe is named, only overrides; name a YAML file")
+    found = journey.compare_recipes(recipes, overrides)
     if as_json:
         typer.echo(json.dumps(found))
     else:
-        journey.on_terminal(comparison.table(found["summary"], journey.heading(loaded)))
+        journey.on_terminal(comparison.table(found["summary"], f"{found['title']}, {found['split']} split"))
 
 
 @app.command()

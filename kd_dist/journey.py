@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from kd_dist import assemble, caches, compare, cost, manifest, places, report, trial
+from kd_dist import assemble, caches, compare, cost, manifest, page, places, report, trial
 from kd_dist.checkpoint import read_record, write_atomic
 from kd_dist.config import load, to_dict
 from kd_dist.disk import alone
@@ -38,7 +39,7 @@ from kd_dist.train_gan import train_gan
 
 # What a model is and takes, in the record of its evaluation.
 COST = ("name", "parameters", "macs", "latency_ms", "memory_mb")
-RECORD_VERSION = 3  # of that record; 1 knew neither memory nor curves
+RECORD_VERSION = 4  # of that record; 1 knew neither memory nor curves, 3 no outcomes
 ROC_DIGITS = 6  # of a rate in the record
 OF_A_SEED = ("seed", "order", "start")  # parts of a stage's identity
 DRAWN_AT_ONCE = 32  # examples of a picture in a forward pass
@@ -192,7 +193,8 @@ def evaluate_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         where = {"role": places.role(recipe, name), "stage": name, "seed": places.stage_seed(recipe, name)}
         where["taught_by"] = taught_by(recipe, name)
         where["without_generated"] = places.without_generated(recipe, name)
-        where["steps"] = read_record(folder / places.RESULT, "steps")["steps"]
+        result = read_record(folder / places.RESULT, "steps", "history", "best_epoch")
+        where["steps"], where["best_step"] = result["steps"], result["history"][result["best_epoch"]]["step"]
         build = functools.partial(assemble.network, recipe, which, places.STAGE_REFERENCE + name, recipe.seed)
         rows.append({**where, **measured(recipe, folder, which, caches.best_sha256(recipe, name), build)})
     return sorted([*rows, *given_rows(recipe)], key=lambda row: row["role"] != "teacher")
@@ -229,7 +231,8 @@ def taught_by(recipe: Recipe, name: str) -> str | None:
 
 def measured(recipe: Recipe, folder: Path, which: str, weights: str, build: Callable[[], nn.Module]) -> dict[str, Any]:
     """The metrics and the cost of the `teacher` or `student` whose weights have the digest `weights`, from the record
-    in `folder` or measured now and recorded there; of two classes the ROC curve too."""
+    in `folder` or measured now and recorded there; of two classes the ROC curve too. And where all this is from: the
+    recipe, the folder, the record, the digests of weights and examples."""
     split, metric, task = recipe.evaluate.split, recipe.evaluate.metric, assemble.task(recipe)
     record, section = folder / f"evaluation-{split}.json", getattr(recipe, which)
     corridor = assemble.evaluation_corridor(recipe, split, 0, 1, cached=False)
@@ -242,10 +245,10 @@ def measured(recipe: Recipe, folder: Path, which: str, weights: str, build: Call
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = build().eval().to(device)
-        stream = batches(corridor, 0, len(corridor), 0, pin=False)
-        found = judge(lambda batch: network(batch.images), stream, task, device, recipe.data.error_limit)
+        stream, outcomes = batches(corridor, 0, len(corridor), 0, pin=False), compare.Outcomes(task)
+        found = judge(outcomes.counting(network), stream, task, device, recipe.data.error_limit)
         values = {name: value if math.isfinite(value) else None for name, value in numbers(found).items()}
-        known = {"identity": identity, "metrics": values, "name": network.label}
+        known = {"identity": identity, "metrics": values, "name": network.label, "outcomes": outcomes.record()}
         known |= cost.measure(network, recipe.views.shape)
         if ROC in found:
             known[ROC] = [[round(rate, ROC_DIGITS) for rate in point] for point in found[ROC].tolist()]
@@ -259,7 +262,9 @@ def measured(recipe: Recipe, folder: Path, which: str, weights: str, build: Call
     defined = {name: one for name, one in values.items() if one is not None}
     parts = task.table(defined, corridor.examples.manifest["class_names"])
     taken = {field: known[field] for field in (*COST, ROC) if field in known}
-    return {"metric": metric, "value": values[metric], "metrics": every, "parts": parts, **taken}
+    origin = {"recipe": recipe.name, "folder": str(folder), "record": str(record), "weights": weights}
+    origin["examples"] = corridor.examples.fingerprint
+    return {"metric": metric, "value": values[metric], "metrics": every, "parts": parts, **taken, **origin}
 
 
 def unique(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -283,8 +288,8 @@ def write_report(recipes: Sequence[Recipe], models: list[dict[str, Any]]) -> Non
 
 
 def draw(recipe: Recipe) -> np.ndarray | None:
-    """Some examples of the evaluation split, and what each stage's model makes of them; None where the task has no such
-    picture."""
+    """Some examples of the evaluation split, and what the model of each stage that has ended makes of them; None where
+    the task has no such picture."""
     task = assemble.task(recipe)
     if not task.shown:
         return None
@@ -292,8 +297,8 @@ def draw(recipe: Recipe) -> np.ndarray | None:
     names = (recipe.teacher.name, *recipe.teachers)
     networks = {name: assemble.teacher(recipe.with_teacher(name)).network for name in names}
     for name, stage in recipe.stages.items():
-        if stage.model == "student":
-            reference = places.STAGE_REFERENCE + name
+        reference = places.STAGE_REFERENCE + name
+        if stage.model == "student" and places.weights_ready(recipe, reference):
             networks[name] = assemble.network(recipe, "student", reference, recipe.seed).eval()
     with torch.inference_mode():
         said = {
@@ -303,13 +308,39 @@ def draw(recipe: Recipe) -> np.ndarray | None:
     return picture(task, batch, said)
 
 
-def compare_recipe(path: Path, overrides: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
-    """Measure all that has been trained of a recipe, with every seed that is found, and write the comparison."""
-    first = load(path, overrides)
-    recipes = [load(path, [*overrides, f"seed={seed}"]) for seed in trained_seeds(first)]
-    refuse_unlike(recipes)
-    models = unique([row for recipe in recipes or [first] for row in evaluate_recipe(recipe)])
-    return first, compare.write(Path(first.runs) / first.name, first.name, first.evaluate.split, models)
+def compare_recipes(paths: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
+    """Measure all that has been trained of some recipes, with every seed that is found, and write the comparison and
+    its page into the first one's folder of runs; returns what its JSON holds.
+
+    Stages of a further recipe are called `<recipe>/<stage>`. Raises MismatchError for recipes that cannot be compared.
+    """
+    firsts = [load(path, overrides) for path in paths]
+    if firsts[1:]:
+        compare.refuse_incomparable(paths, [judged_by(one) for one in firsts])
+    models, pictures = [], {}
+    for number, (path, first) in enumerate(zip(paths, firsts, strict=True)):
+        recipes = [load(path, [*overrides, f"seed={seed}"]) for seed in trained_seeds(first)] or [first]
+        refuse_unlike(recipes)
+        rows = unique([row for recipe in recipes for row in evaluate_recipe(recipe)])
+        models += compare.named_after(first.name, rows) if number else rows
+        if assemble.task(first).maps and places.weights_ready(first, first.teacher.weights):
+            pictures[f"{first.name}, seed {recipes[0].seed}"] = draw(recipes[0])
+    first, title = firsts[0], " and ".join(recipe.name for recipe in firsts)
+    names = first.task.outputs or assemble.examples(first, first.evaluate.split).manifest["class_names"]
+    command = shlex.join(["kd-dist", "compare", *map(str, paths), *overrides])
+    about = compare.Subject(title, first.evaluate.split, first.task.name, tuple(names), command)
+    folder = Path(first.runs) / first.name
+    content = compare.write(folder, about, models)
+    page.write(folder / "compare.html", content, pictures)
+    print(f"{folder}/compare.html and what lies beside it", file=sys.stderr)
+    return content
+
+
+def judged_by(recipe: Recipe) -> dict[str, Any]:
+    """What two recipes must have in common to be compared, as plain values, and their names."""
+    packed = assemble.examples(recipe, recipe.evaluate.split)
+    said = {"task": to_dict(recipe.task), "evaluate": to_dict(recipe.evaluate), "examples": packed.fingerprint}
+    return manifest.plain({**said, "name": recipe.name, "class_names": packed.manifest["class_names"]})
 
 
 def refuse_unlike(recipes: Sequence[Recipe]) -> None:

@@ -30,7 +30,7 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 def summarise(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a stage, over its seeds, in the order of first appearance; retention is against the teacher that a stage
-    listens to (`taught_by`), else the mean of the rows of the recipe's first, those that are not `further`.
+    listens to (`taught_by`), else the mean of the rows of its own recipe's first, those that are not `further`.
 
     `parts` of a model are what its metric is made of, such as each class's IoU, as (name, value); those of a row
     are (name, mean, interval). `metrics` of a row are all that the task has: mean, interval and retention of each, None
@@ -53,9 +53,11 @@ def summarise(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         rows[-1]["metrics"] = {metric: {"mean": mean, "interval": half} for metric, (mean, half) in known.items()}
     heard = {model["stage"]: model.get("taught_by") for model in models}
     further = {model["stage"] for model in models if model.get("further")}
+    homes = {model["stage"]: model.get("recipe") for model in models}
     for row in rows:
-        own = heard[row["stage"]]
+        own, home = heard[row["stage"]], homes[row["stage"]]
         teachers = [one for one in rows if one["role"] == "teacher" and one["stage"] not in further]
+        teachers = [one for one in teachers if homes[one["stage"]] == home]
         if own is not None:
             teachers = [one for one in rows if one["stage"] == own]
         row["retention"] = kept(row["metric"], row["mean"], [teacher["mean"] for teacher in teachers])

@@ -9,15 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import RECIPE
 from PIL import Image
 from processes import done, inside, kd_dist, laboratory, run, sentence
 from rich.console import Console
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import confusion_matrix, roc_auc_score
+from test_page import Reader, read
 
 from kd_dist import assemble, cache_teacher, compare, journey, train
+from kd_dist.batch import Batch
 from kd_dist.config import load
+from kd_dist.disk import file_digest
+from kd_dist.errors import MismatchError
+from kd_dist.evaluation import evaluate
 from kd_dist.report import interval, summarise
+from kd_dist.tasks import Classification, Regression, Segmentation
 from kd_dist.tasks.binary import POINTS
+from kd_dist.tasks.classification import LISTED
 
 
 def model(role: str, stage: str, seed: int, **metrics: float | None) -> dict:
@@ -26,6 +34,7 @@ def model(role: str, stage: str, seed: int, **metrics: float | None) -> dict:
     return {**about, "metrics": metrics, **cost, "roc": [[0.0, 0.0], [0.1, 0.8], [1.0, 1.0]]}
 
 
+SUBJECT = compare.Subject("faces", "test", "segmentation", ("real", "fake"), "kd-dist compare faces.yaml")
 MODELS = [
     model("student_kd", "distill", 0, auc=0.7, eer=0.3, video_auc=None),
     model("student_kd", "distill", 1, auc=0.8, eer=0.2, video_auc=None),
@@ -56,7 +65,7 @@ def test_a_column_a_stage_and_a_line_a_quantity():
 
 
 def test_the_page_and_the_table_hold_every_cell(tmp_path):
-    content = compare.write(tmp_path, "faces", "test", MODELS)
+    content = compare.write(tmp_path, SUBJECT, MODELS)
     rows = content["summary"]
     assert json.loads((tmp_path / "compare.json").read_text()) == content and content["models"] == MODELS
     page = (tmp_path / "compare.md").read_text()
@@ -72,9 +81,76 @@ def test_the_page_and_the_table_hold_every_cell(tmp_path):
 
 def test_without_curves_there_is_no_picture(tmp_path):
     plain = [{name: value for name, value in one.items() if name != "roc"} for one in MODELS]
-    compare.write(tmp_path, "faces", "test", plain)
+    compare.write(tmp_path, SUBJECT, plain)
     assert "roc-test.png" not in (tmp_path / "compare.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.json", "compare.md"]
+
+
+def judged(task, *batches: tuple[torch.Tensor, torch.Tensor]) -> tuple[dict, dict]:
+    """The metrics of batches of logits and targets, and the outcomes that are recorded with them."""
+    outcomes, place = compare.Outcomes(task), iter(batches)
+    predict = outcomes.counting(lambda images: images)
+    stream = [
+        Batch(("k",) * len(z), z, targets, None, torch.arange(len(z)) != 1, len(z), None) for z, targets in place
+    ]
+    return evaluate(predict, stream, task, torch.device("cpu")), outcomes.record()
+
+
+def test_outcomes_of_classes_add_up_to_the_metrics():
+    """One row of each batch is of no example."""
+    random = torch.Generator().manual_seed(0)
+    batches = [
+        (2 * torch.randn(n, 5, generator=random), torch.randint(0, 5, (n,), generator=random)) for n in (30, 7)
+    ]
+    metrics, record = judged(Classification(5), *batches)
+    z, targets = (torch.cat([torch.cat([one[:1], one[2:]]) for one in of]) for of in zip(*batches, strict=True))
+    matrix = confusion_matrix(targets, z.argmax(dim=1), labels=range(5))
+    assert record["confusion"] == matrix.tolist() and record["right"] == matrix.diagonal().tolist()
+    assert (record["labelled"], record["predicted"]) == (matrix.sum(1).tolist(), matrix.sum(0).tolist())
+    rows, right, p = np.array(record["reliability"]).T
+    assert rows.sum() == 35 and right.sum() / 35 == pytest.approx(metrics["accuracy"])
+    assert abs(right - p).sum() / 35 == pytest.approx(metrics["ece"], rel=1e-4)
+
+
+def test_outcomes_are_bounded():
+    _, record = judged(Classification(LISTED + 1), (torch.eye(LISTED + 1), torch.arange(LISTED + 1)))
+    assert record["confusion"] == [] and record["right"] == [1, 0] + [1] * (LISTED - 1)
+    task = Regression(("warm", "bright"))
+    truth = torch.linspace(-1, 1, 3001)[:, None].expand(-1, 2).contiguous()
+    truth[5] = torch.nan
+    _, record = judged(task, (truth.nan_to_num() + torch.tensor([0.123456789, 0.0]), truth))
+    pairs = np.array(record["pairs"])
+    assert pairs.shape == (compare.KEPT, 4) and pairs[0].tolist() == [-1, -1, -0.87654, -1] and pairs[-1, 0] == 1
+    assert np.diff(pairs[:, 0]).max() < 4.5 * 2 / 3000 and not np.isnan(pairs).any()
+    np.testing.assert_allclose(pairs[:, 2] - pairs[:, 0], 0.123457, atol=6e-5)
+    assert compare.Outcomes(Segmentation(3)).record() == {}
+
+
+def test_students_of_a_further_recipe_are_held_to_its_own_teacher():
+    own = [{**one, "recipe": "faces"} for one in MODELS]
+    other = [model("teacher", "teacher", 0, auc=0.5, eer=0.5, video_auc=None), MODELS[0]]
+    further = compare.named_after("others", [{**one, "recipe": "others", "taught_by": None} for one in other])
+    heard = compare.named_after("others", [{**other[1], "stage": "b", "taught_by": "teacher", "recipe": "others"}])
+    rows = {row["stage"]: row for row in summarise([*own, *further, *heard])}
+    assert list(rows) == ["teacher", "others/teacher", "distill", "others/distill", "others/b"]
+    kept = {stage: row["metrics"]["auc"]["retention"] for stage, row in rows.items()}
+    assert kept["distill"] == pytest.approx(0.75 / 0.9)
+    assert kept["others/distill"] == kept["others/b"] == pytest.approx(0.7 / 0.5)
+
+
+def test_recipes_that_differ_are_refused():
+    paths = [Path(name) for name in ("a.yaml", "b.yaml", "c.yaml")]
+    said = [{"name": name, "task": {"name": "classification", "classes": 2}, "examples": "1"} for name in "abc"]
+    compare.refuse_incomparable(paths, said)
+    said[2] = {**said[2], "examples": "2"}
+    with pytest.raises(MismatchError) as caught:
+        compare.refuse_incomparable(paths, said)
+    assert str(caught.value) == (
+        "c.yaml: has examples = '2', a.yaml has '1'; compare recipes of one task that are judged by one metric on the "
+        "same examples, packed alike"
+    )
+    with pytest.raises(MismatchError, match=r"^b.yaml: is called 'a', as a.yaml is; give each recipe a name"):
+        compare.refuse_incomparable(paths[:2], [said[0], said[0]])
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -126,6 +202,10 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
+def page_of(folder: Path, name: str) -> Reader:
+    return read(folder / "runs" / name / "compare.html")
+
+
 @pytest.mark.slow
 def test_all_that_has_been_trained_is_compared(made):
     said = done(run(kd_dist, "compare", "tiny.yaml", *WORDS, folder=made))
@@ -144,8 +224,16 @@ def test_all_that_has_been_trained_is_compared(made):
     assert "video_auc" in said and "eer (lower is better)" in said and "memory MB" in said
     with Image.open(runs / "roc-test.png") as image:
         assert image.size == (600, 600)
+    first, found = (runs / "compare.html").read_bytes(), page_of(made, "faces")
+    assert len([one for one in found.images if one["alt"].startswith("ROC")]) == 1
+    assert [line[-1] for line in found.tables[0][1:]] == ["seed 0", "seed 0, seed 1", "seed 0, seed 1, seed 4"]
+    for one, line in zip(content["models"], found.tables[-1][1:], strict=True):
+        steps = json.loads((made / one["folder"] / "result.json").read_text())
+        assert line[4] == f"{steps['history'][steps['best_epoch']]['step']} of {steps['steps']}"
+        assert line[3] == file_digest(made / one["folder"] / "best.safetensors") and line[5] == one["examples"]
     again = run(kd_dist, "compare", "tiny.yaml", *WORDS, "--json", folder=made)
     assert done(again) and json.loads(again.stdout) == content  # not measured twice, latency included
+    assert (runs / "compare.html").read_bytes() == first
     shown = done(run(kd_dist, "evaluate", "tiny.yaml", *WORDS, folder=made))
     assert all(word in shown for word in ("all metrics", "video_auc", "eer", "ece", "memory MB"))
 
@@ -236,3 +324,106 @@ def test_a_run_of_two_classes_shows_its_curves(made):
         journey.write_report([recipe], journey.evaluate_recipe(recipe))
     page = (made / "runs/faces/report.md").read_text()
     assert "![curves](curves.png)" in page and "![roc-test](roc-test.png)" in page
+
+
+# ------------------------------------------------------------------------------------------------ several recipes
+
+
+@pytest.fixture
+def two(made, tmp_path) -> Path:
+    """A folder with two recipes of the same examples, the second with seeds 0 and 1 of one student."""
+    shutil.copytree(made, tmp_path / "home")
+    folder = tmp_path / "home"
+    shutil.copytree(folder / "shards/faces", folder / "shards/others")
+    for stage, seeds in (("teacher", (0,)), ("distill", (0, 1))):
+        for seed in seeds:
+            shutil.copytree(folder / f"runs/faces/{stage}/seed-{seed}", folder / f"runs/others/{stage}/seed-{seed}")
+    (folder / "faces.yaml").write_text(recipe_text("faces"))
+    (folder / "others.yaml").write_text(recipe_text("others"))
+    return folder
+
+
+def recipe_text(name: str) -> str:
+    text = RECIPE.replace("task: {classes: 3}", f"name: {name}\ntask: {{classes: 2}}")
+    return text.replace("source: image_folder\n  root: pictures", "source: my_source:faces")
+
+
+@pytest.mark.slow
+def test_several_recipes_are_one_table(two):
+    done(run(kd_dist, "compare", "faces.yaml", "views.count=2", "others.yaml", folder=two))
+    content = json.loads((two / "runs/faces/compare.json").read_text())
+    stages = ["teacher", "others/teacher", "pretrain", "distill", "others/distill"]
+    assert [row["stage"] for row in content["summary"]] == stages
+    assert [row["seeds"] for row in content["summary"]] == [1, 1, 2, 3, 2]
+    assert content["title"] == "faces and others" and not (two / "runs/others/compare.html").exists()
+    assert content["command"] == "kd-dist compare faces.yaml others.yaml views.count=2"
+    found = page_of(two, "faces")
+    assert [line[0] for line in found.tables[0][1:]] == stages
+    assert [line[1] for line in found.tables[-1][1:]] == ["faces"] * 6 + ["others"] * 3
+    said = sentence(run(kd_dist, "compare", "faces.yaml", "faces.yaml", folder=two))
+    assert said == "faces.yaml: is called 'faces', as faces.yaml is; give each recipe a name of its own"
+    (two / "others.yaml").write_text(recipe_text("others") + "evaluate: {split: val}\n")
+    said = sentence(run(kd_dist, "compare", "faces.yaml", "others.yaml", folder=two))
+    assert said.startswith("others.yaml: has evaluate.split = 'val', faces.yaml has 'test'; ")
+    assert sentence(run(kd_dist, "compare", "seed=1", folder=two)).startswith("compare: no recipe is named")
+
+
+# ------------------------------------------------------------------------------------------------ other tasks
+
+
+@pytest.mark.slow
+def test_maps_have_their_classes_and_their_picture(scenery):
+    done(run(train.main, ["scenes.yaml", "--stage", "pretrain"], folder=scenery))
+    done(run(kd_dist, "compare", "scenes.yaml", folder=scenery))
+    content, found = json.loads(Path("runs/scenes/compare.json").read_text()), page_of(scenery, "scenes")
+    parts = content["by_part"]["IoU"]
+    assert [one["name"] for one in parts] == ["ground", "left", "right"]
+    assert [line[0] for line in found.tables[2][1:]] == ["ground", "left", "right"]
+    assert [line[1] for line in found.tables[0][1:]] == ["teacher", "student alone"]  # the teacher is given
+    assert [line[4] == "-" for line in found.tables[-1][1:]] == [True, False]
+    [sheet] = [one["alt"] for one in found.images if one["alt"].startswith("Examples")]
+    assert "scenes, seed 0" in sheet
+
+
+NUMBERS = """\
+name: numbers
+task: {name: regression, outputs: [warm, bright]}
+data: {source: "my_numbers:coloured", splits: {train: 0.7, val: 0.3}, shard_size: 8, workers: 0}
+views: {count: 2, size: 8, flip: 0.5}
+teacher: {model: "tiny_model:network", options: {width: 8}, seed: 1}
+student: {model: "tiny_model:network"}
+stages:
+  pretrain: {losses: {ccc: {}}, epochs: 1, batch_size: 8, lr: 1e-3}
+evaluate: {split: val}
+"""
+COLOURED = '''\
+import functools
+
+from my_source import read
+from kd_dist.sources import Item, Listing
+
+
+def coloured():
+    each = [(n, "val" if n % 4 == 3 else "train", functools.partial(read, n % 3, n)) for n in range(12)]
+    return Listing(("warm", "bright"), [Item(f"{n:02d}", s, "png", (n / 12, -n / 20), get) for n, s, get in each])
+'''
+
+
+@pytest.mark.slow
+def test_numbers_have_their_outputs_and_their_scatter(experiment):
+    Path("numbers.yaml").write_text(NUMBERS)
+    Path("my_source.py").write_text(SOURCE)
+    Path("my_numbers.py").write_text(COLOURED)
+    done(run(kd_dist, "pack", "numbers.yaml", folder=experiment))
+    done(run(train.main, ["numbers.yaml", "--stage", "pretrain"], folder=experiment))
+    done(run(kd_dist, "compare", "numbers.yaml", folder=experiment))
+    content, found = json.loads(Path("runs/numbers/compare.json").read_text()), page_of(experiment, "numbers")
+    assert list(content["by_part"]) == ["ccc", "mae"]
+    assert [one["name"] for one in content["by_part"]["mae"]] == ["warm", "bright"]
+    scattered = [one["alt"] for one in found.images if "predictions of" in one["alt"]]
+    assert len(scattered) == 4
+    for one in content["models"]:
+        gaps = dict(one["parts"])
+        for output in ("warm", "bright"):
+            alt = f"{output}: 3 predictions of {one['stage']} against the truth, {gaps[f'mae/{output}']:.4f} apart"
+            assert any(shown.startswith(alt) for shown in scattered), (alt, scattered)

@@ -1,1 +1,0 @@
-"""The comparison as one HTML page that needs nothing beside it."""
