@@ -130,6 +130,12 @@ def compare(
     return Outcome(finite_numbers(found), (low, high)), {name: one.outcome() for name, one in heard.items()}
 
 
+def one_by_one(run: Run) -> Run:
+    """The same for one example after the other, as an app asks: what is quantised as it comes has the range of all that
+    comes with it."""
+    return lambda images: np.concatenate([run(images[row : row + 1]) for row in range(len(images))])
+
+
 def refuse_senseless(outputs: Tensor, keys: Sequence[str]) -> None:
     """Raise a ModelError when the student's outputs (B, ...) for the examples `keys` are not finite."""
     finite = outputs.isfinite().flatten(1).all(dim=1)

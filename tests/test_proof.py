@@ -123,6 +123,20 @@ def test_a_student_that_is_not_finite_is_no_student():
         proof.compare(bad, {}, stream(), TASK, None)
 
 
+def test_one_by_one_no_example_depends_on_the_others():
+    sizes = []
+
+    def centred(images: np.ndarray) -> np.ndarray:
+        sizes.append(len(images))
+        return same(images - images.mean())
+
+    images = np.random.default_rng(0).random((5, 3, 4, 4), np.float32)
+    expected = np.stack([same((one - one.mean())[None])[0] for one in images])
+    assert np.abs(centred(images) - expected).max() > 0.01
+    np.testing.assert_allclose(proof.one_by_one(centred)(images), expected, rtol=0, atol=1e-5)
+    assert sizes == [5, 1, 1, 1, 1, 1]
+
+
 # ---------------------------------------------------------------------------------------------- the verdict
 
 
