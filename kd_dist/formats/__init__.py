@@ -56,7 +56,7 @@ FORMATS = {
         open="kd_dist.formats.torch_files:open_torchscript",
         needs=(),
         int8=False,
-        note="For torch.jit.load and libtorch, with any batch. PyTorch calls TorchScript deprecated since 2.9: take it "
+        note="For torch.jit.load and libtorch, with any batch. Deprecated, as PyTorch 2.15 warns: take it "
         "only where a server has it already.",
     ),
     "torch_export": Format(

@@ -4,7 +4,6 @@ import contextlib
 import io
 import logging
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -17,19 +16,19 @@ from kd_dist.errors import ExportError, cause, is_out_of_memory
 
 @contextlib.contextmanager
 def writing(name: str, path: Path) -> Iterator[BinaryIO]:
-    """The file that a format is written to. What its libraries say below an error is not shown.
+    """The file that a format is written to. What its libraries print meanwhile is not shown.
 
-    Raises an ExportError when the model cannot be written in the format; no memory and no disk stay what they are.
+    Raises an ExportError when the model cannot be written in the format; too little memory or disk stays what it is.
     """
     try:
         with published(path) as file, _quiet():
             yield file
     except Exception as error:  # every exporter has exceptions of its own for what it does not know
-        reason = _first(error)
-        if isinstance(reason, (ExportError, OSError)) or is_out_of_memory(reason):
+        first = _first(error)
+        if isinstance(first, (ExportError, OSError)) or is_out_of_memory(first):
             raise
         raise ExportError(
-            f"{path}: this model cannot be written as {name} ({cause(reason)}); leave {name} out of export.formats, or "
+            f"{path}: this model cannot be written as {name} ({_line(first)}); leave {name} out of export.formats, or "
             f"change the model"
         ) from error
 
@@ -39,18 +38,16 @@ def opening(name: str, path: Path) -> Iterator[None]:
     """Raises an ExportError when a file is not one of this format, or not whole."""
     if not path.is_file():
         raise ExportError(f"{path}: no such file; run `kd-dist export` again")
-    said = io.BytesIO()
+    said: list[str] = []
     try:
-        with _quiet(), _no_lines_of_c(said):
+        with _quiet(), _lines_of_c(said):
             yield
     except Exception as error:  # every reader has its own exception for a damaged file
-        reason = _first(error)
-        if isinstance(reason, ExportError) or is_out_of_memory(reason):
+        if is_out_of_memory(error):
             raise
-        lines = said.getvalue().decode(errors="replace").splitlines()
-        reason = RuntimeError(lines[-1]) if lines else reason
         raise ExportError(
-            f"{path}: cannot be opened as {name} ({cause(reason)}); copy it or run `kd-dist export` again"
+            f"{path}: cannot be opened as {name} ({said[-1] if said else _line(error)}); copy the file again, or run "
+            f"`kd-dist export` again"
         ) from error
 
 
@@ -61,13 +58,19 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
+def _line(error: BaseException) -> str:
+    """The first line of what an error says; below it are stacks and advice to those who program."""
+    return cause(Exception(next(filter(str.strip, str(error).splitlines()), type(error).__name__)))
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Neither warnings, nor log lines below an error, nor prints of Python code."""
+    """No warnings, no log lines below an error, nothing that Python code prints. An exception is an exception."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
+    nowhere = io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -75,9 +78,8 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_lines_of_c(said: BinaryIO) -> Iterator[None]:
-    """What C++ code writes to stderr goes to `said`: of a damaged file it alone tells the reason."""
-    sys.stderr.flush()
+def _lines_of_c(said: list[str]) -> Iterator[None]:
+    """What C++ code writes to stderr becomes lines of `said`: of a damaged file they alone may tell the reason."""
     kept = os.dup(2)
     try:
         with tempfile.TemporaryFile() as file:
@@ -87,6 +89,6 @@ def _no_lines_of_c(said: BinaryIO) -> Iterator[None]:
             finally:
                 os.dup2(kept, 2)
                 file.seek(0)
-                said.write(file.read())
+                said += file.read().decode(errors="replace").splitlines()
     finally:
         os.close(kept)

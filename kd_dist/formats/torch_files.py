@@ -1,5 +1,6 @@
 """Files that PyTorch itself runs: plain weights, TorchScript, torch.export."""
 
+import io
 import json
 import zipfile
 from collections.abc import Callable
@@ -10,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd_dist.errors import ExportError
 from kd_dist.formats import CONFIG, Graph, Run
 from kd_dist.formats.files import opening, writing
 from kd_dist.models import build_network, load_weights
 
 METADATA = "metadata.json"  # in the archives of TorchScript and torch.export
+PLAIN = ("weight_", "tensor_")  # what tensors are called in those of torch.export
 
 
 def write_safetensors(graph: Graph, calibration: Tensor, path: Path) -> None:
@@ -27,8 +28,8 @@ def write_safetensors(graph: Graph, calibration: Tensor, path: Path) -> None:
         file.write((json.dumps(config, indent=1) + "\n").encode())
     with writing("safetensors", path) as file:
         # Each a copy of its own: safetensors refuses tensors that share memory, as tied weights do.
-        weights = {name: value.detach().clone().contiguous() for name, value in graph.module.backbone.state_dict().items()}
-        file.write(save(weights, dict(graph.metadata)))
+        state = graph.module.backbone.state_dict()
+        file.write(save({name: one.detach().clone().contiguous() for name, one in state.items()}, dict(graph.metadata)))
 
 
 def open_safetensors(path: Path, threads: int) -> Run:
@@ -81,7 +82,10 @@ def exported(graph: Graph, count: int | None = None) -> torch.export.ExportedPro
     """The graph as torch.export sees it, of a batch of `count` examples, or of any."""
     dynamic = ({0: torch.export.Dim("batch")},) if count is None else None
     with torch.no_grad():
-        return torch.export.export(graph.module, (examples(graph, count or 2),), dynamic_shapes=dynamic)
+        program = torch.export.export(graph.module, (examples(graph, count or 2),), dynamic_shapes=dynamic)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # where on this machine its source lies is nobody's business
+    return program
 
 
 def _metadata(graph: Graph) -> str:
@@ -89,13 +93,15 @@ def _metadata(graph: Graph) -> str:
 
 
 def _refuse_pickles(path: Path) -> None:
-    """Raise an ExportError unless every tensor of an archive lies in it as plain bytes."""
+    """Raise an ExportError when an archive of torch.export holds more than tensors: loading it would run its code."""
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
-            if name.endswith("_config.json"):
-                for one in json.loads(archive.read(name)).get("config", {}).values():
-                    if one.get("use_pickle"):
-                        raise ExportError(f"{path}: holds pickled objects, which are not loaded; export it again")
+            if name.endswith(".pt"):
+                torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+            elif name.endswith("_config.json"):
+                for one in json.loads(archive.read(name))["config"].values():
+                    if one["use_pickle"] or not one["path_name"].startswith(PLAIN):
+                        raise ValueError("it holds pickled objects, which are not loaded")
 
 
 def _run(module: nn.Module | Callable[[Tensor], Tensor], threads: int) -> Run:
