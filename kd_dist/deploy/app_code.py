@@ -1,4 +1,4 @@
-"""Code for an Android app: a student's constants, its input and output in plain Java, and an example of each runtime."""
+"""Code for an Android app: a student's constants, its input and output in plain Java, an example of each runtime."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -6,9 +6,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from kd_dist.views.images import ImageViews
+
 SOURCES = Path(__file__).with_name("android")
 MARK = re.compile(r"@(\w+)@")
 WIDTH = 112  # characters that a line of names may have, so that it fits into 120 with its indent
+
+DOWN_FIRST = """height > StudentInfo.HEIGHT
+                && height - StudentInfo.HEIGHT > 2 * (width - StudentInfo.WIDTH)"""
 
 INPUTS = {
     "image": {
@@ -29,21 +37,25 @@ INPUTS = {
         bitmap.getPixels(pixels, 0, width, 0, 0, width, height)
         val input = Preprocess.input(pixels, width, height)""",
         "note": """\
- * The student learnt from pixels as they are stored: no orientation of EXIF was applied, no colour profile, and what is
- * transparent kept its colour. BitmapFactory turns nothing either, ImageDecoder does; set inScaled and inPremultiplied
- * to false, and do not ask for Bitmap.Config.HARDWARE, which has no pixels to read. Two JPEG decoders may differ by a
- * level here and there.""",
+The student learnt from pixels as they are stored: no orientation of EXIF was applied, no colour profile, and what
+ * is transparent kept its colour. BitmapFactory turns nothing either, ImageDecoder does; set inScaled and
+ * inPremultiplied to false, and do not ask for Bitmap.Config.HARDWARE, which has no pixels to read. Two JPEG decoders
+ * may differ by a level here and there.""",
+        "originals": "* `Preprocess.input` of a case's `.png` must give its `.input.f32`, to the bit.",
     },
     "spectrogram": {
         "java_import": "",
         "java_argument": "float[] waveform",
-        "java_input": "        float[] input = Preprocess.input(LogMel.spectrogram(waveform));",
+        "java_input": "        float[] input = Preprocess.input(waveform);",
         "kotlin_import": "",
         "kotlin_argument": "waveform: FloatArray",
-        "kotlin_input": "        val input = Preprocess.input(LogMel.spectrogram(waveform))",
+        "kotlin_input": "        val input = Preprocess.input(waveform)",
         "note": """\
- * The waveform has one channel, the mean of all, at StudentInfo.SAMPLE_RATE Hz, full scale 1: samples of 16 bits are
- * divided by 32768. Loudness counts, so it is not normalised.""",
+The waveform has one channel, the mean of all, at StudentInfo.SAMPLE_RATE Hz, full scale 1: samples of 16 bits
+ * are divided by 32768. Loudness counts, so it is not normalised.""",
+        "originals": """\
+* `LogMel.spectrogram` of `front_end.wav` must give `front_end.u8`, to the byte. A case's `.u8` are the levels of a
+  whole recording, band by band; its `.input.f32` is the middle of them, divided by 255.""",
     },
 }
 
@@ -88,7 +100,7 @@ def app_code(info: Mapping[str, Any]) -> dict[str, str]:
     image = info["input"]["name"] == "image"
     files = {
         "StudentInfo.java": student_info(info),
-        "Preprocess.java": _source("Preprocess.image.java" if image else "Preprocess.recording.java"),
+        "Preprocess.java": preprocess() if image else _source("Preprocess.recording.java"),
         "Postprocess.java": _source(f"Postprocess.{info['task']}.java"),
     }
     if image:
@@ -104,7 +116,21 @@ def app_code(info: Mapping[str, Any]) -> dict[str, str]:
             files[name] = filled(text, {**parts, formats[0]: known[0].upper(), f"{library}_version": version})
     if "JavaExample.java" in files or "TorchScriptExample.java" in files:
         files["AssetFile.java"] = _source("AssetFile.java")
-    return {**files, "README.md": readme(files)}
+    return {**files, "README.md": readme(files, parts["originals"])}
+
+
+def preprocess() -> str:
+    """`Preprocess.java` of images, with the passes of a resize in the order that views have here.
+
+    Pillow scales across and then down. From 13.0 on it goes down first where height loses more than twice as many
+    pixels as width, and as each pass rounds, that gives other levels; so it is tried out.
+    """
+    tall = (np.arange(40 * 5 * 3) ** 2 % 251).astype(np.uint8).reshape(40, 5, 3)
+    policy = ImageViews((4, 4), whole=True)
+    narrow = Image.fromarray(tall).resize((4, 40), Image.Resampling.BILINEAR)
+    across_first = np.asarray(narrow.resize((4, 4), Image.Resampling.BILINEAR))
+    changed = not np.array_equal(across_first, policy.replay(tall, policy.canonical(tall.shape[:2])))
+    return filled(_source("Preprocess.image.java"), {"down_first": DOWN_FIRST if changed else "false"})
 
 
 def filled(template: str, parts: Mapping[str, str]) -> str:
@@ -146,10 +172,23 @@ def _constants(info: Mapping[str, Any]) -> Iterator[str]:
     else:  # a class without a name is called by its number
         yield f"String[] CLASS_NAMES = {_names(info['class_names'] or map(str, range(said['shape'][1])))}"
     if info["front_end"] is not None:
-        yield f"int SAMPLE_RATE = {info['front_end']['sample_rate']}"
+        yield from _sound(info["front_end"])
+    runnable = {one for formats, _ in EXAMPLES.values() for one in formats}
     for name, one in info["files"].items():
-        yield f"String {name.upper()}_FILE = {quoted(one['file'])}"
-        yield f"String {name.upper()}_SHA256 = {quoted(one['sha256'])}"
+        if name in runnable:
+            yield f"String {name.upper()}_FILE = {quoted(one['file'])}"
+            yield f"String {name.upper()}_SHA256 =\n            {quoted(one['sha256'])}"
+
+
+def _sound(front_end: Mapping[str, Any]) -> Iterator[str]:
+    """What LogMel is made with."""
+    fmax = front_end["fmax"]
+    for name in ("sample_rate", "n_fft", "hop"):
+        yield f"int {name.upper()} = {front_end[name]}"
+    yield f"double FMIN = {float(front_end['fmin'])}"
+    yield f"double FMAX = {float(front_end['sample_rate'] / 2 if fmax is None else fmax)}"
+    for name, value in zip(("DB_LOW", "DB_HIGH"), front_end["db"], strict=True):
+        yield f"double {name} = {float(value)}"
 
 
 def _names(names: Any) -> str:
@@ -165,8 +204,8 @@ def _names(names: Any) -> str:
 def quoted(text: str) -> str:
     """A Java string that says `text`, in ASCII. A control character is an octal escape: Java takes `\\u000a` for the
     end of a line before it looks for strings."""
-    units = memoryview(text.encode("utf-16-le", "surrogatepass")).cast("H")
-    return '"' + "".join(map(_unit, units)) + '"'
+    units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2")
+    return '"' + "".join(map(_unit, units.tolist())) + '"'
 
 
 def _unit(unit: int) -> str:
@@ -177,37 +216,22 @@ def _unit(unit: int) -> str:
     return f"\\{unit:c}" if chr(unit) in '"\\' else chr(unit)
 
 
-def readme(files: Mapping[str, str]) -> str:
-    """What the files are and how to try them."""
+def readme(files: Mapping[str, str], originals: str) -> str:
+    """What the files are, how to use them and how to try them."""
     about = {
         "StudentInfo.java": "names, shapes, class names and files of the student",
         "CanonicalBox.java": "the part of an image that the student sees",
         "LogMel.java": "a waveform to the levels of its spectrogram",
         "Preprocess.java": "to the student's input, the same numbers as in training",
         "Postprocess.java": "what the output says",
-        "AssetFile.java": "an asset as a file",
+        "AssetFile.java": "an asset as a file, for the examples that need one",
         "JavaExample.java": "all of it with ExecuTorch, in Java",
         "KotlinExample.kt": "all of it with ExecuTorch, in Kotlin",
         "OnnxExample.kt": "all of it with ONNX Runtime, in Kotlin",
         "TorchScriptExample.java": "all of it with PyTorch Mobile, which is retired",
     }
-    listed = [f"| `{name}` | {what} |" for name, what in about.items() if name in files]
-    return "\n".join(["# The student in an Android app", "", "| file | what it is |", "| --- | --- |", *listed, "", *STEPS])
-
-
-STEPS = """\
-1. Copy the `.java` and `.kt` files into one module of the app, under `dev/kd_dist/student/`; of the examples, the one of
-   your runtime. Each names its Gradle dependency and what to mind.
-2. Copy the model file that the example opens into the module's `src/main/assets`.
-3. Make the example once, off the main thread, and call it.
-
-Then try the golden vectors of `../golden`: `golden.json` lists cases and shapes, each case has its original (`.png`, or
-`.u8`: the levels of a recording), what the student takes (`.input.f32`) and what it said in Python (`.output.f32`), as
-little-endian float32 without a header: `ByteBuffer.wrap(bytes).order(ByteOrder.LITTLE_ENDIAN).asFloatBuffer()`.
-`Preprocess.input` of the original gives the input to the bit. The runtime's output is as close to Python's as
-`max_difference` of its file in `../deployment_info.json`, on the machine that exported; a phone's arithmetic may add as
-much again.
-""".splitlines()
+    listed = "\n".join(f"| `{name}` | {what} |" for name, what in about.items() if name in files)
+    return filled(_source("README.md"), {"listed": listed, "originals": originals})
 
 
 def _source(name: str) -> str:

@@ -1,6 +1,7 @@
 """The model card: what a package holds, in words and tables that a person reads before an app is built on it."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,8 +51,8 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def cell(value: object) -> str:
-    """A value in a table: one line, in which `|` divides nothing."""
-    return " ".join(shown(value).replace("\\", "\\\\").replace("|", "\\|").split())
+    """A value in a table: one line, in which `|` divides nothing and nothing is HTML."""
+    return " ".join(re.sub(r"[\\|<]", r"\\\g<0>", shown(value)).split())
 
 
 def shown(value: object) -> str:
@@ -62,7 +63,9 @@ def shown(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)
 
 
 def _section(title: str, parts: Iterator[str]) -> str:
@@ -94,29 +97,35 @@ def _and(names: Sequence[str]) -> str:
 
 def _origin(info: Mapping[str, Any]) -> Iterator[str]:
     teacher, stage = info["teacher"], info["recipe"]["stages"][info["stage"]]
-    listens = signals_needed(stage["losses"])
-    way = (
-        f"distilled from the teacher {teacher['name']} ({teacher['model']}), whose outputs were kept beforehand"
-        if listens
-        else "trained on labels alone; no loss of it asks the teacher"
+    who = f"{teacher['name']} ({teacher['model']})"
+    way = f"distilled from {who}, " + (
+        "which was asked in every step" if stage["teacher"] == "online" else "whose outputs were kept beforehand"
     )
-    yield f"Stage `{info['stage']}`, seed {info['seed']}, of a recipe of kd_dist: {way}. {stage['epochs']} epochs."
-    losses = [
-        (name, written.get("weight", 1.0), _options({key: one for key, one in written.items() if key != "weight"}))
-        for name, written in stage["losses"].items()
+    if not signals_needed(stage["losses"]):
+        way = f"trained on labels alone; no loss asks a teacher, and {who} is what it is compared with"
+    made = ", and generated ones without labels" if stage["generated"] else ""
+    yield (
+        f"Stage `{info['stage']}`, seed {info['seed']}, {stage['epochs']} epochs: {way}. Its examples were read by the "
+        f"source `{info['recipe']['data']['source']}`{made}."
+    )
+    rows = []
+    for name, written in stage["losses"].items():
+        options = {key: one for key, one in written.items() if key != "weight"}
+        rows.append((name, _option(written.get("weight", 1.0)), _option(options)))
+    yield table(("loss", "weight", "options"), rows)
+    lines = [
+        f"weights of the student: sha256 `{info['student']['weights_sha256']}`",
+        f"weights of {who}: sha256 `{teacher['weights_sha256']}`",
+        *(f"cache of what it said, {split}: `{mark}`" for split, mark in teacher["cache"].items()),
+        *(f"examples, {split}: `{mark}`" for split, mark in info["examples"].items()),
     ]
-    yield table(("loss", "weight", "options"), [(name, _options(weight), rest) for name, weight, rest in losses])
-    lines = [f"weights of the student: sha256 `{info['student']['weights_sha256']}`"]
-    lines.append(f"weights of the teacher {teacher['name']}: sha256 `{teacher['weights_sha256']}`")
-    lines += [f"cache of the teacher, {split}: `{mark}`" for split, mark in teacher["cache"].items()]
-    lines += [f"examples, {split}: `{mark}`" for split, mark in info["examples"].items()]
     yield _listed(lines)
 
 
-def _options(value: Any) -> str:
-    """An option as a recipe writes it; nothing where there is none."""
+def _option(value: Any) -> str:
+    """An option as a recipe writes it."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_options(one)}" for key, one in value.items())
+        return ", ".join(f"{key}: {_option(one)}" for key, one in value.items())
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -137,7 +146,7 @@ def _interface(info: Mapping[str, Any]) -> Iterator[str]:
     lines.append(f"output `{said['name']}`: {said['shape']}, {OUTPUTS[info['task']]}{span}")
     yield _listed(lines)
     if info["outputs"] is not None:
-        yield f"Outputs, in order: {', '.join(info['outputs'])}."
+        yield table(("output", "name"), list(enumerate(info["outputs"])))
     elif info["class_names"] is not None:
         yield table(("class", "name"), list(enumerate(info["class_names"])))
     else:
@@ -151,9 +160,9 @@ def _seen(info: Mapping[str, Any]) -> str:
     low, high = sound["db"]
     highest = sound["sample_rate"] / 2 if sound["fmax"] is None else sound["fmax"]
     return (
-        f"of a recording at {sound['sample_rate']} Hz, one channel: {sound['frames']} frames from its middle of a log-mel "
-        f"spectrogram of {sound['mels']} bands from {shown(sound['fmin'])} to {shown(highest)} Hz, windows of "
-        f"{sound['n_fft']} samples every {sound['hop']}, {shown(low)} to {shown(high)} dB; `android/LogMel.java` does it"
+        f"of a recording at {sound['sample_rate']} Hz, one channel: the middle {sound['frames']} frames of its log-mel "
+        f"spectrogram, {sound['mels']} bands from {shown(sound['fmin'])} to {shown(highest)} Hz, windows of "
+        f"{sound['n_fft']} samples every {sound['hop']}, {shown(low)} to {shown(high)} dB, as `android/LogMel.java`"
     )
 
 
@@ -168,25 +177,31 @@ def _files(info: Mapping[str, Any]) -> Iterator[str]:
     )
     yield "Difference: the largest from the student's own outputs in Python, over the examples of the evaluation."
     metrics = list(dict.fromkeys(name for one in files.values() for name in one["metrics"]))
-    headings = ("file", *map(_directed, metrics), f"{main} kept of the teacher's", f"{main} kept of the student's")
-    yield table(
-        headings,
-        [
-            (f"`{one['file']}`", *(one["metrics"].get(name) for name in metrics), one["retention"], one["kept"])
-            for one in files.values()
-        ],
-    )
+    rows = [(_directed(name), *(one["metrics"].get(name) for one in files.values())) for name in metrics]
+    for of, key in (("the teacher's", "retention"), ("the student's", "kept")):
+        rows.append((f"{main}, share of {of}", *(one[key] for one in files.values())))
+    yield table(("metric", *(f"`{one['file']}`" for one in files.values())), rows)
     yield table(("file", *SPEED), [(f"`{one['file']}`", *_speed(one)) for one in files.values()])
     threads = sorted({one["latency_ms"]["all_threads"]["threads"] for one in files.values()})
     yield (
-        f"Time of one input, median and 95th percentile, and memory of a process that loads the file and runs it, on "
-        f"{info['machine']['processor']}; all threads: {', '.join(map(str, threads))}. A phone is another machine: "
-        f"measure there."
+        f"Time of one input, median and 95th percentile, on {info['machine']['processor']}; all threads: "
+        f"{', '.join(map(str, threads))}. Memory: how far that of a process rises while the file is opened and run on "
+        f"one thread. A phone is another machine: measure there."
     )
     yield _listed([f"`{one['file']}`: {one['note']}" for one in files.values()])
     if info["not_written"]:
         yield "Not written:"
         yield table(("format", "why"), list(info["not_written"].items()))
+    if info["front_end"] is not None:
+        yield from _front_end(info["front_end"])
+
+
+def _front_end(front_end: Mapping[str, Any]) -> Iterator[str]:
+    yield "The front end alone, from a waveform to the student's input:"
+    rows = [(f"`{one['file']}`", name, one["bytes"], one["max_difference"]) for name, one in front_end["files"].items()]
+    yield table(("file", "format", "bytes", "largest difference in levels"), rows)
+    if front_end["not_written"]:
+        yield table(("format of the front end", "why it is not written"), list(front_end["not_written"].items()))
 
 
 def _speed(one: Mapping[str, Any]) -> Iterator[object]:
@@ -226,8 +241,8 @@ def _kept(metric: str, student: float | None, teacher: float | None) -> float | 
 def _limits(info: Mapping[str, Any]) -> Iterator[str]:
     found = info["metrics"]
     lines = [
-        f"made for inputs like those of its training data; how well it does on others was not measured: all figures are "
-        f"of {found['examples']:,} examples of one split, `{found['split']}`",
+        f"made for inputs like those of its training data; how well it does on others was not measured: all figures "
+        f"are of {found['examples']:,} examples of one split, `{found['split']}`",
         "no group of people, device or place was looked at by itself: differences between them are not known",
         "an input of something else gets an answer too; the model has no way to say that it does not know",
     ]
@@ -249,7 +264,8 @@ def _versions(info: Mapping[str, Any]) -> Iterator[str]:
 
 def _verification(info: Mapping[str, Any]) -> Iterator[str]:
     yield "`sha256sum FILE` must say:"
-    yield table(("file", "sha256"), [(f"`{one['file']}`", f"`{one['sha256']}`") for one in info["files"].values()])
+    files = [*info["files"].values(), *(info["front_end"] or {"files": {}})["files"].values()]
+    yield table(("file", "sha256"), [(f"`{one['file']}`", f"`{one['sha256']}`") for one in files])
     yield (
         "`golden/` holds examples with what the model takes and says, `golden/golden.json` lists them, and "
         "`android/README.md` says how to compare. `deployment_info.json` has every figure of this card."

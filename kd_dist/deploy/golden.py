@@ -1,4 +1,4 @@
-"""Golden vectors: examples of which every step to the output is known, in files that a phone reads without a library."""
+"""Golden vectors: examples of which every step to the output is known, in files that a phone reads as it is."""
 
 import io
 import json

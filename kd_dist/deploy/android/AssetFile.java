@@ -12,8 +12,8 @@ final class AssetFile {
     private AssetFile() {}
 
     /**
-     * The path of the asset `name`, which is copied to the app's own files unless it was before; another model has another
-     * `sha256`.
+     * The path of the asset `name`, which is copied to the app's own files unless it was before; another model has
+     * another `sha256`.
      */
     static String path(Context context, String name, String sha256) throws IOException {
         File file = new File(context.getFilesDir(), sha256 + "-" + name);

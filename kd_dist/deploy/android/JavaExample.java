@@ -14,10 +14,10 @@ import org.pytorch.executorch.Tensor;
  * <p>build.gradle.kts: minSdk = 23 and implementation("org.pytorch:executorch-android:@executorch_version@"), the version that
  * wrote the file: a runtime of another version may refuse it. The file itself goes to app/src/main/assets.
  *
- * <p>Make one of these and keep it, and call it from a background thread: loading and running take time. ExecuTorch runs
- * one call of a module at a time; others wait.
+ * <p>Make one of these and keep it, and call it from a background thread: loading and running take time. ExecuTorch
+ * runs one call of a module at a time; others wait.
  *
-@note@
+ * <p>@note@
  */
 public final class JavaExample implements AutoCloseable {
     private final Module module;

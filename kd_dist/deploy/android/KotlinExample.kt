@@ -15,7 +15,7 @@ import org.pytorch.executorch.Tensor
  * Make one of these and keep it, and call it from a background thread (withContext(Dispatchers.Default)): loading and
  * running take time. ExecuTorch runs one call of a module at a time; others wait.
  *
-@note@
+ * @note@
  */
 class KotlinExample(context: Context) : AutoCloseable {
     private val module =

@@ -1,5 +1,7 @@
 package dev.kd_dist.student;
 
+import java.util.Arrays;
+
 /**
  * The log-mel front end of a student of recordings: sound to the levels that it was trained on, byte for byte.
  *
@@ -46,7 +48,8 @@ public final class LogMel {
             int sampleRate, int nFft, int hop, int mels, double fmin, double fmax, double dbLow, double dbHigh) {
         if (nFft < 2 || nFft % 2 != 0 || hop < 1 || hop > nFft || mels < 1) {
             throw new IllegalArgumentException(
-                    "nFft must be even, hop from 1 to nFft and mels at least 1, not " + nFft + ", " + hop + ", " + mels);
+                    "nFft must be even, hop from 1 to nFft and mels at least 1, not "
+                            + nFft + ", " + hop + ", " + mels);
         }
         if (!(fmin >= 0 && fmin < fmax && fmax <= sampleRate / 2.0 && dbLow < dbHigh)) {
             throw new IllegalArgumentException(
@@ -82,8 +85,8 @@ public final class LogMel {
     }
 
     /**
-     * The levels of a whole recording, 0 to 255 ({@code & 0xff} makes a byte of Java's such a number): {@code mels} rows
-     * of {@code frames(waveform.length)} each, the lowest band first, as in golden/front_end.u8.
+     * The levels of a whole recording, 0 to 255 ({@code & 0xff} makes a byte of Java's such a number): {@code mels}
+     * rows of {@code frames(waveform.length)} each, the lowest band first, as in golden/front_end.u8.
      */
     public byte[] spectrogram(float[] waveform) {
         return levels(waveform, 0, frames(waveform.length));
@@ -121,11 +124,11 @@ public final class LogMel {
         return levels;
     }
 
-    private int level(double power) {
-        if (Double.isNaN(power) || Double.isInfinite(power)) {
+    private int level(double sum) {
+        if (Double.isNaN(sum) || Double.isInfinite(sum)) {
             throw new IllegalArgumentException("the waveform has numbers that are not finite");
         }
-        double decibels = 10 * Math.log10(Math.max(power, Math.pow(10, dbLow / 10)));
+        double decibels = 10 * Math.log10(Math.max(sum, Math.pow(10, dbLow / 10)));
         double held = Math.max(dbLow, Math.min(decibels, dbHigh));
         return (int) Math.rint((held - dbLow) * (STEPS / (dbHigh - dbLow))); // halves to even
     }
@@ -216,10 +219,11 @@ public final class LogMel {
                 }
             }
             if (end == 0) {
-                throw new IllegalArgumentException("band " + m + " of " + mels + " holds no frequency of a transform of "
-                        + nFft + " samples; take fewer bands or a larger nFft");
+                throw new IllegalArgumentException(
+                        "band " + m + " of " + mels + " holds no frequency of a transform of " + nFft
+                                + " samples; take fewer bands or a larger nFft");
             }
-            weights[m] = java.util.Arrays.copyOfRange(band, first[m], end);
+            weights[m] = Arrays.copyOfRange(band, first[m], end);
         }
     }
 

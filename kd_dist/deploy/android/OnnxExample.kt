@@ -17,7 +17,7 @@ import java.nio.FloatBuffer
  * Make one of these and keep it, and call it from background threads (withContext(Dispatchers.Default)): loading and
  * running take time. Several threads may use one session at once.
  *
-@note@
+ * @note@
  */
 class OnnxExample(context: Context) : AutoCloseable {
     private val environment = OrtEnvironment.getEnvironment()

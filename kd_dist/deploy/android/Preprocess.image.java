@@ -1,11 +1,11 @@
 package dev.kd_dist.student;
 
 /**
- * A decoded image as the student takes it: the box of {@link CanonicalBox}, scaled to the student's size and divided by
- * 255. Every level is the same as in training, whatever the size of the image.
+ * A decoded image as the student takes it: the box of {@link CanonicalBox}, scaled to the student's size and divided
+ * by 255. Every level is the same as in training, whatever the size of the image.
  *
- * <p>Scaling is Pillow's: a triangle as wide as the ratio of the sizes when it shrinks, else two pixels wide; weights of
- * 22 bits; across, then down, each rounded to a level. Near the edges of the box it looks at pixels beyond them.
+ * <p>Scaling is Pillow's: a triangle that reaches as far as the ratio of the sizes where it shrinks, else one pixel;
+ * weights of 22 bits; across and down, each rounded to a level. Near the edges of the box it looks at pixels beyond.
  *
  * <p>Plain Java 8, without Android; safe to call from any thread.
  */
@@ -35,60 +35,72 @@ public final class Preprocess {
         int[] box = CanonicalBox.of(width, height);
         Taps across = new Taps(width, box[0], box[2], StudentInfo.WIDTH);
         Taps down = new Taps(height, box[1], box[3], StudentInfo.HEIGHT);
-        int top = down.first[0];
-        int bottom = down.first[StudentInfo.HEIGHT - 1] + down.weights[StudentInfo.HEIGHT - 1].length;
-        int row = 3 * StudentInfo.WIDTH;
-        byte[] narrow = new byte[(bottom - top) * row];
-        for (int y = top; y < bottom; y++) {
-            across(argb, y * width, across, narrow, (y - top) * row);
-        }
-        byte[] levels = new byte[StudentInfo.HEIGHT * row];
-        for (int y = 0; y < StudentInfo.HEIGHT; y++) {
-            down(narrow, (down.first[y] - top) * row, down.weights[y], levels, y * StudentInfo.WIDTH);
+        boolean downFirst = @down_first@;
+        int[] scaled = downFirst ? downFirst(argb, width, across, down) : acrossFirst(argb, width, across, down);
+        int plane = StudentInfo.HEIGHT * StudentInfo.WIDTH;
+        byte[] levels = new byte[3 * plane];
+        for (int i = 0; i < plane; i++) {
+            levels[i] = (byte) (scaled[i] >> 16);
+            levels[plane + i] = (byte) (scaled[i] >> 8);
+            levels[2 * plane + i] = (byte) scaled[i];
         }
         return levels;
     }
 
-    /** One row of pixels to one of the student's width, with the three levels of a pixel side by side. */
-    private static void across(int[] argb, int start, Taps taps, byte[] narrow, int at) {
-        for (int x = 0; x < StudentInfo.WIDTH; x++) {
-            int[] weights = taps.weights[x];
-            int from = start + taps.first[x];
-            int red = 1 << (BITS - 1);
-            int green = red;
-            int blue = red;
-            for (int i = 0; i < weights.length; i++) {
-                int pixel = argb[from + i];
-                red += weights[i] * (pixel >> 16 & 0xff);
-                green += weights[i] * (pixel >> 8 & 0xff);
-                blue += weights[i] * (pixel & 0xff);
+    private static int[] acrossFirst(int[] argb, int width, Taps across, Taps down) {
+        int rows = down.end - down.start;
+        int[] narrow = new int[rows * StudentInfo.WIDTH];
+        scale(argb, down.start * width, width, 1, rows, across, narrow, StudentInfo.WIDTH, 1);
+        int[] scaled = new int[StudentInfo.HEIGHT * StudentInfo.WIDTH];
+        int above = -down.start * StudentInfo.WIDTH;
+        scale(narrow, above, 1, StudentInfo.WIDTH, StudentInfo.WIDTH, down, scaled, 1, StudentInfo.WIDTH);
+        return scaled;
+    }
+
+    private static int[] downFirst(int[] argb, int width, Taps across, Taps down) {
+        int columns = across.end - across.start;
+        int[] low = new int[StudentInfo.HEIGHT * columns];
+        scale(argb, across.start, 1, width, columns, down, low, 1, columns);
+        int[] scaled = new int[StudentInfo.HEIGHT * StudentInfo.WIDTH];
+        scale(low, -across.start, columns, 1, StudentInfo.HEIGHT, across, scaled, StudentInfo.WIDTH, 1);
+        return scaled;
+    }
+
+    /**
+     * Scales lines, which are rows or columns. From line to line it is `line` pixels, along one `step`; in what is
+     * made, `madeLine` and `madeStep`.
+     */
+    private static void scale(
+            int[] pixels, int from, int line, int step, int lines, Taps taps, int[] made, int madeLine, int madeStep) {
+        for (int i = 0; i < taps.first.length; i++) {
+            int[] weights = taps.weights[i];
+            for (int j = 0; j < lines; j++) {
+                int at = from + j * line + taps.first[i] * step;
+                int red = 1 << (BITS - 1);
+                int green = red;
+                int blue = red;
+                for (int weight : weights) {
+                    int pixel = pixels[at];
+                    red += weight * (pixel >> 16 & 0xff);
+                    green += weight * (pixel >> 8 & 0xff);
+                    blue += weight * (pixel & 0xff);
+                    at += step;
+                }
+                made[j * madeLine + i * madeStep] = level(red) << 16 | level(green) << 8 | level(blue);
             }
-            narrow[at++] = level(red);
-            narrow[at++] = level(green);
-            narrow[at++] = level(blue);
         }
     }
 
-    /** As many narrow rows as there are weights to one row of each of the three planes. */
-    private static void down(byte[] narrow, int start, int[] weights, byte[] levels, int at) {
-        int row = 3 * StudentInfo.WIDTH;
-        for (int i = 0; i < row; i++) {
-            int sum = 1 << (BITS - 1);
-            for (int y = 0; y < weights.length; y++) {
-                sum += weights[y] * (narrow[start + y * row + i] & 0xff);
-            }
-            levels[i % 3 * StudentInfo.HEIGHT * StudentInfo.WIDTH + at + i / 3] = level(sum);
-        }
-    }
-
-    private static byte level(int sum) {
-        return (byte) Math.max(0, Math.min(255, sum >> BITS));
+    private static int level(int sum) {
+        return Math.max(0, Math.min(255, sum >> BITS));
     }
 
     /** Which pixels of a side, and how much of each, make each pixel of the scaled side. */
     private static final class Taps {
         final int[] first;
         final int[][] weights;
+        final int start; // of all that are looked at
+        final int end;
 
         /** A side of `length` pixels, of which `low` to `high` become `scaled` pixels. */
         Taps(int length, int low, int high, int scaled) {
@@ -111,6 +123,8 @@ public final class Preprocess {
                     weights[i][k] = (int) (0.5 + shares[k] / sum * (1 << BITS));
                 }
             }
+            start = first[0];
+            end = first[scaled - 1] + weights[scaled - 1].length;
         }
     }
 }

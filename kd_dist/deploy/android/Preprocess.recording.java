@@ -1,8 +1,8 @@
 package dev.kd_dist.student;
 
 /**
- * The spectrogram of a recording as the student takes it: the middle of it, or all of it and then silence where it is
- * shorter, divided by 255.
+ * A recording as the student takes it: the middle of its spectrogram, or all of it and then silence where it is
+ * shorter, divided by 255. Every level is the same as in training.
  *
  * <p>Plain Java 8, without Android; safe to call from any thread.
  */
@@ -10,23 +10,20 @@ public final class Preprocess {
     private Preprocess() {}
 
     /**
-     * The levels of a whole recording, StudentInfo.HEIGHT mel bands one after the other, each frame by frame, to the
-     * student's input of StudentInfo.INPUT_SHAPE.
+     * A waveform of one channel at StudentInfo.SAMPLE_RATE Hz, full scale 1, to the student's input of
+     * StudentInfo.INPUT_SHAPE: StudentInfo.HEIGHT bands, each StudentInfo.WIDTH frames, from 0 to 1.
      */
-    public static float[] input(byte[] levels) {
-        if (levels.length == 0 || levels.length % StudentInfo.HEIGHT != 0) {
-            throw new IllegalArgumentException(levels.length + " levels are not " + StudentInfo.HEIGHT + " mel bands");
-        }
-        int frames = levels.length / StudentInfo.HEIGHT;
-        int start = Math.max(0, frames - StudentInfo.WIDTH) / 2;
-        int seen = Math.min(frames, StudentInfo.WIDTH);
-        float[] input = new float[StudentInfo.HEIGHT * StudentInfo.WIDTH];
-        for (int band = 0; band < StudentInfo.HEIGHT; band++) {
-            for (int frame = 0; frame < seen; frame++) {
-                int level = levels[band * frames + start + frame] & 0xff;
-                input[band * StudentInfo.WIDTH + frame] = level / 255f;
-            }
-        }
-        return input;
+    public static float[] input(float[] waveform) {
+        LogMel frontEnd =
+                new LogMel(
+                        StudentInfo.SAMPLE_RATE,
+                        StudentInfo.N_FFT,
+                        StudentInfo.HOP,
+                        StudentInfo.HEIGHT,
+                        StudentInfo.FMIN,
+                        StudentInfo.FMAX,
+                        StudentInfo.DB_LOW,
+                        StudentInfo.DB_HIGH);
+        return frontEnd.input(waveform, StudentInfo.WIDTH);
     }
 }

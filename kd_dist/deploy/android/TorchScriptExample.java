@@ -9,16 +9,16 @@ import org.pytorch.Module;
 import org.pytorch.Tensor;
 
 /**
- * The student on PyTorch Mobile, for apps that have it already. It is retired: its last version is 2.1.0 of October 2023,
- * which may not know every operation of a file that PyTorch @torch_version@ wrote. Try the golden vectors on it first; a new app
- * takes ExecuTorch or ONNX Runtime.
+ * The student on PyTorch Mobile, for apps that have it already. It is retired: its last version is 2.1.0 of October
+ * 2023, which may not know every operation of a file that PyTorch @torch_version@ wrote. Try the golden vectors on it
+ * first; a new app takes ExecuTorch or ONNX Runtime.
  *
  * <p>build.gradle.kts: minSdk = 21 and implementation("org.pytorch:pytorch_android:2.1.0"), not pytorch_android_lite,
  * which reads files of another kind. The file itself goes to app/src/main/assets.
  *
  * <p>Make one of these and keep it, and call it from one background thread: loading and running take time.
  *
-@note@
+ * <p>@note@
  */
 public final class TorchScriptExample implements AutoCloseable {
     private final Module module;
