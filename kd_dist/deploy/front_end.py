@@ -193,8 +193,8 @@ def _written(folder: Path, name: str, graph: Graph, inputs: np.ndarray, levels: 
     if not (largest < 1.5 and off <= OFF):  # nor if they are no numbers
         path.unlink()
         raise ExportError(
-            f"{path}: as {name} the front end differs from training by up to {largest:.3g}, in {off:.2%} of all levels; "
-            f"1, in {OFF:.1%} of them, may be; compute them with LogMel.java, which does not take float32"
+            f"{path}: as {name} the front end differs from training by up to {largest:.3g}, in {off:.2%} of all "
+            f"levels; 1, in {OFF:.1%} of them, may be; compute them with LogMel.java, which does not take float32"
         )
     return {
         "file": path.name,
