@@ -196,10 +196,13 @@ def verdict(
 
 def reason(error: Exception) -> str:
     """Why a format cannot be written or run, in a few words. What is not the format's fault, as a signal or a full
-    disk, is raised again."""
-    full = isinstance(error, OSError) and error.errno in (*NO_ROOM, errno.EIO)
-    if full or isinstance(error, Preempted) or is_out_of_memory(error):
-        raise error
+    disk, is raised again, whatever a library has made of it."""
+    first: BaseException | None = error
+    while first is not None:
+        full = isinstance(first, OSError) and first.errno in (*NO_ROOM, errno.EIO)
+        if full or isinstance(first, Preempted) or is_out_of_memory(first):
+            raise first
+        first = first.__cause__ or first.__context__
     return cause(error)
 
 

@@ -1,7 +1,9 @@
 """A trained student becomes a package: every file proven, everything said of it true, whole or not there."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -261,6 +263,18 @@ def test_a_kill_leaves_the_package_of_before(home):
     assert not list(PACKAGE.parent.glob("package.*"))
     after = contents(PACKAGE)
     assert after.keys() == before.keys() and b'"weights": "MIT"' in after["deployment_info.json"]
+
+
+@pytest.mark.slow
+def test_a_signal_while_a_format_is_written_is_no_fault_of_the_format(home):
+    child = start(kd_dist, "export", "tiny.yaml", "export.formats=[onnx, safetensors]", folder=home)
+    wait_until(lambda: list(PACKAGE.parent.glob("package.*.tmp/model.onnx.*")), "that a file is being written")
+    os.kill(child.process.pid, signal.SIGTERM)
+    ended = child.wait()
+    assert ended.status == 128 + signal.SIGTERM and ended.stdout == "" and "Traceback" not in ended.stderr
+    said = "kd-dist export: stopped by SIGTERM before it had a result; run it again"
+    assert ended.stderr.splitlines()[-1] == said
+    assert not list(PACKAGE.parent.glob("package*"))
 
 
 def test_a_folder_takes_the_place_of_another_only_when_it_is_whole(tmp_path):

@@ -104,10 +104,16 @@ def test_a_file_that_fails_says_how_and_is_asked_no_more(capsys):
             assert proof.verdict(form, heard[name], own, "accuracy", 1e9, 1e-9) == heard[name].failure
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("error", [Preempted("stopped"), OSError(errno.ENOSPC, "full"), MemoryError()])
-def test_what_is_not_the_files_fault_is_raised(error):
+def test_what_is_not_the_files_fault_is_raised(error, wrapped):
+    """Also when a library has made an error of its own of it."""
+
     def run(images: np.ndarray) -> np.ndarray:
-        raise error
+        try:
+            raise error
+        except Exception as first:
+            raise (RuntimeError("no kernel") if wrapped else first) from (first if wrapped else None)
 
     with pytest.raises(type(error)):
         proof.compare(Student(), {"onnx": run}, stream(), TASK, None)
