@@ -62,7 +62,9 @@ def open_torchscript(path: Path, threads: int) -> Run:
 def write_torch_export(graph: Graph, calibration: Tensor, path: Path) -> None:
     """An exported program for any batch."""
     with writing("torch_export", path) as file:
-        torch.export.save(exported(graph), file, extra_files={METADATA: _metadata(graph)})
+        program = exported(graph)
+        program.example_inputs = None  # megabytes that nobody needs
+        torch.export.save(program, file, extra_files={METADATA: _metadata(graph)})
 
 
 def open_torch_export(path: Path, threads: int) -> Run:
@@ -96,7 +98,7 @@ def _refuse_pickles(path: Path) -> None:
     """Raise an ExportError when an archive of torch.export holds more than tensors: loading it would run its code."""
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
-            if name.endswith(".pt"):
+            if name.endswith(".pt") and archive.getinfo(name).file_size:
                 torch.load(io.BytesIO(archive.read(name)), weights_only=True)
             elif name.endswith("_config.json"):
                 for one in json.loads(archive.read(name))["config"].values():
