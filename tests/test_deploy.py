@@ -133,6 +133,9 @@ def test_the_card_says_how_the_student_was_made():
     stage = info["recipe"]["stages"]["distill"]
     assert "| kd | 0.75 | temperature: 4.0 |" in model_card(info)
     assert "read by the source `camera`." in model_card(info)
+    assert f"weights of first (timm/big_model): sha256 `{'t' * 64}`" in model_card(info)
+    info["teacher"]["weights_sha256"] = None
+    assert "weights of first (timm/big_model): random, it was given none" in model_card(info)
     stage |= {"teacher": "online", "generated": True}
     assert "read by the source `camera`, and generated ones without labels." in model_card(info)
     assert "distilled from first (timm/big_model), which was asked in every step" in model_card(info)

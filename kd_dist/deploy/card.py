@@ -113,9 +113,10 @@ def _origin(info: Mapping[str, Any]) -> Iterator[str]:
         options = {key: one for key, one in written.items() if key != "weight"}
         rows.append((name, _option(written.get("weight", 1.0)), _option(options)))
     yield table(("loss", "weight", "options"), rows)
+    known = teacher["weights_sha256"]
     lines = [
         f"weights of the student: sha256 `{info['student']['weights_sha256']}`",
-        f"weights of {who}: sha256 `{teacher['weights_sha256']}`",
+        f"weights of {who}: " + (f"sha256 `{known}`" if known else "random, it was given none"),
         *(f"cache of what it said, {split}: `{mark}`" for split, mark in teacher["cache"].items()),
         *(f"examples, {split}: `{mark}`" for split, mark in info["examples"].items()),
     ]
@@ -263,7 +264,7 @@ def _versions(info: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _verification(info: Mapping[str, Any]) -> Iterator[str]:
-    yield "`sha256sum FILE` must say:"
+    yield "`sha256sum -c SHA256SUMS` looks at every file of the package; those of the models are:"
     files = [*info["files"].values(), *(info["front_end"] or {"files": {}})["files"].values()]
     yield table(("file", "sha256"), [(f"`{one['file']}`", f"`{one['sha256']}`") for one in files])
     yield (
