@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import wave
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,7 +29,6 @@ RULE = (
     "zeros where the recording has none, and gives the middle `frames` frames. Where T is less than `frames`, set the "
     "columns from T on to 0: the first of them still hear the end of the recording."
 )
-
 
 
 class FrontEnd(nn.Module):
@@ -91,7 +91,6 @@ class FrontEnd(nn.Module):
         return (levels / STEPS).unsqueeze(1)
 
 
-
 def samples(parameters: LogMel, frames: int) -> int:
     """How many samples the graph for views of so many frames takes: a whole number of hops."""
     return (frames - 1 + _hops(parameters)) * parameters.hop
@@ -131,10 +130,13 @@ def write(folder: Path, front_end: LogMel, frames: int, formats: Sequence[str] =
     trial = _trial(front_end, frames, shown["waveform"])
     files, refused = {}, {}
     for name in formats:
+        path = folder / f"{NAME}{Path(FORMATS[name].file).suffix}"
         try:
-            files[name] = _written(folder, name, graph, *trial)
+            files[name] = _written(path, name, graph, *trial)
         except ExportError as error:
-            refused[name] = str(error)
+            path.unlink(missing_ok=True)
+            refused[name] = str(error).removeprefix(f"{path}: ")
+            print(f"export {path.name}: not written: {refused[name]}", file=sys.stderr, flush=True)
     with published(folder / "golden" / f"{NAME}.wav") as file:
         _write_wav(file, shown["waveform"], front_end.sample_rate)
     with published(folder / "golden" / f"{NAME}.u8") as file:
@@ -178,20 +180,18 @@ def _trial(front_end: LogMel, frames: int, waveform: np.ndarray) -> tuple[np.nda
     return inputs, levels.reshape(front_end.mels, views, frames).transpose(1, 0, 2)
 
 
-def _written(folder: Path, name: str, graph: Graph, inputs: np.ndarray, levels: np.ndarray) -> dict[str, Any]:
-    """Write the graph in a format, run the file and say how far it is from `levels`. Raises ExportError, and leaves no
-    file, when that is too far or when the format cannot be written."""
+def _written(path: Path, name: str, graph: Graph, inputs: np.ndarray, levels: np.ndarray) -> dict[str, Any]:
+    """Write the graph in a format, run the file and say how far it is from `levels`. Raises ExportError when that is
+    too far, or when the format cannot be written."""
     form = FORMATS[name]
     lacking = missing(form)
     if lacking:
         raise ExportError(f"{name} cannot be written without {', '.join(lacking)}; run pip install 'kd_dist[export]'")
-    path = folder / f"{NAME}{Path(form.file).suffix}"
     imported(form.write)(graph, torch.empty(0, *graph.shape), path)
     made = imported(form.open)(path, torch.get_num_threads())(inputs)[:, 0]
     largest = float(np.abs(made * STEPS - levels).max())
     off = float((made != levels.astype(np.float32) / np.float32(STEPS)).mean())
-    if not (largest < 1.5 and off <= OFF):  # nor if they are no numbers
-        path.unlink()
+    if not (largest < 1.5 and off <= OFF):  # as of what is no number
         raise ExportError(
             f"{path}: as {name} the front end differs from training by up to {largest:.3g}, in {off:.2%} of all "
             f"levels; 1, in {OFF:.1%} of them, may be; compute them with LogMel.java, which does not take float32"
