@@ -56,6 +56,8 @@ def check(recipe: Recipe) -> list[Check]:
     for form in (one for one in FORMATS if one in info["files"]):
         lines += measured(form, info, recipe.export.limits)
         lines.append(golden(form, folder, info, recipe.export.limits, found))
+    for form, why in (info["front_end"] or {}).get("not_written", {}).items():
+        lines.append(Check("front_end", form, False, None, None, why))
     for form in recipe.export.formats or FORMATS:
         if form not in info["files"]:
             why = info["not_written"].get(form, "was not asked for when the package was made; export it again")
@@ -133,6 +135,9 @@ def _files(folder: Path, found: Mapping[str, str]) -> Check:
 def _present(folder: Path, info: Mapping[str, Any]) -> Check:
     """Whether all that belongs to a package is in it."""
     wanted = [deploy.CARD, GOLDEN, *(one["file"] for one in info["files"].values())]
+    sound = info["front_end"] or {"files": {}, "golden": []}
+    wanted += [one["file"] for one in sound["files"].values()]
+    wanted += [one[name] for one in sound["golden"] for name in ("waveform", "levels")]
     lost = [name for name in wanted if not (folder / name).is_file()]
     lost += [] if any((folder / "android").glob("*")) else ["android/"]
     said = f"lacks {', '.join(lost)}" if lost else "model files, model card, example code and golden examples are there"

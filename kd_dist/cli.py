@@ -310,8 +310,10 @@ def export(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fals
     else:
         journey.on_terminal(proof.table(info))
         typer.echo(f"{package_folder(loaded, info['stage'])}/MODEL_CARD.md and what lies beside it")
-    if info["not_written"]:
-        raise packaging.unwritten(info["not_written"])
+    sound = (info["front_end"] or {}).get("not_written", {})
+    refused = info["not_written"] | {f"front_end {name}": why for name, why in sound.items()}
+    if refused:
+        raise packaging.unwritten(refused)
 
 
 @app.command()

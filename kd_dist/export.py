@@ -174,7 +174,8 @@ def heard_of(
     runs, broken = {}, {}
     for name, path in files.items():
         try:
-            runs[name] = imported(FORMATS[name].open)(path, threads)
+            run = imported(FORMATS[name].open)(path, threads)
+            runs[name] = proof.one_by_one(run) if FORMATS[name].int8 else run
         except Exception as error:  # every runtime has exceptions of its own
             broken[name] = proof.Outcome({}, (math.nan, math.nan), failure=proof.reason(error))
     with progress("export proof", len(corridor.examples), "examples") as advance:

@@ -130,6 +130,12 @@ def compare(
     return Outcome(finite_numbers(found), (low, high)), {name: one.outcome() for name, one in heard.items()}
 
 
+def one_by_one(run: Run) -> Run:
+    """The same for one example after the other, as an app asks: what is quantised as it comes has the range of all that
+    comes with it."""
+    return lambda images: np.concatenate([run(images[row : row + 1]) for row in range(len(images))])
+
+
 def refuse_senseless(outputs: Tensor, keys: Sequence[str]) -> None:
     """Raise a ModelError when the student's outputs (B, ...) for the examples `keys` are not finite."""
     finite = outputs.isfinite().flatten(1).all(dim=1)
@@ -190,10 +196,13 @@ def verdict(
 
 def reason(error: Exception) -> str:
     """Why a format cannot be written or run, in a few words. What is not the format's fault, as a signal or a full
-    disk, is raised again."""
-    full = isinstance(error, OSError) and error.errno in (*NO_ROOM, errno.EIO)
-    if full or isinstance(error, Preempted) or is_out_of_memory(error):
-        raise error
+    disk, is raised again, whatever a library has made of it."""
+    first: BaseException | None = error
+    while first is not None:
+        full = isinstance(first, OSError) and first.errno in (*NO_ROOM, errno.EIO)
+        if full or isinstance(first, Preempted) or is_out_of_memory(first):
+            raise first
+        first = first.__cause__ or first.__context__
     return cause(error)
 
 

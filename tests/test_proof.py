@@ -104,10 +104,16 @@ def test_a_file_that_fails_says_how_and_is_asked_no_more(capsys):
             assert proof.verdict(form, heard[name], own, "accuracy", 1e9, 1e-9) == heard[name].failure
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("error", [Preempted("stopped"), OSError(errno.ENOSPC, "full"), MemoryError()])
-def test_what_is_not_the_files_fault_is_raised(error):
+def test_what_is_not_the_files_fault_is_raised(error, wrapped):
+    """Also when a library has made an error of its own of it."""
+
     def run(images: np.ndarray) -> np.ndarray:
-        raise error
+        try:
+            raise error
+        except Exception as first:
+            raise (RuntimeError("no kernel") if wrapped else first) from (first if wrapped else None)
 
     with pytest.raises(type(error)):
         proof.compare(Student(), {"onnx": run}, stream(), TASK, None)
@@ -121,6 +127,20 @@ def test_a_student_that_is_not_finite_is_no_student():
 
     with pytest.raises(ModelError, match=r"the student's output for example '0-5' is not finite, so there is nothing"):
         proof.compare(bad, {}, stream(), TASK, None)
+
+
+def test_one_by_one_no_example_depends_on_the_others():
+    sizes = []
+
+    def centred(images: np.ndarray) -> np.ndarray:
+        sizes.append(len(images))
+        return same(images - images.mean())
+
+    images = np.random.default_rng(0).random((5, 3, 4, 4), np.float32)
+    expected = np.stack([same((one - one.mean())[None])[0] for one in images])
+    assert np.abs(centred(images) - expected).max() > 0.01
+    np.testing.assert_allclose(proof.one_by_one(centred)(images), expected, rtol=0, atol=1e-5)
+    assert sizes == [5, 1, 1, 1, 1, 1]
 
 
 # ---------------------------------------------------------------------------------------------- the verdict
