@@ -6,6 +6,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 SOURCES = Path(__file__).with_name("android")
 MARK = re.compile(r"@(\w+)@")
 WIDTH = 112  # characters that a line of names may have, so that it fits into 120 with its indent
