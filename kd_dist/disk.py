@@ -1,11 +1,14 @@
-"""Files that appear under their names whole and on disk, or not at all; folders in which one process writes alone."""
+"""Files and folders that appear under their names whole and on disk, or not at all; folders in which one process writes
+alone."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -15,6 +18,8 @@ from typing import BinaryIO
 from kd_dist.errors import KdError
 
 LOCK = ".lock"  # in a folder that a command writes to; holds the host and the process, and is locked while that lives
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # what a file system without it says
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # of file systems that know none
 
 
@@ -64,6 +69,50 @@ def _still_there(temporary: Path, path: Path) -> Iterator[None]:
             f"{path}: {temporary.name} was taken away before it was whole, so another process writes here too; let one "
             f"of them end, then run the same command again"
         ) from error
+
+
+@contextlib.contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder` at once, and durably, when the block ends well; else it
+    is removed. What a killed process has left of one is removed too: the caller is alone here.
+
+    Where the file system cannot exchange two names, a kill in the moment between two renames leaves no `folder`.
+    """
+    for left in folder.parent.glob(f"{folder.name}.{'[0-9a-f]' * 8}.tmp"):
+        shutil.rmtree(left)
+    fresh = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
+    fresh.mkdir()
+    try:
+        yield fresh
+        for path in (*fresh.rglob("*"), fresh):
+            sync(path)
+        if folder.exists():
+            exchange(fresh, folder)
+        else:
+            os.rename(fresh, folder)
+        sync(folder.parent)
+    finally:
+        if fresh.exists():
+            shutil.rmtree(fresh)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two folders have each other's name, at once where the file system can."""
+    libc, names = ctypes.CDLL(None, use_errno=True), (os.fsencode(one), os.fsencode(other))
+    if libc.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
+        return
+    number = ctypes.get_errno()
+    if number not in _NO_EXCHANGE:
+        raise OSError(number, os.strerror(number), str(other))
+    exchange_in_turn(one, other)
+
+
+def exchange_in_turn(one: Path, other: Path) -> None:
+    """The same by three renames; after the first there is no `other`."""
+    aside = one.with_name(f"{other.name}.{secrets.token_hex(4)}.tmp")
+    os.rename(other, aside)
+    os.rename(one, other)
+    os.rename(aside, one)
 
 
 @contextlib.contextmanager

@@ -4,14 +4,9 @@ The folder appears whole, or not at all: it is filled under another name and the
 `sha256sum -c` reads too, lists every other file of it.
 """
 
-import contextlib
-import ctypes
-import errno
 import json
 import math
 import os
-import secrets
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +22,7 @@ from kd_dist.batch import valid_rows
 from kd_dist.choose import imported
 from kd_dist.config import to_dict
 from kd_dist.deploy import front_end
-from kd_dist.disk import alone, file_digest, sync
+from kd_dist.disk import alone, file_digest, replaced
 from kd_dist.doctor import installed
 from kd_dist.errors import DataError, ExportError, TrainingError
 from kd_dist.folders import read_examples
@@ -44,8 +39,6 @@ SUMS = "SHA256SUMS"  # `digest  path` of every other file of a package; written 
 CASES = 4  # examples that a package shows every step of
 LIBRARIES = ("torch", "safetensors", "onnx", "onnxscript", "onnxruntime", "executorch", "torchao")
 FRONT_ENDS = ("torchscript", "onnx", "executorch")  # formats that sound becomes a spectrogram in, too
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
-NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # what a file system without it says
 
 
 class Student(NamedTuple):
@@ -346,50 +339,6 @@ def described(
 
 
 # ---------------------------------------------------------------------------------------------- the folder
-
-
-@contextlib.contextmanager
-def replaced(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `folder` at once, and durably, when the block ends well; else it
-    is removed. What a killed process has left of one is removed too: the caller is alone here.
-
-    Where the file system cannot exchange two names, a kill in the moment between two renames leaves no `folder`.
-    """
-    for left in folder.parent.glob(f"{folder.name}.{'[0-9a-f]' * 8}.tmp"):
-        shutil.rmtree(left)
-    fresh = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
-    fresh.mkdir()
-    try:
-        yield fresh
-        for path in (*fresh.rglob("*"), fresh):
-            sync(path)
-        if folder.exists():
-            exchange(fresh, folder)
-        else:
-            os.rename(fresh, folder)
-        sync(folder.parent)
-    finally:
-        if fresh.exists():
-            shutil.rmtree(fresh)
-
-
-def exchange(one: Path, other: Path) -> None:
-    """Let two folders have each other's name, at once where the file system can."""
-    libc, names = ctypes.CDLL(None, use_errno=True), (os.fsencode(one), os.fsencode(other))
-    if libc.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
-        return
-    number = ctypes.get_errno()
-    if number not in NO_EXCHANGE:
-        raise OSError(number, os.strerror(number), str(other))
-    exchange_in_turn(one, other)
-
-
-def exchange_in_turn(one: Path, other: Path) -> None:
-    """The same by three renames; after the first there is no `other`."""
-    aside = one.with_name(f"{other.name}.{secrets.token_hex(4)}.tmp")
-    os.rename(other, aside)
-    os.rename(one, other)
-    os.rename(aside, one)
 
 
 def list_sums(folder: Path) -> None:

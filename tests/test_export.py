@@ -277,43 +277,6 @@ def test_a_signal_while_a_format_is_written_is_no_fault_of_the_format(home):
     assert not list(PACKAGE.parent.glob("package*"))
 
 
-def test_a_folder_takes_the_place_of_another_only_when_it_is_whole(tmp_path):
-    folder = tmp_path / "package"
-
-    def fill(word: str, fail: bool = False) -> None:
-        with export.replaced(folder) as fresh:
-            assert fresh.parent == tmp_path and not list(fresh.iterdir())
-            (fresh / "deep").mkdir()
-            (fresh / "deep" / word).write_text(word)
-            if fail:
-                raise KeyError(word)
-
-    with pytest.raises(KeyError):
-        fill("never", fail=True)
-    assert not list(tmp_path.iterdir())
-    fill("first")
-    assert contents(tmp_path) == {"package/deep/first": b"first"}
-    (tmp_path / "package.0123abcd.tmp").mkdir()  # of a killed process
-    (tmp_path / "package.notes.tmp").mkdir()  # of somebody else
-    with pytest.raises(KeyError):
-        fill("never", fail=True)
-    assert contents(tmp_path) == {"package/deep/first": b"first"}
-    fill("second")
-    assert contents(tmp_path) == {"package/deep/second": b"second"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["package", "package.notes.tmp"]
-
-
-@pytest.mark.parametrize("way", [export.exchange, export.exchange_in_turn])
-def test_two_folders_exchange_their_names(tmp_path, way):
-    for name in ("one", "other"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "said").write_text(name)
-    way(tmp_path / "one", tmp_path / "other")
-    assert contents(tmp_path) == {"one/said": b"other", "other/said": b"one"}
-    with pytest.raises(OSError):
-        way(tmp_path / "gone", tmp_path / "never")
-
-
 # ---------------------------------------------------------------------------------------------- other tasks
 
 

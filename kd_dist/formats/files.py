@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kd_dist.disk import published
-from kd_dist.errors import ExportError, cause, is_out_of_memory
+from kd_dist.errors import ExportError, Preempted, cause, is_out_of_memory
 
 
 @contextlib.contextmanager
@@ -25,6 +25,8 @@ def writing(name: str, path: Path) -> Iterator[BinaryIO]:
             yield file
     except Exception as error:  # every exporter has exceptions of its own for what it does not know
         first = _first(error)
+        if isinstance(first, Preempted):  # a signal, and no fault of the model's
+            raise first from None
         if isinstance(first, (ExportError, OSError)) or is_out_of_memory(first):
             raise
         raise ExportError(
@@ -43,6 +45,9 @@ def opening(name: str, path: Path) -> Iterator[None]:
         with _quiet(), _lines_of_c(said):
             yield
     except Exception as error:  # every reader has its own exception for a damaged file
+        first = _first(error)
+        if isinstance(first, Preempted):
+            raise first from None
         if is_out_of_memory(error):
             raise
         raise ExportError(
