@@ -24,7 +24,7 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 # The files whose slow tests take minutes, the longest first.
-LONGEST = [f"test_{name}.py" for name in ("launch", "journey", "engine", "recipes", "faults", "cli")]
+LONGEST = "launch journey formats engine recipes faults cli export".split()
 
 CLASSES = ("blue", "green", "red")
 PICTURES_OF_A_CLASS = 16
@@ -63,7 +63,7 @@ stages:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files begin first: one that begins last keeps one worker busy while the other has nothing to do."""
-    places = {name: place for place, name in enumerate(LONGEST)}
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
