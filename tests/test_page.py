@@ -178,7 +178,7 @@ def test_every_name_is_escaped(tmp_path):
     assert "<b>" not in (folder / "compare.html").read_text().replace("data:", "")
     nodes = [node for data in vectors(found) for node in ElementTree.fromstring(data).iter()]
     words = {node.text for node in nodes if node.tag.endswith("}text")}
-    assert {'<b>&"', "$x_1$ \\frac", " _hidden\ufffd\ufffd", "漢字 'ü'"} <= words
+    assert {'<b>&"', "$x_1$ \\frac", "_hidden\ufffd\ufffd", "漢字 'ü'"} <= words
     assert [one["name"] for one in content["by_part"]["recall"]] == list(HOSTILE)
     assert str(folder) in found.words
 
@@ -285,3 +285,13 @@ def test_curves_are_thinned_to_their_own_points():
     steps = np.diff([x for x, _ in kept])
     assert steps.min() >= 5 and steps.max() <= 6
     assert plots.thinned(points[:POINTS]) == points[:POINTS]
+
+
+def test_long_names_that_differ_at_one_end_are_told_apart(tmp_path):
+    models = compare.named_after("emotion_of_music", classes(tmp_path, 2, seeds=1))
+    _, found = written(tmp_path, models, "classification", ("no", "yes"))
+    whole = {f"emotion_of_music/{stage}" for stage in ("teacher", "pretrain", "distill")}
+    drawn = [set(re.findall(r"<text[^>]*>([^<]*)</text>", one)) for one in vectors(found)]
+    legends = [one for one in drawn if "false positive rate" in one or "training loss" in one]
+    assert len(legends) == 2 and all(whole <= one for one in legends)
+    assert [plots.short(name, 9) for name in ("abcdefghi", "abcdefghij")] == ["abcdefghi", "abcd…ghij"]
