@@ -214,23 +214,29 @@ FILE = {
 
 
 def test_exported_files_are_shown_where_there_are_some(tmp_path):
-    models = classes(tmp_path, 2, seeds=2)[1:]  # no teacher has been trained
+    models = classes(tmp_path, 2, seeds=3)[1:]  # no teacher has been trained
     small = {**FILE, "file": "model.int8.onnx", "bytes": 400_000, "metrics": {"accuracy": 0.7}}
     refused = {"executorch": "<no> runtime & no hope"}
     for number, one in enumerate(models[1:]):
-        other = one["weights"] if number == 0 else "f" * 64
-        info = {"files": {"onnx": FILE, "onnx_int8": small}, "not_written": refused}
-        info["student"] = {"weights_sha256": other}
+        weights, examples = "f" * 64 if number == 1 else one["weights"], "d" * 64 if number == 2 else "e" * 64
+        info = {"files": {"onnx": FILE, "onnx_int8": small}, "not_written": refused, "metrics": {"split": "val"}}
+        info |= {"student": {"weights_sha256": weights}, "examples": {"val": examples, "test": "e" * 64}}
         (Path(one["folder"]) / "package").mkdir()
         (Path(one["folder"]) / "package/deployment_info.json").write_text(json.dumps(info))
     _, found = written(tmp_path, models, "classification", ("no", "yes"))
-    assert "files" in found.ids and found.words.count("<no> runtime & no hope") == 2
+    assert "files" in found.ids and found.words.count("<no> runtime & no hope") == 3
     assert found.words.count("Of other weights, ffffffffffff: export the stage again.") == 1
+    assert found.words.count("Judged on other examples, dddddddddddd of the val split: export the stage again.") == 1
     line = ["onnx", "model.onnx", "1.234", "1.50e-06", "0.7125", "87.5%", "-", "1.234", "0.500 (4)", "45.7"]
     tables = [one for one in found.tables if one[0][0] == "format"]
-    assert len(tables) == 2 and [one[1] for one in tables] == [line, line]
+    assert len(tables) == 3 and [one[1] for one in tables] == [line] * 3
     alts = [one["alt"] for one in found.images][-2:]
-    assert "distill, seed 0 as onnx_int8 0.7000 at 0.4;" in alts[0] and "as onnx 0.7125 at 1.234" in alts[1]
+    assert alts == [
+        "accuracy against size, MB: distill, seed 0 as onnx 0.7125 at 1.234; "
+        "distill, seed 0 as onnx_int8 0.7000 at 0.4.",
+        "accuracy against latency on one thread, ms: distill, seed 0 as onnx 0.7125 at 1.234; "
+        "distill, seed 0 as onnx_int8 0.7000 at 1.234.",
+    ]  # of what is old nothing is drawn
     (Path(models[1]["folder"]) / "package/deployment_info.json").write_text("{}")
     with pytest.raises(TrainingError, match="package/deployment_info.json: is damaged"):
         written(tmp_path, models, "classification", ("no", "yes"))
