@@ -242,6 +242,17 @@ def test_exported_files_are_shown_where_there_are_some(tmp_path):
         written(tmp_path, models, "classification", ("no", "yes"))
 
 
+def test_marks_of_several_packages_are_told_apart():
+    found = [
+        {"package": f"{stage}, seed 0", "format": "onnx", "x": 1.0, "y": 0.5} for stage in ("distill", "tiny/distill")
+    ]
+    for marks, names in ((found, {"onnx", "distill, seed 0", "tiny/distill, seed 0"}), (found[:1], {"onnx"})):
+        with plots.settled():
+            drawn = plots.files(marks, "accuracy", "size, MB", ["onnx"]).data.decode()
+        words = set(re.findall(r"<text[^>]*>([^<]*)</text>", drawn))
+        assert {one for one in words if "onnx" in one or "seed" in one} == names
+
+
 def test_numbers_are_drawn_against_the_truth(tmp_path):
     pairs = [[n / 10, 0.5, n / 10 + 0.05, None if n else 0.25] for n in range(10)]
     metrics = {"ccc": 0.5, "mae": 0.05, "ccc/warm": 0.7, "mae/warm": 0.05}

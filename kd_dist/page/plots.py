@@ -15,7 +15,7 @@ from kd_dist.tasks.binary import POINTS
 # Okabe and Ito 2008, which the colour-blind tell apart, without yellow; markers and lines differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X", "h"), ("-", "--", ":", "-.")
-FILLINGS = ("full", "none", "left", "top")
+FILLINGS = ("full", "none", "left", "top", "right", "bottom")
 SIZE = (4.8, 3.5)  # inches, of a plot without its legend
 LABEL, LEGEND, TITLE = 18, 28, 44  # characters of a name beside an axis, below a plot and above it
 LEGEND_LINE = 0.19  # inches
@@ -272,6 +272,9 @@ def files(found: Sequence[Mapping[str, Any]], metric: str, axis: str, formats: S
         number, filled = formats.index(one["format"]), FILLINGS[packages.index(one["package"]) % len(FILLINGS)]
         look = {"marker": marker(number), "color": colour(number), "fillstyle": filled, "markersize": 8}
         axes.plot(one["x"], one["y"], linestyle="none", label=one["format"], **look)
+    for number, name in enumerate(packages if packages[1:] else ()):
+        filled = FILLINGS[number % len(FILLINGS)]
+        axes.plot([], [], marker="o", color="grey", fillstyle=filled, linestyle="none", label=label(name))
     axes.locator_params(axis="x", nbins=TICKS)
     axes.margins(0.1)
     axes.set(xlabel=axis, ylabel=metric)
