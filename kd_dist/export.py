@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kd_dist import assemble, caches, deploy, journey, manifest, places, proof
 from kd_dist.batch import valid_rows
+from kd_dist.checkpoint import read_record
 from kd_dist.choose import imported
 from kd_dist.config import to_dict
 from kd_dist.deploy import front_end
@@ -247,7 +248,7 @@ def told(
     judged, metric, e = assemble.examples(recipe, recipe.evaluate.split), recipe.evaluate.metric, recipe.export
     regression = recipe.task.name == "regression"
     versions = {name: installed(name) for name in LIBRARIES}
-    taught = {} if teacher_row is None else teacher_row["metrics"]
+    taught = {} if teacher_row is None else read_record(Path(teacher_row["record"]), "metrics")["metrics"]
     return {
         "version": VERSION,
         "name": recipe.name,

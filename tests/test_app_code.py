@@ -115,7 +115,8 @@ WAVEFORM = "write(out, Preprocess.input(floats(in, in.readInt())));"
 # The signatures that the examples call, as the libraries have them.
 STUBS = {
     "android/content/Context": "public abstract class Context {"
-    " public abstract java.io.File getFilesDir(); public abstract android.content.res.AssetManager getAssets(); }",
+    " public abstract java.io.File getNoBackupFilesDir();"
+    " public abstract android.content.res.AssetManager getAssets(); }",
     "android/content/res/AssetManager": "public final class AssetManager {"
     " public java.io.InputStream open(String fileName) throws java.io.IOException { return null; } }",
     "android/graphics/Bitmap": "public final class Bitmap {"

@@ -171,6 +171,13 @@ def test_everything_is_written(tmp_path):
     assert "public final class StudentInfo" in (tmp_path / "android" / "StudentInfo.java").read_text()
 
 
+def test_a_class_whose_folder_has_no_utf8_name(tmp_path):
+    info = {**deployment(), "class_names": ["caf\udce9", "\N{GRINNING FACE}", "c"]}
+    deploy.write(tmp_path, info, [])
+    assert json.loads((tmp_path / deploy.INFO).read_bytes())["class_names"] == info["class_names"]
+    assert "| 0 | caf\\udce9 |\n| 1 | \N{GRINNING FACE} |" in (tmp_path / deploy.CARD).read_text("utf-8")
+
+
 def test_golden_vectors_are_what_they_were(tmp_path):
     deploy.write(tmp_path, PACKAGES["classification"], cases())
     folder = tmp_path / "golden"

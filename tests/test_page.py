@@ -178,7 +178,7 @@ def test_every_name_is_escaped(tmp_path):
     assert "<b>" not in (folder / "compare.html").read_text().replace("data:", "")
     nodes = [node for data in vectors(found) for node in ElementTree.fromstring(data).iter()]
     words = {node.text for node in nodes if node.tag.endswith("}text")}
-    assert {'<b>&"', "$x_1$ \\frac", " _hidden\ufffd\ufffd", "漢字 'ü'"} <= words
+    assert {'<b>&"', "$x_1$ \\frac", "_hidden\ufffd\ufffd", "漢字 'ü'"} <= words
     assert [one["name"] for one in content["by_part"]["recall"]] == list(HOSTILE)
     assert str(folder) in found.words
 
@@ -214,26 +214,43 @@ FILE = {
 
 
 def test_exported_files_are_shown_where_there_are_some(tmp_path):
-    models = classes(tmp_path, 2, seeds=2)[1:]  # no teacher has been trained
+    models = classes(tmp_path, 2, seeds=3)[1:]  # no teacher has been trained
     small = {**FILE, "file": "model.int8.onnx", "bytes": 400_000, "metrics": {"accuracy": 0.7}}
     refused = {"executorch": "<no> runtime & no hope"}
     for number, one in enumerate(models[1:]):
-        other = one["weights"] if number == 0 else "f" * 64
-        info = {"files": {"onnx": FILE, "onnx_int8": small}, "not_written": refused}
-        info["student"] = {"weights_sha256": other}
+        weights, examples = "f" * 64 if number == 1 else one["weights"], "d" * 64 if number == 2 else "e" * 64
+        info = {"files": {"onnx": FILE, "onnx_int8": small}, "not_written": refused, "metrics": {"split": "val"}}
+        info |= {"student": {"weights_sha256": weights}, "examples": {"val": examples, "test": "e" * 64}}
         (Path(one["folder"]) / "package").mkdir()
         (Path(one["folder"]) / "package/deployment_info.json").write_text(json.dumps(info))
     _, found = written(tmp_path, models, "classification", ("no", "yes"))
-    assert "files" in found.ids and found.words.count("<no> runtime & no hope") == 2
+    assert "files" in found.ids and found.words.count("<no> runtime & no hope") == 3
     assert found.words.count("Of other weights, ffffffffffff: export the stage again.") == 1
+    assert found.words.count("Judged on other examples, dddddddddddd of the val split: export the stage again.") == 1
     line = ["onnx", "model.onnx", "1.234", "1.50e-06", "0.7125", "87.5%", "-", "1.234", "0.500 (4)", "45.7"]
     tables = [one for one in found.tables if one[0][0] == "format"]
-    assert len(tables) == 2 and [one[1] for one in tables] == [line, line]
+    assert len(tables) == 3 and [one[1] for one in tables] == [line] * 3
     alts = [one["alt"] for one in found.images][-2:]
-    assert "distill, seed 0 as onnx_int8 0.7000 at 0.4;" in alts[0] and "as onnx 0.7125 at 1.234" in alts[1]
+    assert alts == [
+        "accuracy against size, MB: distill, seed 0 as onnx 0.7125 at 1.234; "
+        "distill, seed 0 as onnx_int8 0.7000 at 0.4.",
+        "accuracy against latency on one thread, ms: distill, seed 0 as onnx 0.7125 at 1.234; "
+        "distill, seed 0 as onnx_int8 0.7000 at 1.234.",
+    ]  # of what is old nothing is drawn
     (Path(models[1]["folder"]) / "package/deployment_info.json").write_text("{}")
     with pytest.raises(TrainingError, match="package/deployment_info.json: is damaged"):
         written(tmp_path, models, "classification", ("no", "yes"))
+
+
+def test_marks_of_several_packages_are_told_apart():
+    found = [
+        {"package": f"{stage}, seed 0", "format": "onnx", "x": 1.0, "y": 0.5} for stage in ("distill", "tiny/distill")
+    ]
+    for marks, names in ((found, {"onnx", "distill, seed 0", "tiny/distill, seed 0"}), (found[:1], {"onnx"})):
+        with plots.settled():
+            drawn = plots.files(marks, "accuracy", "size, MB", ["onnx"]).data.decode()
+        words = set(re.findall(r"<text[^>]*>([^<]*)</text>", drawn))
+        assert {one for one in words if "onnx" in one or "seed" in one} == names
 
 
 def test_numbers_are_drawn_against_the_truth(tmp_path):
@@ -285,3 +302,13 @@ def test_curves_are_thinned_to_their_own_points():
     steps = np.diff([x for x, _ in kept])
     assert steps.min() >= 5 and steps.max() <= 6
     assert plots.thinned(points[:POINTS]) == points[:POINTS]
+
+
+def test_long_names_that_differ_at_one_end_are_told_apart(tmp_path):
+    models = compare.named_after("emotion_of_music", classes(tmp_path, 2, seeds=1))
+    _, found = written(tmp_path, models, "classification", ("no", "yes"))
+    whole = {f"emotion_of_music/{stage}" for stage in ("teacher", "pretrain", "distill")}
+    drawn = [set(re.findall(r"<text[^>]*>([^<]*)</text>", one)) for one in vectors(found)]
+    legends = [one for one in drawn if "false positive rate" in one or "training loss" in one]
+    assert len(legends) == 2 and all(whole <= one for one in legends)
+    assert [plots.short(name, 9) for name in ("abcdefghi", "abcdefghij")] == ["abcdefghi", "abcd…ghij"]

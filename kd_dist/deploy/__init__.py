@@ -23,5 +23,10 @@ def write(folder: Path, info: Mapping[str, Any], cases: Sequence[Case]) -> None:
     golden.write(folder / "golden", cases)
     for name, text in app_code(info).items():
         write_atomic(folder / "android" / name, text)
-    write_atomic(folder / CARD, model_card(info))
-    write_atomic(folder / INFO, json.dumps(info, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(folder / CARD, _encodable(model_card(info)))
+    write_atomic(folder / INFO, _encodable(json.dumps(info, indent=1, ensure_ascii=False, allow_nan=False) + "\n"))
+
+
+def _encodable(text: str) -> str:
+    """Text with the bytes of a folder's name that are no UTF-8, half a surrogate pair each, as JSON escapes them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -33,8 +33,9 @@ INPUTS = {
         "note": """\
 The student learnt from pixels as they are stored: no orientation of EXIF was applied, no colour profile, and what
  * is transparent kept its colour. BitmapFactory turns nothing either, ImageDecoder does; set inScaled and
- * inPremultiplied to false, and do not ask for Bitmap.Config.HARDWARE, which has no pixels to read. Two JPEG decoders
- * may differ by a level here and there.""",
+ * inPremultiplied to false, and do not ask for Bitmap.Config.HARDWARE, which has no pixels to read. getPixels makes
+ * sRGB of other colour spaces (Display P3), which training did not. Two JPEG decoders may differ by a level here and
+ * there. A camera often stores photographs on their side: where those of training stood upright, turn them first.""",
         "originals": "* `Preprocess.input` of a case's `.png` must give its `.input.f32`, to the bit.",
     },
     "spectrogram": {

@@ -83,7 +83,8 @@ def _read(model: Model) -> Run:
     folder = Path(model["folder"])
     outcomes = read_record(Path(model["record"]), "outcomes")["outcomes"]
     result = read_record(folder / RESULT, "history", "identity") if (folder / RESULT).is_file() else None
-    package = read_record(folder / PACKAGE, "files", "student") if (folder / PACKAGE).is_file() else None
+    wanted = ("files", "student", "metrics", "examples")
+    package = read_record(folder / PACKAGE, *wanted) if (folder / PACKAGE).is_file() else None
     return Run(model, outcomes, result, package)
 
 
@@ -290,17 +291,15 @@ def _files(page: Page) -> str:
     marks: dict[str, list[dict[str, Any]]] = {"size, MB": [], "latency on one thread, ms": []}
     tables, formats = "", list(dict.fromkeys(name for run in runs for name in run.package["files"]))
     for run in runs:
-        package = run.package
-        for name, one in package["files"].items():
+        package, wrong = run.package, _stale(run)
+        for name, one in package["files"].items() if wrong is None else ():
             taken = {
                 "size, MB": one["bytes"] / MEGA,
                 "latency on one thread, ms": one["latency_ms"]["one_thread"]["median"],
             }
             for axis, x in taken.items():
                 marks[axis].append({"package": run.name, "format": name, "x": x, "y": one["metrics"][page.metric]})
-        other = package["student"]["weights_sha256"]
-        wrong = f"<strong>Of other weights, {code(other[:SHORT])}: export the stage again.</strong>"
-        old = "" if other == run.model["weights"] else paragraph(wrong)
+        old = "" if wrong is None else paragraph(f"<strong>{wrong}: export the stage again.</strong>")
         left = "".join(f"<li>{code(name)}: {text(why)}</li>" for name, why in package.get("not_written", {}).items())
         tables += f"<h3>{text(run.name)}</h3>{old}" + table(
             _file_head(page), [_file(page, *pair) for pair in package["files"].items()]
@@ -309,8 +308,20 @@ def _files(page: Page) -> str:
     pictures = [plots.files(found, page.metric, axis, formats) for axis, found in marks.items() if found]
     if not pictures:
         return tables
-    where = ", ".join(code(Path(run.model["folder"]) / PACKAGE) for run in runs)
-    return tables + figure(pictures, f"A mark a format, a filling a package. From {where}.", _source(runs))
+    drawn = [run for run in runs if _stale(run) is None]
+    where = ", ".join(code(Path(run.model["folder"]) / PACKAGE) for run in drawn)
+    return tables + figure(pictures, f"A mark a format, a filling a package. From {where}.", _source(drawn))
+
+
+def _stale(run: Run) -> str | None:
+    """Why the figures of a run's package are not of what is compared, as HTML."""
+    weights, split = run.package["student"]["weights_sha256"], run.package["metrics"]["split"]
+    if weights != run.model["weights"]:
+        return f"Of other weights, {code(weights[:SHORT])}"
+    examples = run.package["examples"][split]
+    if examples != run.model["examples"]:
+        return f"Judged on other examples, {code(examples[:SHORT])} of the {text(split)} split"
+    return None
 
 
 def _file_head(page: Page) -> list[str]:

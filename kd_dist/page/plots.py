@@ -15,9 +15,9 @@ from kd_dist.tasks.binary import POINTS
 # Okabe and Ito 2008, which the colour-blind tell apart, without yellow; markers and lines differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X", "h"), ("-", "--", ":", "-.")
-FILLINGS = ("full", "none", "left", "top")
+FILLINGS = ("full", "none", "left", "top", "right", "bottom")
 SIZE = (4.8, 3.5)  # inches, of a plot without its legend
-LABEL, TITLE = 18, 44  # characters of a name beside an axis, and above a plot
+LABEL, LEGEND, TITLE = 18, 28, 44  # characters of a name beside an axis, below a plot and above it
 LEGEND_LINE = 0.19  # inches
 TICKS = 5  # of an axis of sizes or times, about
 NUMBERED = 10  # classes of a confusion matrix whose cells are numbered
@@ -60,9 +60,15 @@ def line(number: int) -> str:
 
 
 def short(name: str, most: int = LABEL) -> str:
-    """A name for an axis, a title or a legend, which leaves out what begins with an underscore."""
+    """A name for an axis, a title or a legend; of a long one both ends, as names differ in either."""
     one = printable(name)
-    one = one if len(one) <= most else one[: most - 1] + "…"
+    kept = most - 1
+    return one if len(one) <= most else f"{one[: kept - kept // 2]}…{one[-(kept // 2) :]}"
+
+
+def label(name: str) -> str:
+    """A name for what `legend` lists, whole: what begins with an underscore would be left out."""
+    one = printable(name)
     return f" {one}" if one.startswith("_") else one
 
 
@@ -109,7 +115,7 @@ def legend(figure: Any, axes: Any) -> None:
     once = dict(zip(names, handles, strict=True))
     if once:
         figure.set_figheight(figure.get_figheight() + LEGEND_LINE * math.ceil(len(once) / 2))
-        figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=2)
+        figure.legend(once.values(), [short(name, LEGEND) for name in once], loc="outside lower center", ncols=2)
 
 
 def against(models: Sequence[Mapping[str, Any]], metric: str, axis: str) -> Picture:
@@ -131,7 +137,7 @@ def against(models: Sequence[Mapping[str, Any]], metric: str, axis: str) -> Pict
             markersize=size,
             linestyle="none",
             capsize=3,
-            label=short(one["name"]),
+            label=label(one["name"]),
         )
     spread = [value for one in models for value in one["x"]]
     axes.xaxis.set_major_locator(MaxNLocator(TICKS))
@@ -162,7 +168,7 @@ def bars(quantity: str, parts: Sequence[Mapping[str, Any]], numbers: Mapping[str
             [mean for _, (mean, _) in here],
             thick,
             color=colour(numbers[stage]),
-            label=short(stage),
+            label=label(stage),
             xerr=errors if any(errors) else None,
             error_kw={"elinewidth": 0.8},
             hatch="" if numbers[stage] < 7 else "//",
@@ -209,7 +215,7 @@ def lines(axes: Any, every: Sequence[Series], dots: bool = False) -> None:
         points = thinned([point for point in one.points if None not in point])
         look = {"color": colour(one.number), "linestyle": line(one.number), "linewidth": 1.4, "markersize": 4}
         look["marker"] = marker(one.number) if dots or len(points) == 1 else None
-        axes.plot(*np.array(points).reshape(-1, 2).T, label=short(one.name), **look)
+        axes.plot(*np.array(points).reshape(-1, 2).T, label=label(one.name), **look)
 
 
 def confusion(stage: str, counts: np.ndarray, names: Sequence[str]) -> Picture:
@@ -266,6 +272,9 @@ def files(found: Sequence[Mapping[str, Any]], metric: str, axis: str, formats: S
         number, filled = formats.index(one["format"]), FILLINGS[packages.index(one["package"]) % len(FILLINGS)]
         look = {"marker": marker(number), "color": colour(number), "fillstyle": filled, "markersize": 8}
         axes.plot(one["x"], one["y"], linestyle="none", label=one["format"], **look)
+    for number, name in enumerate(packages if packages[1:] else ()):
+        filled = FILLINGS[number % len(FILLINGS)]
+        axes.plot([], [], marker="o", color="grey", fillstyle=filled, linestyle="none", label=label(name))
     axes.locator_params(axis="x", nbins=TICKS)
     axes.margins(0.1)
     axes.set(xlabel=axis, ylabel=metric)

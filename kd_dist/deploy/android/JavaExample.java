@@ -15,7 +15,7 @@ import org.pytorch.executorch.Tensor;
  * wrote the file: a runtime of another version may refuse it. The file itself goes to app/src/main/assets.
  *
  * <p>Make one of these and keep it, and call it from a background thread: loading and running take time. ExecuTorch
- * runs one call of a module at a time; others wait.
+ * runs one call of a module at a time; others wait, but close() throws while one runs.
  *
  * <p>@note@
  */

@@ -13,7 +13,7 @@ import org.pytorch.executorch.Tensor
  * wrote the file: a runtime of another version may refuse it. The file itself goes to app/src/main/assets.
  *
  * Make one of these and keep it, and call it from a background thread (withContext(Dispatchers.Default)): loading and
- * running take time. ExecuTorch runs one call of a module at a time; others wait.
+ * running take time. ExecuTorch runs one call of a module at a time; others wait, but close() throws while one runs.
  *
  * @note@
  */

@@ -11,11 +11,11 @@ import java.nio.FloatBuffer
  * The student on ONNX Runtime.
  *
  * build.gradle.kts: minSdk = 24 and implementation("com.microsoft.onnxruntime:onnxruntime-android:@onnxruntime_version@"), the
- * version that the file was tried with; a later one reads it too, and so may an earlier one. The file itself goes to
- * app/src/main/assets.
+ * version that the file was tried with; a later one reads it too, and so may an earlier one: not each is published for
+ * Android. The file itself goes to app/src/main/assets.
  *
  * Make one of these and keep it, and call it from background threads (withContext(Dispatchers.Default)): loading and
- * running take time. Several threads may use one session at once.
+ * running take time. Several threads may use one session at once; close it when none does.
  *
  * @note@
  */
