@@ -102,7 +102,10 @@ def refuse_incomparable(paths: Sequence[Path], said: Sequence[dict[str, Any]]) -
         other = known.setdefault(one["name"], path)
         if other is not path:
             raise MismatchError(f"{path}: is called '{one['name']}', as {other} is; give each recipe a name of its own")
-        difference = first_difference({**one, "name": ""}, {**said[0], "name": ""})
+        ours, theirs = ({name: each[name] for name in each if name != "name"} for each in (one, said[0]))
+        if ours["task"] != theirs["task"]:  # all else follows from it
+            ours, theirs = {"task": ours["task"]}, {"task": theirs["task"]}
+        difference = first_difference(ours, theirs)
         if difference is not None:
             place, its, others = difference
             raise MismatchError(

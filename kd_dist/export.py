@@ -256,7 +256,11 @@ def told(
         "seed": recipe.seed,
         "task": recipe.task.name,
         "made_with": manifest.versions() | {name: one for name, one in versions.items() if one is not None},
-        "machine": {"processor": proof.processor(), "threads": len(os.sched_getaffinity(0))},
+        "machine": {
+            "processor": proof.processor(),
+            "threads": len(os.sched_getaffinity(0)),
+            "load": os.getloadavg()[0],  # of the last minute
+        },
         "model": {name: own_row[name] for name in ("name", "parameters", "macs")},
         **inputs_and_outputs(recipe, student),
         "class_names": None if regression else judged.manifest["class_names"],

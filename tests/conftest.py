@@ -24,7 +24,7 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 # The files whose slow tests take minutes, the longest first.
-LONGEST = "launch journey formats engine recipes faults cli export".split()
+LONGEST = ["launch", "journey", "formats", "engine", "recipes", "faults", "cli", "export"]
 
 CLASSES = ("blue", "green", "red")
 PICTURES_OF_A_CLASS = 16

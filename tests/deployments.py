@@ -65,7 +65,7 @@ def deployment(
         "seed": 7,
         "task": task,
         "made_with": {"kd_dist": "0.1.0", "torch": "2.15.0+cpu", "onnxruntime": "1.31.0", "executorch": "1.5.1"},
-        "machine": {"processor": "a processor", "threads": 2},
+        "machine": {"processor": "a processor", "threads": 2, "load": 1.25},
         "model": {"name": "timm/some_model", "parameters": 123_456, "macs": 7_654_321},
         "input": {
             "name": "spectrogram" if sound else "image",

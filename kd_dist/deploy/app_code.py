@@ -50,7 +50,10 @@ The waveform has one channel, the mean of all, at StudentInfo.SAMPLE_RATE Hz, fu
  * are divided by 32768. Loudness counts, so it is not normalised.""",
         "originals": """\
 * `LogMel.spectrogram` of `front_end.wav` must give `front_end.u8`, to the byte. A case's `.u8` are the levels of a
-  whole recording, band by band; its `.input.f32` is the middle of them, divided by 255.""",
+  whole recording, band by band; its `.input.f32` is the middle of them, divided by 255. `front_end.wav` has 16-bit
+  samples of one channel, `front_end.u8` a row of levels a band.
+* In place of `LogMel.java`, `../front_end.onnx`, `.pte` or `.torchscript` make the same of a waveform, at most a level
+  off here and there; which samples they take is `front_end.rule` in `../deployment_info.json`.""",
     },
 }
 

@@ -24,6 +24,19 @@ VIEWS = {
     "centre": "the largest centred box of the input's aspect ratio, scaled",
     "whole": "the whole image, stretched",
 }
+MEANS = {
+    "accuracy": "share of examples whose most probable class is the right one",
+    "nll": "mean of -log of the right class's probability, in nat",
+    "ece": "how far the top probability is from the share of right answers, over 15 bins; 0: it can be believed",
+    "auc": "area under the ROC curve of class 1 against class 0; 0.5 is chance, 1 faultless",
+    "eer": "error rate at the threshold where both kinds of error are as frequent",
+    "video_auc": "the AUC of videos: mean over the frames of the highest score in a frame",
+    "miou": "mean over the classes of intersection / union of predicted and labelled pixels",
+    "pixel_accuracy": "share of labelled pixels whose class is the right one",
+    "ccc": "Lin's concordance correlation coefficient, mean over the outputs; 0 is chance, 1 faultless",
+    "mae": "mean absolute error, in the unit of the outputs",
+}
+RETENTION = "the student's / the teacher's; where lower is better, the teacher's / the student's"
 FILES = ("file", "format", "bytes", "int8", "largest difference", "of outputs up to")
 SPEED = ("one thread, ms", "p95", "all threads, ms", "p95", "memory, MB")
 
@@ -51,8 +64,8 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def cell(value: object) -> str:
-    """A value in a table: one line, in which `|` divides nothing and nothing is HTML."""
-    return " ".join(re.sub(r"[\\|<]", r"\\\g<0>", shown(value)).split())
+    """A value in a table: one line, in which `|` divides nothing and nothing is HTML, a link or bold."""
+    return " ".join(re.sub(r"[\\|<[*]", r"\\\g<0>", shown(value)).split())
 
 
 def shown(value: object) -> str:
@@ -186,7 +199,9 @@ def _files(info: Mapping[str, Any]) -> Iterator[str]:
     threads = sorted({one["latency_ms"]["all_threads"]["threads"] for one in files.values()})
     yield (
         f"Time of one input, median and 95th percentile, on {info['machine']['processor']}; all threads: "
-        f"{', '.join(map(str, threads))}. Memory: how far that of a process rises while the file is opened and run on "
+        f"{', '.join(map(str, threads))}. That machine's load was {info['machine']['load']:.1f}, this "
+        f"process included; where it is above the number of threads, times of several threads say little. "
+        f"Memory: how far that of a process rises while the file is opened and run on "
         f"one thread. A phone is another machine: measure there."
     )
     yield _listed([f"`{one['file']}`: {one['note']}" for one in files.values()])
@@ -230,6 +245,9 @@ def _evaluation(info: Mapping[str, Any]) -> Iterator[str]:
             for name, value in student.items()
         ],
     )
+    told = {name: MEANS[name] for name in MEANS if name in student}
+    yield _listed([f"{name}: {what}" for name, what in {**told, "retention": RETENTION}.items()])
+    yield "The weights are those of the epoch that did best on the validation split, of one seed."
 
 
 def _kept(metric: str, student: float | None, teacher: float | None) -> float | None:
