@@ -247,7 +247,7 @@ def main() -> None:
     one, threads = timed(run, example), len(os.sched_getaffinity(0))
     every = {**timed(opened(Path(path), threads), example), "threads": threads}
     found = {"latency_ms": {"one_thread": one, "all_threads": every}, "memory_mb": memory / 1e6}
-    print(MARK + json.dumps(found), flush=True)
+    print("\n" + MARK + json.dumps(found), flush=True)  # a model may have left a line without its end
 
 
 def _first_run(opened: Callable[[Path, int], Run], path: Path, example: np.ndarray) -> Run:
