@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kd_dist import caches, deploy, places, proof
+from kd_dist import assemble, caches, deploy, places, proof
 from kd_dist.choose import imported
 from kd_dist.config import to_dict
 from kd_dist.disk import file_digest
@@ -108,6 +108,28 @@ def refuse_other(recipe: Recipe, name: str, folder: Path, info: Mapping[str, Any
         raise MismatchError(
             f"{folder}: was made of weights with sha256 {theirs[:12]}, the stage has ended with {weights[:12]}; run "
             f"`kd-dist export` again"
+        )
+    refuse_other_measure(recipe, name, folder, info)
+
+
+def refuse_other_measure(recipe: Recipe, name: str, folder: Path, info: Mapping[str, Any]) -> None:
+    """Raise a MismatchError for a package whose metrics are of other examples, or whose retention is of another
+    teacher, than are at hand now; what is not at hand is not compared."""
+    split = recipe.evaluate.split
+    local = places.shards_folder(recipe) / split
+    if isinstance(local, Path) and local.is_dir():
+        packed, theirs = assemble.examples(recipe, split).fingerprint, info["examples"][split]
+        if packed != theirs:
+            raise MismatchError(
+                f"{folder}: was judged on {split} examples with fingerprint {theirs[:12]}, those of now have "
+                f"{packed[:12]}; run `kd-dist export` again, or restore the examples"
+            )
+    names = recipe.teachers_of(recipe.stages[name])
+    weights, theirs = caches.weights_sha256(recipe, recipe.teacher.weights), info["teacher"]["weights_sha256"]
+    if names == [recipe.teacher.name] and None not in (weights, theirs) and weights != theirs:
+        raise MismatchError(
+            f"{folder}: was held to a teacher with sha256 {theirs[:12]}, that of now has {weights[:12]}; cache it, "
+            f"train {name} and run `kd-dist export` again, or restore the teacher"
         )
 
 

@@ -1,5 +1,6 @@
 """`kd-dist`: every command explains itself with an example (`kd-dist COMMAND --help`)."""
 
+import contextlib
 import json
 import os
 import sys
@@ -304,7 +305,8 @@ def export(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fals
     from kd_dist.places import package_folder
 
     loaded = load(recipe, overrides or [])
-    info = packaging.export(loaded)
+    with contextlib.redirect_stdout(sys.stderr):  # a user's model prints what it likes
+        info = packaging.export(loaded)
     if as_json:
         typer.echo(json.dumps(info))
     else:
@@ -325,7 +327,8 @@ def check(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False
     from kd_dist import check as judgement
     from kd_dist.config import load
 
-    found = judgement.check(load(recipe, overrides or []))
+    with contextlib.redirect_stdout(sys.stderr):
+        found = judgement.check(load(recipe, overrides or []))
     lines = [json.dumps([one._asdict() for one in found])] if as_json else judgement.sentences(found)
     typer.echo("\n".join(lines))
     if not all(one.ok for one in found):

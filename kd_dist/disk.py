@@ -77,7 +77,10 @@ def replaced(folder: Path) -> Iterator[Path]:
     is removed. What a killed process has left of one is removed too: the caller is alone here.
 
     Where the file system cannot exchange two names, a kill in the moment between two renames leaves no `folder`.
+    Raises a KdError where `folder` is a file or a link, which no folder takes the place of.
     """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise KdError(f"{folder}: is not a folder of its own; move it away, then run the same command again")
     for left in folder.parent.glob(f"{folder.name}.{'[0-9a-f]' * 8}.tmp"):
         shutil.rmtree(left)
     fresh = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")

@@ -74,21 +74,24 @@ class _Heard:
 
         if self.failure is not None:
             return
+        inputs = (batch.images.float() / 255).numpy()
         try:
-            said = self.run((batch.images.float() / 255).numpy())
+            said, alone = self.run(inputs), self.run(inputs[:1])  # an app asks for one example at a time
         except Exception as error:  # every runtime has exceptions of its own
             self.failure = f"cannot be run ({reason(error)})"
             return
-        if said.shape != expected.shape:
-            self.failure = f"gives outputs of shape {said.shape} where the student's are {tuple(expected.shape)}"
-            return
+        for ours, theirs in ((said, expected), (alone, expected[:1])):
+            if ours.shape != theirs.shape:
+                self.failure = f"gives outputs of shape {ours.shape} where the student's are {tuple(theirs.shape)}"
+                return
         finite = np.isfinite(said).reshape(len(said), -1).all(axis=1)
         if not finite.all():
             key = batch.keys[int(finite.argmin())]
             self.failure = f"gives an output that is not finite, for example '{key}' first"
             return
         self.low, self.high = min(self.low, float(said.min())), max(self.high, float(said.max()))
-        self.difference = max(self.difference, float(np.abs(said - expected.numpy()).max()))
+        off = [np.abs(ours - theirs.numpy()).max() for ours, theirs in ((said, expected), (alone, expected[:1]))]
+        self.difference = float(np.max([self.difference, *off]))  # NaN stays NaN, which no bound allows
         task.update(self.metrics, torch.from_numpy(said).float(), batch.targets, batch.sizes, batch.groups)
 
     def outcome(self) -> Outcome:
@@ -104,7 +107,8 @@ def compare(
     """What the student and every file say of each example of `stream`, in one pass.
 
     The student's metrics are those of `evaluation.judge`, which counts failed examples too; those of a file are made
-    of the same rows in the same way. A file that fails is asked no more. Raises ModelError when the student itself
+    of the same rows in the same way; of each batch its first row is asked for alone, too, as an app does, and counts
+    for the difference. A file that fails is asked no more. Raises ModelError when the student itself
     gives outputs that are not finite.
     """
     import torch
@@ -243,7 +247,7 @@ def main() -> None:
     one, threads = timed(run, example), len(os.sched_getaffinity(0))
     every = {**timed(opened(Path(path), threads), example), "threads": threads}
     found = {"latency_ms": {"one_thread": one, "all_threads": every}, "memory_mb": memory / 1e6}
-    print(MARK + json.dumps(found), flush=True)
+    print("\n" + MARK + json.dumps(found), flush=True)  # a model may have left a line without its end
 
 
 def _first_run(opened: Callable[[Path, int], Run], path: Path, example: np.ndarray) -> Run:

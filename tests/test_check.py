@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from kd_dist import check, export, train
 from kd_dist.config import load
 from kd_dist.disk import file_digest
-from kd_dist.errors import ExportError, MismatchError, TrainingError
+from kd_dist.errors import DataError, ExportError, MismatchError, TrainingError
 from kd_dist.recipe import Limits
 
 PACKAGE = Path("runs/tiny/distill/seed-0/package")
@@ -200,6 +200,29 @@ def test_a_package_of_another_student_is_refused(home):
     result.unlink()
     with pytest.raises(TrainingError, match="runs/tiny/distill/seed-0: the stage has not been trained to its end, so"):
         checked()
+
+
+@pytest.mark.slow
+def test_another_teacher_and_other_examples_are_refused(home):
+    """Retention and metrics would be of what is no more. Where neither is at hand the package speaks for itself."""
+    teacher = Path("runs/tiny/teacher/seed-0")
+    best, result = teacher / "best.safetensors", teacher / "result.json"
+    before, record = best.read_bytes(), result.read_text()
+    save_file({name: value + 1 for name, value in load_file(best).items()}, best)
+    result.write_text(json.dumps({**json.loads(record), "best_sha256": file_digest(best)}))
+    with pytest.raises(MismatchError, match="package: was held to a teacher with sha256 .*; cache it, train distill"):
+        checked()
+    best.write_bytes(before)
+    result.write_text(record)
+    assert failed() == {}
+    shutil.copytree("shards/tiny/val", "other")
+    shutil.move("shards/tiny/test", "kept")
+    shutil.move("other", "shards/tiny/test")
+    with pytest.raises((MismatchError, DataError)):
+        checked()
+    shutil.rmtree("shards")
+    shutil.rmtree(teacher)
+    assert failed() == {}
 
 
 @pytest.mark.slow

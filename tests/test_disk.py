@@ -149,3 +149,17 @@ def test_two_folders_exchange_their_names(tmp_path, way):
     assert contents(tmp_path) == {"one/said": b"other", "other/said": b"one"}
     with pytest.raises(OSError):
         way(tmp_path / "gone", tmp_path / "never")
+
+
+@pytest.mark.parametrize("what", ["file", "link", "dangling"])
+def test_what_is_no_folder_of_its_own_is_not_replaced(tmp_path, what):
+    place, elsewhere = tmp_path / "package", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if what == "file":
+        place.write_text("mine")
+    else:
+        place.symlink_to(elsewhere if what == "link" else tmp_path / "nowhere")
+    before = names(tmp_path)
+    with pytest.raises(KdError, match="package: is not a folder of its own; move it away, then"), replaced(place):
+        pass
+    assert names(tmp_path) == before and place.is_symlink() == (what != "file")

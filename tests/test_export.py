@@ -202,6 +202,19 @@ def test_a_student_that_cannot_be_written_in_a_format(home):
 
 
 @pytest.mark.slow
+def test_a_model_that_prints_spoils_neither_the_figures_nor_the_json(home):
+    """Without ends of lines, too."""
+    with open("tiny_model.py", "a") as file:
+        file.write(
+            "\n\nplain = network\n\n\ndef network(classes, width=4):\n    made = plain(classes, width)\n"
+            "    made.register_forward_pre_hook(lambda *_: print('.', end=''))\n    return made\n"
+        )
+    ended = run(kd_dist, "export", "tiny.yaml", "export.formats=[safetensors]", "--json", folder=home)
+    done(ended)
+    assert list(json.loads(ended.stdout)["files"]) == ["safetensors"]
+
+
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_one_sentence(home):
     best = Path("runs/tiny/distill/seed-0/best.safetensors")
     save_file({name: value * np.nan for name, value in load_file(best).items()}, best)

@@ -70,6 +70,8 @@ def test_the_largest_difference_is_that_of_one_output_of_one_example(capsys):
     calls = []
 
     def off(images: np.ndarray) -> np.ndarray:
+        if len(images) == 1:  # the first row alone
+            return same(images)
         assert images.dtype == np.float32 and images.shape == (ROWS - 1, 3, 4, 4)  # valid rows alone
         said = same(images)
         if len(calls) == 1:
@@ -81,13 +83,27 @@ def test_the_largest_difference_is_that_of_one_output_of_one_example(capsys):
     assert heard["off"].max_difference == pytest.approx(0.25, abs=1e-5) and len(calls) == 3
 
 
+def test_what_a_file_says_of_an_example_alone_counts(capsys):
+    """As an app asks. A student whose answer depends on what else is in a batch is no student of one example."""
+
+    def centred(images: np.ndarray) -> np.ndarray:
+        return same(images) - (0 if len(images) > 1 else 0.5)
+
+    def lost(images: np.ndarray) -> np.ndarray:
+        return same(images) if len(images) > 1 else np.full((1, 3), np.nan, np.float32)
+
+    own, heard = compared(capsys, centred=centred, lost=lost)
+    assert heard["centred"].max_difference == pytest.approx(0.5, abs=1e-5) and heard["centred"].failure is None
+    assert proof.verdict(FORMATS["onnx"], heard["lost"], own, "accuracy", 1e9, 1e-9) is not None
+
+
 def test_a_file_that_fails_says_how_and_is_asked_no_more(capsys):
     asked = []
 
     def nan(images: np.ndarray) -> np.ndarray:
         asked.append("nan")
         said = same(images)
-        said[2, 0] = np.nan
+        said[2:3, 0] = np.nan
         return said
 
     def broken(images: np.ndarray) -> np.ndarray:
@@ -98,7 +114,7 @@ def test_a_file_that_fails_says_how_and_is_asked_no_more(capsys):
     assert heard["nan"].failure == "gives an output that is not finite, for example '0-3' first"
     assert heard["broken"].failure == "cannot be run (no kernel for Conv)"
     assert heard["flat"].failure == "gives outputs of shape (18,) where the student's are (6, 3)"
-    assert heard["same"].failure is None and asked == ["nan"]
+    assert heard["same"].failure is None and asked == ["nan", "nan"]  # a batch and its first row, once
     for name in ("nan", "broken", "flat"):
         for form in (FORMATS["onnx"], FORMATS["onnx_int8"]):
             assert proof.verdict(form, heard[name], own, "accuracy", 1e9, 1e-9) == heard[name].failure
