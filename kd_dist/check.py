@@ -58,7 +58,7 @@ def check(recipe: Recipe) -> list[Check]:
         lines.append(golden(form, folder, info, recipe.export.limits, found))
     for form, why in (info["front_end"] or {}).get("not_written", {}).items():
         lines.append(Check("front_end", form, False, None, None, why))
-    for form in recipe.export.formats or FORMATS:
+    for form in recipe.export.formats or info["recipe"]["export"]["formats"] or FORMATS:
         if form not in info["files"]:
             why = info["not_written"].get(form, "was not asked for when the package was made; export it again")
             lines.append(Check(form, "written", False, None, None, why))
@@ -171,7 +171,11 @@ def measured(name: str, info: Mapping[str, Any], limits: Limits) -> Iterator[Che
     one, known, bounds = info["files"][name], info["metrics"], info["output"]["range"]
     heard = proof.Outcome(one["metrics"], tuple(one["range"]), one["max_difference"])
     own = proof.Outcome(known["student"], (-one["largest_output"], one["largest_output"]))
-    yield _bounded(name, "retention", one["retention"], limits.retention, "of the teacher's " + known["metric"], True)
+    kept = _bounded(name, "retention", one["retention"], limits.retention, "of the teacher's " + known["metric"], True)
+    if not kept.ok and one["retention"] is None:
+        why = f"{kept.says}; train the teacher and export again, or set export.limits.retention=null"
+        kept = kept._replace(says=why)
+    yield kept
     yield _bounded(name, "size", one["bytes"] / 1e6, limits.size_mb, "MB")
     why = proof.verdict(FORMATS[name], heard, own, known["metric"], limits.parity, limits.int8)
     if FORMATS[name].int8:
@@ -219,7 +223,9 @@ def golden(name: str, folder: Path, info: Mapping[str, Any], limits: Limits, fou
         off = [_difference(run, listed.parent, case) for case in cases]
     except Exception as error:  # every runtime has exceptions of its own
         return Check(name, "golden", False, None, most, f"not run: {proof.reason(error)}")
-    said = _bounded(name, "golden", float(np.max(off)), most, "from the student")
+    if not np.isfinite(off).all():
+        return Check(name, "golden", False, None, most, f"{len(cases)} examples run again: outputs are not finite")
+    said = _bounded(name, "golden", max(off), most, "from the student")
     return said._replace(says=f"{len(cases)} examples run again: {said.says}")
 
 

@@ -37,6 +37,7 @@ from kd_dist.tasks import undefined
 
 VERSION = 1  # of deployment_info.json
 SUMS = "SHA256SUMS"  # `digest  path` of every other file of a package; written last
+RESIZE = "Pillow's antialiased bilinear filter, across, then down"
 CASES = 4  # examples that a package shows every step of
 LIBRARIES = ("torch", "safetensors", "onnx", "onnxscript", "onnxruntime", "executorch", "torchao")
 FRONT_ENDS = ("torchscript", "onnx", "executorch")  # formats that sound becomes a spectrogram in, too
@@ -297,6 +298,7 @@ def inputs_and_outputs(recipe: Recipe, student: Student) -> dict[str, Any]:
         "layout": "NCHW",
         "channels": "RGB" if recipe.audio is None else "level",
         "view": "whole" if task(recipe).canonical_whole else "centre",
+        "resize": RESIZE if recipe.audio is None else None,
         "normalisation": {**normalisation, "in_graph": True},
         "resized_in_graph_to": network.image_size if resized else None,
     }
@@ -330,7 +332,7 @@ def described(
     [path] = [one for one in paths if one.name == form.file]
     return {
         "file": form.file,
-        "bytes": sum(one.stat().st_size for one in paths),
+        "bytes": path.stat().st_size,
         "sha256": file_digest(path),
         "int8": form.int8,
         "note": form.note,

@@ -223,8 +223,12 @@ def cost(name: str, path: Path, shape: Sequence[int]) -> dict[str, Any]:
     on after the format's name, when the process fails.
     """
     command = [sys.executable, "-m", "kd_dist.proof", name, str(path), ",".join(map(str, shape))]
+    # A user's own model is imported from where this process has found it.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
-        ended = subprocess.run(tied(command), capture_output=True, text=True, errors="replace", timeout=PATIENCE)
+        ended = subprocess.run(
+            tied(command), capture_output=True, text=True, errors="replace", timeout=PATIENCE, env=environment
+        )
     except subprocess.TimeoutExpired as error:
         raise ExportError(f"did not run its examples within {PATIENCE} s; export a smaller model") from error
     if ended.returncode:

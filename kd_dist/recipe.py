@@ -309,7 +309,7 @@ class Limits:
     int8: Share = 0.95  # metric of an int8 file / the student's
     size_mb: Positive | None = 25.0  # 10^6 bytes of a file
     latency_ms: Positive | None = 100.0  # median of one example on one thread of the machine that exports
-    memory_mb: Positive | None = 500.0  # what a process takes to load a file and run one example, at most
+    memory_mb: Positive | None = 500.0  # by how much a process grows to load a file and run one example, at most
 
 
 @dataclass(frozen=True, kw_only=True)

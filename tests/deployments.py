@@ -75,6 +75,7 @@ def deployment(
             "layout": "NCHW",
             "channels": "level" if sound else "RGB",
             "view": view,
+            "resize": None if sound else "a filter",
             "normalisation": {"mean": [0.485] * channels, "std": [0.229] * channels, "in_graph": True},
             "resized_in_graph_to": 48,
         },

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from processes import contents, done, inside, kd_dist, run, sentence
 from safetensors.torch import load_file, save_file
@@ -103,7 +104,10 @@ def test_each_limit_fails_what_passes_it_by(home):
     assert tighter.keys() == {("onnx", "parity"), ("onnx", "golden")} and "at most 1e-12" in tighter["onnx", "parity"]
     unknown = {**info, "files": {"onnx": {**one, "retention": None}}}
     [line] = [line for line in check.measured("onnx", unknown, Limits()) if line.what == "retention"]
-    assert (line.ok, line.says) == (False, "unknown, at least 0.9")
+    assert not line.ok
+    assert line.says == (
+        "unknown, at least 0.9; train the teacher and export again, or set export.limits.retention=null"
+    )
 
 
 @pytest.mark.slow
@@ -153,6 +157,9 @@ def test_golden_examples_are_run_now(home):
     sum_again()
     found = failed()
     assert found.keys() == {("safetensors", "golden")} and "4 examples run again: " in found["safetensors", "golden"]
+    save_file({name: value * np.nan for name, value in other.items()}, PACKAGE / "model.safetensors")
+    sum_again()
+    assert failed()["safetensors", "golden"] == "4 examples run again: outputs are not finite"
     (PACKAGE / "config.json").write_text(json.dumps({**config, "model": "tiny_model:gone"}))
     sum_again()
     assert failed()["safetensors", "golden"].startswith("not run: ")

@@ -170,7 +170,12 @@ def _interface(info: Mapping[str, Any]) -> Iterator[str]:
 def _seen(info: Mapping[str, Any]) -> str:
     given, sound = info["input"], info["front_end"]
     if sound is None:
-        return f"of an image: {VIEWS[given['view']]} with antialiasing; `android/Preprocess.java` does it to the bit"
+        _, _, height, width = given["shape"]
+        return (
+            f"of an image: {VIEWS[given['view']]} with {given['resize']}; `android/Preprocess.java` does it to the "
+            f"bit. In Python: `image.convert('RGB').resize(({width}, {height}), Image.BILINEAR, box=(left, top, right, "
+            f"bottom))`, of the image with that box and not of one that was cut"
+        )
     low, high = sound["db"]
     highest = sound["sample_rate"] / 2 if sound["fmax"] is None else sound["fmax"]
     return (

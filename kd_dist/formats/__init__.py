@@ -47,8 +47,8 @@ FORMATS = {
         open="kd_dist.formats.torch_files:open_safetensors",
         needs=(),
         int8=False,
-        note="Weights alone; config.json beside them has the arguments of kd_dist.models.build_network that rebuild "
-        "the network.",
+        note="Weights alone, for PyTorch with kd_dist: network = build_network(**config) with what config.json "
+        "holds, then network.backbone.load_state_dict(load_file(path)).",
     ),
     "torchscript": Format(
         file="model.torchscript",
@@ -57,7 +57,7 @@ FORMATS = {
         needs=(),
         int8=False,
         note="For torch.jit.load and libtorch, with any batch. Deprecated, as PyTorch 2.15 warns: take it "
-        "only where a server has it already.",
+        "only where a server has it already. Its debug records name source files of the machine that wrote it.",
     ),
     "torch_export": Format(
         file="model.pt2",
