@@ -3,7 +3,7 @@
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -85,21 +85,6 @@ def pictures(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def own_modules(tmp_path_factory) -> Iterator[None]:
-    """No test sees a module that another imported from a folder of its own, as all of them call theirs alike."""
-    forget(tmp_path_factory.getbasetemp())
-    yield
-    forget(tmp_path_factory.getbasetemp())
-
-
-def forget(folder: Path) -> None:
-    """Drop every imported module whose file lies below a folder."""
-    for name, module in list(sys.modules.items()):
-        if Path(getattr(module, "__file__", None) or "/").is_relative_to(folder):
-            del sys.modules[name]
-
-
 @pytest.fixture
 def same_names(monkeypatch) -> Callable[[Path], Path]:
     """Temporary names without chance in them: under which name a file is begun."""
@@ -147,6 +132,7 @@ def scenery(tmp_path, monkeypatch) -> Path:
     scenes(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "scene_model", raising=False)
     pack_examples(load("scenes.yaml"))
     return tmp_path
 
@@ -168,6 +154,7 @@ def lab(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def home(lab, monkeypatch) -> None:
-    """The test itself works in the laboratory, too."""
+    """The test itself works in the laboratory, too, with the `tiny_model` of that folder."""
     monkeypatch.chdir(lab)
     monkeypatch.syspath_prepend(lab)
+    monkeypatch.delitem(sys.modules, "tiny_model", raising=False)

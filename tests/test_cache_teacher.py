@@ -44,6 +44,7 @@ def home(tmp_path, monkeypatch) -> Path:
     laboratory(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tiny_model", raising=False)
     journey.pack_recipe(load("tiny.yaml"))
     return tmp_path
 
@@ -359,6 +360,7 @@ def ward(tmp_path, monkeypatch) -> Path:
     laboratory(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tiny_model", raising=False)
     journey.pack_recipe(load("tiny.yaml", SMALL))
     return tmp_path
 
@@ -475,6 +477,7 @@ EARLIER, JUDGED = 1 + 9 + 1 + 12, 6
 def struck(ward, monkeypatch) -> Iterator[Callable]:
     """`struck(number, action)`: the user's model calls `action()` in its forward pass of batch `number`, from 1."""
     (ward / "saboteur.py").write_text(SABOTEUR)
+    monkeypatch.delitem(sys.modules, "saboteur", raising=False)
     import saboteur
 
     def arm(number: int, action: Callable[[], object]) -> list[int]:

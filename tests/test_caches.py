@@ -146,6 +146,7 @@ def test_mixed_views_that_are_added_have_the_partners_that_they_would_have_had(t
     laboratory(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tiny_model", raising=False)
     words = ["teacher.weights=null", "views.mixup=0.8", "views.cutmix=1", *ALONE]
     made = {}
     for name, counts in (("grown", (1, 3)), ("whole", (3,))):

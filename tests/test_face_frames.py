@@ -428,6 +428,7 @@ def wrong(image):
 def detectors(tmp_path, monkeypatch):
     (tmp_path / "own_detector.py").write_text(DETECTOR)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_detector", raising=False)
 
 
 def test_a_detector(detectors, tmp_path):

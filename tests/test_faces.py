@@ -251,6 +251,7 @@ def slow(image):
 def detectors(tmp_path, monkeypatch):
     (tmp_path / "own_detectors.py").write_text(DETECTORS)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_detectors", raising=False)
     import own_detectors
 
     return own_detectors
