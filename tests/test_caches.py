@@ -4,6 +4,7 @@ training on the first shards while the others are yet to come."""
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import fsspec

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import sys
 import threading
 from functools import partial
 from pathlib import Path
