@@ -14,7 +14,7 @@ from kd_dist import train
 from kd_dist.average import PREFIX, Average
 from kd_dist.engine import Engine
 
-ENGINES = {"one": (1, 0), "ddp": (2, 0), "zero1": (2, 1), "zero3": (2, 3)}  # processes, ZeRO stage
+ENGINES = {"one": (1, 0), "ddp": (2, 0), "zero3": (2, 3)}  # processes, ZeRO stage
 WIDE = ["student.model=tiny_model:brittle", "student.options={norm: false, limit: 2.0}"]  # divided under ZeRO 3
 # Everything beside the average that changes how fast a weight moves is an option of the same run.
 ALL = [*PLAIN, *WIDE, "train.accumulate=2", "train.ema=0.6", "train.layer_decay=0.5", "train.cycle_epochs=0.8"]
