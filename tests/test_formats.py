@@ -15,7 +15,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import forget
 
 from kd_dist.choose import imported
 from kd_dist.errors import ExportError
@@ -131,7 +130,7 @@ def package(request, tmp_path_factory):
     """Each student of the recipes in every format, written once."""
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "own_formats.py").write_text(OWN)
-    forget(tmp_path_factory.getbasetemp())
+    sys.modules.pop("own_formats", None)  # of the folder before
     sys.path.insert(0, str(folder))
     graph = a_graph(*STUDENTS[request.param])
     inputs = scenes(11, graph.shape)[8:]
