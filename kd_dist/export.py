@@ -40,7 +40,6 @@ SUMS = "SHA256SUMS"  # `digest  path` of every other file of a package; written 
 RESIZE = "Pillow's antialiased bilinear filter, across, then down"
 CASES = 4  # examples that a package shows every step of
 LIBRARIES = ("torch", "safetensors", "onnx", "onnxscript", "onnxruntime", "executorch", "torchao")
-FRONT_ENDS = ("torchscript", "onnx", "executorch")  # formats that sound becomes a spectrogram in, too
 
 
 class Student(NamedTuple):
@@ -73,7 +72,7 @@ def export(recipe: Recipe) -> dict[str, Any]:
         info["files"] = {name: described(info, name, files[name], heard[name], own) | taken[name] for name in taken}
         info["not_written"] = refused
         if recipe.audio is not None:
-            runtimes = [one for one in FRONT_ENDS if any(name.startswith(one) for name in taken)]
+            runtimes = [one for one in front_end.WRITTEN if any(name.startswith(one) for name in taken)]
             spectrograms = task(recipe).input.front_end
             info["front_end"] = front_end.write(fresh, spectrograms, recipe.views.shape[1], runtimes)
         deploy.write(fresh, info, cases(recipe, student))
