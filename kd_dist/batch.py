@@ -73,25 +73,32 @@ class Batch(NamedTuple):
     mixture: Mixture | None = None
 
 
+def mapped(batch: Batch, function: Callable[[Any], Any]) -> Batch:
+    """The batch with `function` applied to each of its tensors, in the order of its fields."""
+    signals = batch.signals
+    optional = lambda value: value if value is None else function(value)  # noqa: E731
+    return batch._replace(
+        images=function(batch.images),
+        targets=function(batch.targets),
+        sizes=optional(batch.sizes),
+        valid=function(batch.valid),
+        signals=signals
+        and TeacherSignal(
+            each_tensor(signals.logits, function),
+            {name: function(value) for name, value in signals.features.items()},
+        ),
+        groups=optional(batch.groups),
+        mixture=batch.mixture and Mixture(*map(function, batch.mixture)),
+    )
+
+
 def valid_rows(batch: Batch) -> Batch:
     """The batch without the rows of failed examples, which must not enter BatchNorm; as it is if it has no others."""
     kept = batch.valid
     if kept.all() or not kept.any():
         return batch
-    signals = batch.signals
-    if signals is not None:
-        features = {name: value[kept] for name, value in signals.features.items()}
-        signals = TeacherSignal(each_tensor(signals.logits, lambda value: value[kept]), features)
-    return batch._replace(
-        keys=tuple(key for key, valid in zip(batch.keys, kept.tolist(), strict=True) if valid),
-        images=batch.images[kept],
-        targets=batch.targets[kept],
-        sizes=batch.sizes if batch.sizes is None else batch.sizes[kept],
-        valid=kept[kept],
-        signals=signals,
-        groups=batch.groups if batch.groups is None else batch.groups[kept],
-        mixture=batch.mixture and Mixture(*(one[kept] for one in batch.mixture)),
-    )
+    keys = tuple(key for key, valid in zip(batch.keys, kept.tolist(), strict=True) if valid)
+    return mapped(batch, lambda value: value[kept])._replace(keys=keys)
 
 
 class StudentOutput(NamedTuple):

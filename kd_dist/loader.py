@@ -1,19 +1,23 @@
 """The way of a batch from the corridor to the step: worker processes, prefetching, the device."""
 
+import contextlib
+import math
 import multiprocessing.queues
 import os
+import queue
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from kd_dist.batch import Batch, Mixture, TeacherSignal, each_tensor
+from kd_dist.batch import Batch, mapped
 from kd_dist.compress import FeatureCodec
 from kd_dist.data import Corridor
 from kd_dist.errors import KdError, LoaderError, cause
@@ -21,10 +25,15 @@ from kd_dist.launch import tie
 from kd_dist.preempt import SIGNALS
 
 KEPT_OUT = (*SIGNALS, signal.SIGINT)  # what may be sent to all processes at once, and is for the training process alone
+QUEUE_DEPTH = 4
+ALIGNED = 64  # bytes: where each tensor of a packed batch begins
 
 
 def batches(corridor: Corridor, start: int, stop: int, workers: int, pin: bool) -> Iterator[Batch]:
-    """Batches `start` to `stop` in order, prefetched by `workers` processes (0: read in this one)."""
+    """Batches `start` to `stop` in order, prefetched by `workers` processes (0: read in this one).
+
+    A thread takes them over from the processes, which costs milliseconds, so that the training loop finds them ready.
+    """
     # Forked from this process, they have its signal mask, and it for a parent; Python's default differs by version.
     options: dict[str, Any] = {"prefetch_factor": 4, "multiprocessing_context": "fork"} if workers else {}
     loader = DataLoader(
@@ -39,10 +48,13 @@ def batches(corridor: Corridor, start: int, stop: int, workers: int, pin: bool) 
         **options,
     )
     try:
-        for delivered in _started(loader):
-            if isinstance(delivered, KdError):
-                raise delivered
-            yield delivered
+        stream = _started(loader)
+        ahead = prefetch(stream, (*KEPT_OUT, signal.SIGCHLD)) if workers else (one for one in stream)
+        with contextlib.closing(ahead):
+            for delivered in ahead:
+                if isinstance(delivered, KdError):
+                    raise delivered
+                yield unpacked(delivered) if isinstance(delivered, Packed) else delivered
     except (OSError, EOFError) as error:
         if not workers or str(error).startswith("Caught"):  # what a worker has raised, not what became of it
             raise
@@ -50,20 +62,57 @@ def batches(corridor: Corridor, start: int, stop: int, workers: int, pin: bool) 
         raise LoaderError(cause(error)) from error  # it died while it handed over a batch
 
 
-class _Delivered(Dataset[Batch | KdError]):
+class Packed(NamedTuple):
+    """A batch whose tensors lie in one memory: handing over a tensor takes a worker longer than filling it."""
+
+    batch: Batch  # with (offset, dtype, shape) in the place of each tensor
+    memory: Tensor  # uint8, shared between processes
+
+
+def packed(batch: Batch) -> Packed:
+    """A batch to be handed over to another process; copies its tensors into shared memory."""
+    ends = [0]
+    mapped(batch, lambda value: ends.append(ends[-1] + -(-value.nbytes // ALIGNED) * ALIGNED))
+    memory, starts = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(ends[-1])), iter(ends)
+
+    def move(value: Tensor) -> tuple[int, torch.dtype, tuple[int, ...]]:
+        place = next(starts), value.dtype, tuple(value.shape)
+        _at(memory, place).copy_(value)
+        return place
+
+    return Packed(mapped(batch, move), memory)
+
+
+def unpacked(handed: Packed) -> Batch:
+    """The batch, its tensors views of the one memory."""
+    return mapped(handed.batch, partial(_at, handed.memory))
+
+
+def _at(memory: Tensor, place: tuple[int, torch.dtype, tuple[int, ...]]) -> Tensor:
+    start, dtype, shape = place
+    return memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
+class _Delivered(Dataset[Packed | Batch | KdError]):
     """A corridor whose errors come out as values: a worker that raises one would bury its sentence in a traceback."""
 
     def __init__(self, corridor: Corridor) -> None:
         self.corridor = corridor
 
-    def __getitem__(self, cursor: int) -> Batch | KdError:
+    def __getitem__(self, cursor: int) -> Packed | Batch | KdError:
         try:
-            return self.corridor[cursor]
+            batch = self.corridor[cursor]
         except KdError as error:
             return error
+        if get_worker_info() is None:
+            return batch
+        try:
+            return packed(batch)
+        except RuntimeError as error:
+            _give_up(error, batch)
 
 
-def _started(loader: DataLoader) -> Iterator[Batch | KdError]:
+def _started(loader: DataLoader) -> Iterator[Packed | Batch | KdError]:
     """The loader's batches, its processes started with KEPT_OUT blocked: torch gives them handlers of its own."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_OUT)
     try:
@@ -79,7 +128,7 @@ def _begin_worker(parent: int, worker: int) -> None:
     threading.Thread(target=_heed, args=(parent,), daemon=True).start()
 
 
-def _give_up(error: BaseException, delivered: Batch | KdError) -> NoReturn:
+def _give_up(error: BaseException, delivered: Packed | Batch | KdError) -> NoReturn:
     """End this loader process when a batch cannot be handed over, as without room in /dev/shm: multiprocessing would
     drop the batch, and the training process would wait for it for ever."""
     print(f"a loader process could not hand over a batch: {cause(error)}", file=sys.stderr, flush=True)
@@ -93,27 +142,55 @@ def _heed(parent: int) -> NoReturn:
     os._exit(0)
 
 
-def _as_it_is(delivered: Batch | KdError) -> Batch | KdError:
+def _as_it_is(delivered: Packed | Batch | KdError) -> Packed | Batch | KdError:
     return delivered
+
+
+def prefetch(items: Iterator[Any], unheard: Collection[signal.Signals] = ()) -> Iterator[Any]:
+    """The items in order, made ahead by a thread, for which `unheard` signals are not meant. Its exceptions come out
+    here; closing this generator ends it."""
+    slots: queue.Queue[tuple[str, Any]] = queue.Queue(QUEUE_DEPTH)
+    stopped = threading.Event()
+
+    def put(kind: str, value: Any) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                slots.put((kind, value), timeout=0.1)
+                return
+
+    def produce() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, unheard)
+        try:
+            for item in items:
+                put("item", item)
+                if stopped.is_set():
+                    return
+            put("end", None)
+        except BaseException as error:  # handed over whole: the consumer raises it
+            put("error", error)
+
+    thread = threading.Thread(target=produce, daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = slots.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+    finally:
+        stopped.set()
+        thread.join()
 
 
 def to_device(batch: Batch, device: torch.device, codecs: Mapping[str, FeatureCodec] | None = None) -> Batch:
     """The batch with its tensors on the device, its features decoded there by their codecs."""
-    signals = batch.signals
-    if signals is not None:
-        fields = {name: value.to(device, non_blocking=True) for name, value in signals.features.items()}
-        features = {name: codec.decode(fields) for name, codec in (codecs or {}).items()}
-        logits = each_tensor(signals.logits, lambda value: value.to(device, non_blocking=True))
-        signals = TeacherSignal(logits, features)
-    return batch._replace(
-        images=batch.images.to(device, non_blocking=True),
-        targets=batch.targets.to(device, non_blocking=True),
-        sizes=batch.sizes if batch.sizes is None else batch.sizes.to(device, non_blocking=True),
-        valid=batch.valid.to(device, non_blocking=True),
-        signals=signals,
-        groups=batch.groups if batch.groups is None else batch.groups.to(device, non_blocking=True),
-        mixture=batch.mixture and Mixture(*(one.to(device, non_blocking=True) for one in batch.mixture)),
-    )
+    batch = mapped(batch, lambda value: value.to(device, non_blocking=True))
+    if batch.signals is None:
+        return batch
+    features = {name: codec.decode(batch.signals.features) for name, codec in (codecs or {}).items()}
+    return batch._replace(signals=batch.signals._replace(features=features))
 
 
 def on_device(codecs: Mapping[str, FeatureCodec], device: torch.device) -> dict[str, FeatureCodec]:

@@ -14,13 +14,13 @@ from conftest import picture
 from processes import inside, laboratory
 
 from kd_dist import assemble, cache_teacher, caches, journey, manifest
-from kd_dist.batch import IGNORED, Batch, Example, TeacherSignal, valid_rows
+from kd_dist.batch import IGNORED, Batch, Example, Mixture, TeacherSignal, TopLogits, mapped, valid_rows
 from kd_dist.compress import STORES, Basis, FeatureCodec
 from kd_dist.config import load
 from kd_dist.data import CHECK_ONE_IN, Corridor
 from kd_dist.errors import DataError, MismatchError, ShardError
 from kd_dist.folders import Shards
-from kd_dist.loader import batches, to_device
+from kd_dist.loader import batches, packed, to_device, unpacked
 from kd_dist.losses import Objective
 from kd_dist.plan import Plan
 from kd_dist.rows import SignalShards
@@ -556,3 +556,41 @@ def test_examples_of_another_number_of_classes_are_refused(home):
     sentence = "train: was packed for classes 3, the recipe says 4; correct the recipe, or"
     with pytest.raises(MismatchError, match=sentence):
         assemble.examples(recipe, "train")
+
+
+def tensors_of(batch: Batch) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    mapped(batch, found.append)
+    return found
+
+
+def test_a_batch_comes_out_of_one_memory_as_it_went_in():
+    signals = TeacherSignal(
+        TopLogits(torch.arange(6).view(3, 2), torch.rand(3, 2), torch.rand(3, 5)),
+        {"low_scale": torch.rand(3, 7).half(), "low": torch.arange(21, dtype=torch.int8).view(3, 7)},
+    )
+    batch = Batch(
+        keys=("a", "b", "c"),
+        images=torch.arange(3 * 3 * 5 * 4, dtype=torch.uint8).view(3, 5, 4, 3).permute(0, 3, 1, 2),
+        targets=torch.tensor([2, 0, 1]),
+        sizes=torch.tensor([[5, 4]] * 3),
+        valid=torch.tensor([True, False, True]),
+        total=7,
+        signals=signals,
+        failed=("it cannot be read",),
+        groups=torch.tensor([[2**62, -1]] * 3),
+        mixture=Mixture(torch.tensor([1, 2, 0]), torch.tensor([0.25, 0.0, 1.0])),
+    )
+    handed = packed(batch)
+    assert tensors_of(handed.batch) and not any(isinstance(one, torch.Tensor) for one in tensors_of(handed.batch))
+    assert handed.memory.is_shared()
+    back = unpacked(handed)
+    assert len(tensors_of(back)) == 11
+    for one, other in zip(tensors_of(batch), tensors_of(back), strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+        assert other.untyped_storage().data_ptr() == handed.memory.data_ptr() and other.data_ptr() % 64 == 0
+    assert (back.keys, back.total, back.failed) == (batch.keys, batch.total, batch.failed)
+    alone = batch._replace(sizes=None, signals=None, groups=None, mixture=None)
+    back = unpacked(packed(alone))
+    assert [back.sizes, back.signals, back.groups, back.mixture] == [None] * 4
+    assert all(map(torch.equal, tensors_of(alone), tensors_of(back)))
