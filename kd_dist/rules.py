@@ -31,7 +31,7 @@ Problems = Iterator[tuple[Keys, str]]  # where a value is, and the sentence that
 MOST_MASK_CLASSES = IGNORED  # of a mask's 256 values the last says "ignored"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # 32: `<key>.<teacher>.npy` has to fit a tar header
 FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-FIELDS = "logits|margin|view|row_crc|input_crc|tail_lse|tail_mean|logits_ids|logits_sum|logits_squares"
+FIELDS = "logits|margin|view|row_crc|input_crc|tail_ends|tail_step|tail_below|logits_ids|logits_sum|logits_squares"
 FEATURE = re.compile(rf"(?!(?:{FIELDS})$)(?!.*_scale$)[a-z][a-z0-9_]{{0,31}}")  # names a field of its own
 # Options of views.
 MIXING = ("mixup", "cutmix")

@@ -211,7 +211,7 @@ def test_a_cache_of_the_largest_logits_says_what_the_teacher_says_of_them(many):
         recipe = load("tiny.yaml")
         corridor = assemble.training_corridor(recipe, "distill", 0, 1)
         about, teacher = corridor.signals.manifest, assemble.teacher(recipe)
-        assert about["codec"]["logits"] == "top8" and about["row_bytes"] == 72 + 76 + 4 * KEPT
+        assert about["codec"]["logits"] == "top8" and about["row_bytes"] == 72 + 48 + 4 * KEPT
         assert (about["exact_losses"], about["near_losses"]) == (["cross_entropy", "hard_label"], ["kd"])
         report, labels, seconds = about["codec_error"]["logits"], 0, 0
         assert report["tail_error"] < 0.01 and report["max_abs"] < 0.05 and report["top_class_agreement"] == 1

@@ -31,6 +31,8 @@ COLDEST, HOTTEST = 1.0, 8.0  # the temperatures at which the tail's mass is know
 # At these b = 1/T the tail's log-sum-exp is stored: from 1 down to 1/8 as the extrema of a Chebyshev polynomial lie,
 # where interpolation does not swing out at the ends.
 NODES = tuple(9 / 16 + 7 / 16 * math.cos(math.pi * number / 15) for number in range(16))
+ALONG = np.array([(1 - node) / (1 - 1 / 8) for node in NODES])  # how far along the chord from the first to the last
+STEPS = 2**16 - 1
 BETWEEN = (1.3, 2.7, 3.3, 4.2, 5.6)  # temperatures at which the interpolation is measured
 
 
@@ -58,10 +60,11 @@ class TopCodec:
 
     `logits` are z - max(z) of the classes `logits_ids`, the largest first, as fp16; a label that is not among the K
     largest takes the place of the last, a second one, of a view that shows two examples, that of the last that is no
-    label. The largest is always first, so that of K = 2 a second label may be left out. `tail_lse` is
-    log sum exp(b (z - max z)) over the tail at the NODES b; `tail_mean` its mean of z - max z; `logits_sum` and
-    `logits_squares` are the sums of z - max z and of its square over all C: the mean and the spread of a row, which its
-    largest logits do not tell.
+    label. The largest is always first, so that of K = 2 a second label may be left out. Of f(b) =
+    log sum exp(b (z - max z)) over the tail, `tail_ends` are the values at the first and the last of the NODES; f is
+    convex, so that at the others it lies below the chord through these, by `tail_below` steps of `tail_step`.
+    `logits_sum` and `logits_squares` are the sums of z - max z and of its square over all C: the mean and the spread of
+    a row, which its largest logits do not tell.
 
     Bounds on the error: of a kept logit as for fp16, see LogitsCodec; of the tail's mass at any temperature in
     COLDEST..HOTTEST 2 %, tested on Gaussian, clustered and heavy-tailed logits. It has the methods of LogitsCodec.
@@ -97,9 +100,9 @@ class TopCodec:
 
     def fields(self) -> list[tuple]:
         """The fields that this codec adds to a row, as NumPy describes them."""
-        statistics = [(name, "<f4") for name in ("tail_mean", "logits_sum", "logits_squares")]
+        tail = [("tail_ends", "<f4", (2,)), ("tail_step", "<f4"), ("tail_below", "<u2", (len(NODES) - 2,))]
         ids = ("logits_ids", "<u2" if self.classes <= 2**16 else "<u4", (self.kept,))
-        return [("tail_lse", "<f4", (len(NODES),)), *statistics, ids, ("logits", "<f2", (self.kept,))]
+        return [*tail, ("logits_sum", "<f4"), ("logits_squares", "<f4"), ids, ("logits", "<f2", (self.kept,))]
 
     def encode(self, logits: np.ndarray, targets: np.ndarray | None = None) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Logits (B, C) float32 and class indices, which are kept, (B,), or (B, 2) with the one that matters more first
@@ -111,10 +114,8 @@ class TopCodec:
         ids = self._chosen(below, targets)
         kept = np.take_along_axis(below, ids, axis=1)
         exact = below.astype(np.float64)
-        tail_sum = exact.sum(axis=1) - kept.sum(axis=1, dtype=np.float64)
         fields = {
-            "tail_lse": tail_lse(below, ids, NODES),
-            "tail_mean": tail_sum / (self.classes - self.kept),
+            **tail_fields(tail_lse(below, ids, NODES)),
             "logits_sum": exact.sum(axis=1),
             "logits_squares": np.square(exact).sum(axis=1),
         }
@@ -144,9 +145,7 @@ class TopCodec:
 
     def decode(self, rows: np.ndarray) -> TopLogits:
         """Structured rows (B,) -> TopLogits of arrays."""
-        return TopLogits(
-            rows["logits_ids"].astype(np.int64), rows["logits"].astype(np.float32), rows["tail_lse"].astype(np.float32)
-        )
+        return TopLogits(rows["logits_ids"].astype(np.int64), rows["logits"].astype(np.float32), tail_values(rows))
 
     def error(self, exact: np.ndarray, decoded: TopLogits) -> dict[str, Any]:
         """What storing finite logits (B, C) did to them: figures as of `measured_error`, where the KL takes the tail
@@ -215,6 +214,27 @@ def tail_lse(below: np.ndarray, ids: np.ndarray, inverse: Sequence[float]) -> np
     tail -= highest
     sums = [np.exp(tail * tail.dtype.type(b)).sum(axis=1, dtype=np.float64) for b in inverse]
     return highest.astype(np.float64) * np.array(inverse) + np.log(np.stack(sums, axis=1))
+
+
+def chord(ends: np.ndarray) -> np.ndarray:
+    """Values (B, n) at the NODES of the lines through `ends` (B, 2), in float64."""
+    first, last = ends.astype(np.float64).T[..., None]
+    return first + (last - first) * ALONG
+
+
+def tail_fields(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Convex functions by their values (B, n) at the NODES, as they are stored."""
+    ends = values[:, [0, -1]].astype(np.float32)
+    gaps = np.maximum(chord(ends) - values, 0)[:, 1:-1]
+    step = np.maximum(gaps.max(axis=1) / STEPS, np.finfo(np.float32).tiny).astype(np.float32)
+    return {"tail_ends": ends, "tail_step": step, "tail_below": np.minimum(np.rint(gaps / step[:, None]), STEPS)}
+
+
+def tail_values(rows: np.ndarray) -> np.ndarray:
+    """The values (B, n) at the NODES, float32, that structured rows (B,) store."""
+    values = chord(rows["tail_ends"])
+    values[:, 1:-1] -= rows["tail_below"] * rows["tail_step"].astype(np.float64)[:, None]
+    return values.astype(np.float32)
 
 
 def spread_out(logits: Tensor | TopLogits, classes: int) -> Tensor:
