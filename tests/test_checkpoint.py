@@ -101,12 +101,20 @@ def take(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, identi
     return progress
 
 
-def saved(folder: Path, step: int = 3, make=adamw, identity: dict = IDENTITY) -> Saved:
+def trained(step: int, make=adamw) -> tuple[nn.Module, torch.optim.Optimizer]:
     module = model()
     optimizer = make(module)
     train(module, optimizer, range(step))
-    progress = Progress(**{**vars(PROGRESS), "step": step})
-    put(folder, module, optimizer, progress, identity)
+    return module, optimizer
+
+
+def progress_of(step: int) -> Progress:
+    return Progress(**{**vars(PROGRESS), "step": step})
+
+
+def saved(folder: Path, step: int = 3, make=adamw, identity: dict = IDENTITY) -> Saved:
+    module, optimizer = trained(step, make)
+    put(folder, module, optimizer, progress_of(step), identity)
     return latest(folder), module, optimizer
 
 
@@ -437,11 +445,12 @@ def test_a_file_that_cannot_be_written_to_its_end_leaves_the_older_checkpoint(tm
     for limit in sorted(sizes.values()):
         folder = tmp_path / str(limit)
         saved(folder, 3)
+        later = trained(5)  # here: a process that has traced a graph cannot go backward once it is forked
         child = os.fork()
         if child == 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit - 1, limit - 1))
             try:
-                saved(folder, 5)
+                put(folder, *later, progress_of(5))
             except OSError as error:
                 os._exit(error.errno if error.filename == str(folder / "checkpoint-00000005") else 1)
             os._exit(0)
@@ -462,11 +471,12 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, call):
     while not survived:
         folder = tmp_path / str(kills)
         saved(folder, 3)
+        later = trained(5)
         child = os.fork()
         if child == 0:
             owner = {"mkdir": Path, "serialized": checkpoint, "fsync": os, "rename": os, "rmtree": shutil}[call]
             stop_before(owner, call, kills)
-            saved(folder, 5)
+            put(folder, *later, progress_of(5))
             os._exit(0)
         _, status = os.waitpid(child, 0)
         survived = status == 0
