@@ -10,11 +10,12 @@ import mmap
 import os
 import re
 import struct
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from isal.isal_zlib import crc32  # zlib's, several times as fast
 
 from kd_dist.disk import published, sync
 from kd_dist.errors import ShardError
@@ -141,7 +142,7 @@ def index_tar(
         if choose is not None:
             entries = [entry for entry, good in zip(entries, choose(entries, contents), strict=True) if good]
         with memoryview(tar) as view:
-            crcs = [zlib.crc32(view[entry.offset : entry.end]) for entry in entries]
+            crcs = [crc32(view[entry.offset : entry.end]) for entry in entries]
             digest = hashlib.sha256(view).digest()
     _write_index(Path(at or path), entries, crcs, end + len(tail), digest, notes or {})
 
@@ -206,8 +207,8 @@ class Shard:
         Raises ShardError, naming shard and key, when the bytes are not those that were written.
         """
         offset, size, crc, first, _, members, _ = self._entry(i)
-        data = self.pread(offset, size, lambda data: zlib.crc32(data) == crc)
-        if (actual := zlib.crc32(data)) != crc:
+        data = self.pread(offset, size, lambda data: crc32(data) == crc)
+        if (actual := crc32(data)) != crc:
             sums = f"the CRC32 of its {size} bytes at {offset} is {actual:08x}, the index says {crc:08x}"
             raise ShardError(f"{self.path}: example '{self.key(i)}' is damaged: {sums}; {mend(self.path)}")
         names, rows = self._extensions, self._rows(first, members)
@@ -269,7 +270,7 @@ class _Measured:
         rest = memoryview(data)
         while self.ends and rest:
             part = rest[: self.ends[0] - self.size]
-            self._crc = zlib.crc32(part, self._crc)
+            self._crc = crc32(part, self._crc)
             self.size += len(part)
             rest = rest[len(part) :]
             if self.size == self.ends[0]:
@@ -299,7 +300,7 @@ def _checked_index(path: Path | Remote) -> bytes:
     """The bytes of a tar's index, complete, undamaged and of this version."""
     index, again = index_path(path), remedy(path, _AGAIN)
     try:
-        data = read_whole(index, lambda data: zlib.crc32(data) == _RESIDUE)
+        data = read_whole(index, lambda data: crc32(data) == _RESIDUE)
     except FileNotFoundError as error:
         raise ShardError(f"{path}: there is no {index.name} beside it, so it was never finished; {again}") from error
     if len(data) < _HEADER.size + 4 or not data.startswith(INDEX_MAGIC):
@@ -308,7 +309,7 @@ def _checked_index(path: Path | Remote) -> bytes:
     if version != INDEX_VERSION:
         versions = f"the index has version {version} and this kd_dist reads version {INDEX_VERSION}"
         raise ShardError(f"{index}: {versions}; use the kd_dist that wrote it, or {again}")
-    if zlib.crc32(data) != _RESIDUE:
+    if crc32(data) != _RESIDUE:
         raise ShardError(f"{index}: the index is damaged (its own CRC32 differs); {again}")
     return data
 
@@ -343,4 +344,4 @@ def _write_index(
     header = _HEADER.pack(INDEX_MAGIC, INDEX_VERSION, len(entries), tar_size, tar_sha256, *counts)
     body = b"".join((header, examples, members, keys, text))
     with published(index_path(path)) as file:
-        file.write(body + zlib.crc32(body).to_bytes(4, "little"))
+        file.write(body + crc32(body).to_bytes(4, "little"))
