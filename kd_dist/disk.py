@@ -21,6 +21,7 @@ import numpy as np
 from kd_dist.errors import KdError
 
 LOCK = ".lock"  # in a folder that a command writes to; holds the host and the process, and is locked while that lives
+MAPPINGS = 2**15  # that `mapped` makes; Linux gives a process 65,530 of all kinds
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # what a file system without it says
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # of file systems that know none
@@ -167,23 +168,31 @@ def file_digest(path: Path) -> str:
 class _Mapping:
     """Memory that shows a file, as NumPy asks for it; given back when the last array of it is gone."""
 
+    live = 0
+
     def __init__(self, address: int, size: int):
         self.__array_interface__ = {"data": (address, True), "shape": (size,), "typestr": "|u1", "version": 3}
+        _Mapping.live += 1
 
     def __del__(self):
         _LIBC.munmap(self.__array_interface__["data"][0], *self.__array_interface__["shape"])
+        _Mapping.live -= 1
 
 
-def mapped(descriptor: int, size: int) -> memoryview:
-    """The first `size` >= 1 bytes of an open file, read-only, in memory that all processes share.
+def mapped(path: Path) -> tuple[bytes, bytes | memoryview]:
+    """The bytes of a file, read; and the same to keep, as a mapping that all processes of a machine share. A file that
+    is renamed over it later changes neither.
 
-    Unlike Python's `mmap` before 3.13 it keeps no descriptor, so there may be thousands. Raises OSError. Only for a
-    file that is never written in place: a page that cannot be had when it is looked at kills the process (SIGBUS).
+    Unlike Python's `mmap` before 3.13 it keeps no descriptor. Beyond `MAPPINGS`, or where the file system knows none,
+    what is to be kept is what was read. Only for a file that is never written in place: a page that cannot be had when
+    it is looked at kills the process (SIGBUS). Raises OSError when the file cannot be read.
     """
-    address = _LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-    if address == _FAILED:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return memoryview(np.asarray(_Mapping(address, size)))
+    with open(path, "rb", buffering=0) as file:
+        data = file.readall()
+        if not data or _Mapping.live >= MAPPINGS:
+            return data, data
+        address = _LIBC.mmap(None, len(data), mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    return data, data if address == _FAILED else memoryview(np.asarray(_Mapping(address, len(data))))
 
 
 def sync(path: Path) -> None:

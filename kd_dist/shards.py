@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 
 from isal.isal_zlib import crc32  # zlib's, several times as fast
 
-from kd_dist.disk import published, sync
+from kd_dist.disk import mapped, published, sync
 from kd_dist.errors import ShardError
 from kd_dist.index import checked_texts
-from kd_dist.remote import Remote, location, read_whole, remedy
+from kd_dist.remote import Remote, location, remedy
 from kd_dist.tars import BLOCK, TarExample, check_example, scan
 
 NAME_BYTES = 100  # the name field of a ustar header
@@ -164,15 +164,15 @@ class Shard:
 
     def __init__(self, path: str | os.PathLike | Remote):
         self.path = location(path)  # of the tar
-        # Bytes, not a mapping: Python's mmap keeps a file descriptor for each index.
         self._index = _checked_index(self.path)
         _, _, self._examples, self.tar_bytes, digest, members, key_bytes, json_bytes = _HEADER.unpack_from(self._index)
         self.sha256: str = digest.hex()  # of the tar when it was written
         self._members_at = _HEADER.size + self._examples * _EXAMPLE.size
         self._keys_at = self._members_at + members * _MEMBER.size
+        self._texts_at = self._keys_at + key_bytes
         counts, again = (self._examples, members, key_bytes, json_bytes), mend(self.path)
         try:
-            self._extensions, self.notes = checked_texts(self._index, _HEADER.size, counts, self.tar_bytes)
+            self._extensions, _ = checked_texts(self._index, _HEADER.size, counts, self.tar_bytes)
         except ValueError as error:
             raise ShardError(f"{index_path(self.path)}: the index makes no sense: {error}; {again}") from error
         try:
@@ -183,6 +183,11 @@ class Shard:
             sizes = f"the tar has {status.st_size} bytes but its index says {self.tar_bytes}"
             raise ShardError(f"{self.path}: {sizes}, so it was cut short or replaced; {again}")
         self._inode = status.st_ino
+
+    @functools.cached_property
+    def notes(self) -> dict[str, Any]:
+        """What the command that wrote the shard noted; parsed when asked for, since readers of examples never ask."""
+        return json.loads(bytes(self._index[self._texts_at : -4]))["notes"]
 
     def __len__(self) -> int:
         return self._examples
@@ -199,7 +204,7 @@ class Shard:
         """The key of example `i`, 0 <= i < len."""
         *_, key_offset, _, key_bytes = self._entry(i)
         start = self._keys_at + key_offset
-        return self._index[start : start + key_bytes].decode("utf-8")
+        return str(self._index[start : start + key_bytes], "ascii")
 
     def read(self, i: int) -> dict[str, bytes]:
         """Example `i` as {extension: content}: one read of its whole span, checked by its CRC32, headers too.
@@ -296,11 +301,17 @@ def _open_tar(path: str, inode: int) -> _OpenTar:
     return _OpenTar(os.open(path, os.O_RDONLY))
 
 
-def _checked_index(path: Path | Remote) -> bytes:
-    """The bytes of a tar's index, complete, undamaged and of this version."""
+def _checked_index(path: Path | Remote) -> bytes | memoryview:
+    """A tar's index, complete, undamaged and of this version; of a file, in memory that processes share.
+
+    All of it is read first: what a disk cannot give is an error here, and not a signal later.
+    """
     index, again = index_path(path), remedy(path, _AGAIN)
     try:
-        data = read_whole(index, lambda data: crc32(data) == _RESIDUE)
+        if isinstance(index, Path):
+            data, kept = mapped(index)
+        else:
+            data = kept = index.read_bytes(lambda data: crc32(data) == _RESIDUE)
     except FileNotFoundError as error:
         raise ShardError(f"{path}: there is no {index.name} beside it, so it was never finished; {again}") from error
     if len(data) < _HEADER.size + 4 or not data.startswith(INDEX_MAGIC):
@@ -311,7 +322,7 @@ def _checked_index(path: Path | Remote) -> bytes:
         raise ShardError(f"{index}: {versions}; use the kd_dist that wrote it, or {again}")
     if crc32(data) != _RESIDUE:
         raise ShardError(f"{index}: the index is damaged (its own CRC32 differs); {again}")
-    return data
+    return kept
 
 
 def index_bytes(examples: int, members: int, key_bytes: int, texts: Mapping[str, Any]) -> int:
