@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from isal.isal_zlib import crc32  # zlib's, several times as fast
 
 from kd_dist.disk import mapped, published, sync
 from kd_dist.errors import ShardError
-from kd_dist.index import checked_texts
+from kd_dist.index import EXAMPLE, MEMBER, checked_texts
 from kd_dist.remote import Remote, location, remedy
 from kd_dist.tars import BLOCK, TarExample, check_example, scan
 
@@ -232,21 +233,51 @@ class Shard:
         """`size` bytes of the tar from `offset`: of a file unchecked, of a URL asked for until they are `sound`."""
         if isinstance(self.path, Remote):
             return self.path.pread(offset, size, sound, (self.tar_bytes, self.sha256))
-        try:
-            tar = _open_tar(str(self.path), self._inode)
-            data = os.pread(tar.descriptor, size, offset)
-        except OSError as error:
-            remedies = f"check the disk, or {mend(self.path)}"
-            raise ShardError(f"{self.path}: the tar cannot be read ({error}); {remedies}") from error
+        data = self._of_tar(os.pread, size, offset)
         if len(data) != size:
-            raise ShardError(f"{self.path}: only {len(data)} of {size} bytes at {offset} are there; {mend(self.path)}")
+            raise self._short(len(data), size, offset)
         return data
+
+    def pread_into(self, into: memoryview, offset: int, sound: Callable[[bytes | memoryview], bool]) -> None:
+        """As `pread`, as many bytes as `into` takes; of a file without a copy."""
+        if isinstance(self.path, Remote):
+            into[:] = self.pread(offset, len(into), sound)
+        elif (size := self._of_tar(os.preadv, [into], offset)) != len(into):
+            raise self._short(size, len(into), offset)
 
     def note(self, name: str) -> Any:
         """What the command that wrote the shard noted. Raises ShardError when the index was made without its notes."""
         if name not in self.notes:
             raise ShardError(f"{index_path(self.path)}: lacks what the command that wrote it noted, '{name}'; {_AGAIN}")
         return self.notes[name]
+
+    def same_keys(self, other: "Shard") -> bool:
+        """Whether both hold the same keys in the same order."""
+        mine, others = (bytes(one._index[one._keys_at : one._texts_at]) for one in (self, other))
+        return mine == others and np.array_equal(*(one._table(EXAMPLE)["key_bytes"] for one in (self, other)))
+
+    def offsets(self, extension: str, size: int) -> np.ndarray | None:
+        """Where the contents lie in the tar, (N,) in bytes, if every example is this one member of `size` bytes."""
+        members = self._table(MEMBER)
+        if self._extensions != [extension] or len(members) != len(self) or (members["size"] != size).any():
+            return None
+        return members["offset"]
+
+    def _table(self, kind: np.dtype) -> np.ndarray:
+        start, end = (_HEADER.size, self._members_at) if kind is EXAMPLE else (self._members_at, self._keys_at)
+        return np.frombuffer(self._index, kind, (end - start) // kind.itemsize, start)
+
+    def _of_tar(self, read: Callable[..., Any], *arguments: Any) -> Any:
+        """What `os.pread` or `os.preadv` gives of the tar, which is a file."""
+        try:
+            tar = _open_tar(str(self.path), self._inode)  # a name: without one another thread may close it meanwhile
+            return read(tar.descriptor, *arguments)
+        except OSError as error:
+            remedies = f"check the disk, or {mend(self.path)}"
+            raise ShardError(f"{self.path}: the tar cannot be read ({error}); {remedies}") from error
+
+    def _short(self, there: int, size: int, offset: int) -> ShardError:
+        return ShardError(f"{self.path}: only {there} of {size} bytes at {offset} are there; {mend(self.path)}")
 
     def _entry(self, i: int) -> tuple[int, int, int, int, int, int, int]:
         if not 0 <= i < self._examples:

@@ -117,9 +117,13 @@ def from_row_bytes(payload: bytes | memoryview, dtype: np.dtype, where: str) -> 
     return np.frombuffer(payload, dtype)
 
 
-def is_sound(row: bytes) -> bool:
-    """Whether the bytes of one row are those that were written."""
-    return crc32(memoryview(row)[4:]) == int.from_bytes(row[:4], "little")
+def are_sound(payload: bytes | memoryview, stride: int) -> bool:
+    """Whether the bytes of whole rows, `stride` each, are those that were written."""
+    whole = memoryview(payload)
+    for start in range(0, len(whole), stride):
+        if crc32(whole[start + 4 : start + stride]) != int.from_bytes(whole[start : start + 4], "little"):
+            return False
+    return True
 
 
 def _from_lists(description: Any) -> list[tuple]:
