@@ -165,6 +165,7 @@ class Shard:
 
     def __init__(self, path: str | os.PathLike | Remote):
         self.path = location(path)  # of the tar
+        self._name = str(self.path)
         self._index = _checked_index(self.path)
         _, _, self._examples, self.tar_bytes, digest, members, key_bytes, json_bytes = _HEADER.unpack_from(self._index)
         self.sha256: str = digest.hex()  # of the tar when it was written
@@ -270,7 +271,7 @@ class Shard:
     def _of_tar(self, read: Callable[..., Any], *arguments: Any) -> Any:
         """What `os.pread` or `os.preadv` gives of the tar, which is a file."""
         try:
-            tar = _open_tar(str(self.path), self._inode)  # a name: without one another thread may close it meanwhile
+            tar = _open_tar(self._name, self._inode)  # a name: without one another thread may close it meanwhile
             return read(tar.descriptor, *arguments)
         except OSError as error:
             remedies = f"check the disk, or {mend(self.path)}"
