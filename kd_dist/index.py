@@ -16,9 +16,7 @@ EXAMPLE = np.dtype(
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u8"), ("extension", "<u4"), ("zero", "<u4")])
 
 
-def checked_texts(
-    index: bytes | memoryview, start: int, counts: tuple[int, int, int, int], tar_size: int
-) -> tuple[list[str], dict[str, Any]]:
+def checked_texts(index: bytes, start: int, counts: tuple[int, int, int, int], tar_size: int) -> tuple[list[str], dict]:
     """The extensions and the notes of an index whose tables begin at byte `start`.
 
     `counts` are those of its header: examples, members, bytes of all keys, bytes of the JSON text. Raises ValueError
@@ -29,13 +27,13 @@ def checked_texts(
     *edges, end = itertools.accumulate(sizes)
     if end != len(index):
         raise ValueError(f"its header speaks of {end} bytes, it has {len(index)}")
-    keys, text = (bytes(index[begin:stop]) for begin, stop in itertools.pairwise(edges[2:]))
+    keys, text = index[edges[2] : edges[3]], index[edges[3] : edges[4]]
     extensions, notes = _texts(text)
     held = np.frombuffer(index, MEMBER, members, edges[1])
     _check_tables(np.frombuffer(index, EXAMPLE, examples, edges[0]), held, key_bytes, tar_size)
     if not keys.isascii():
         raise ValueError("a key is not ASCII")
-    if (held["extension"] >= len(extensions)).any():
+    if members and held["extension"].max() >= len(extensions):
         raise ValueError("a member has an extension that is not listed")
     return extensions, notes
 
@@ -63,25 +61,25 @@ def _check_tables(examples: np.ndarray, members: np.ndarray, key_bytes: int, tar
             raise ValueError("the members and keys of its examples are not those of its tables")
         return
     start, end = _spans("an example", examples, tar_size)
-    inner, outer = _spans("a member", members, tar_size)
     counts = examples["members"].astype(np.int64)
     for starts, length, total, what in (
         (examples["first"], counts, len(members), "members"),
         (examples["key"], examples["key_bytes"].astype(np.int64), key_bytes, "keys"),
     ):
         after = starts + length
-        if starts[0] or after[-1] != total or (starts[1:] != after[:-1]).any() or length.min() < 1:
+        if starts[0] or after[-1] != total or length.min() < 1 or not np.array_equal(starts[1:], after[:-1]):
             raise ValueError(f"the {what} of its examples are not those of its table")
     if (start[1:] < end[:-1]).any():
         raise ValueError("examples overlap")
+    inner, outer = _spans("a member", members, tar_size)
     if (inner < np.repeat(start, counts)).any() or (outer > np.repeat(end, counts)).any():
         raise ValueError("a member lies outside its example")
 
 
 def _spans(where: str, table: np.ndarray, tar_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Where each row of a table begins and ends in the tar."""
-    offset, size = table["offset"], table["size"]
+    offset, size = np.ascontiguousarray(table["offset"]), table["size"]
     # Offsets first and sizes by what is left: a sum of two numbers of 64 bits may wrap.
-    if len(table) and (offset.max() > tar_size or (size > np.uint64(tar_size) - offset).any()):
+    if offset.max() > tar_size or (size > np.uint64(tar_size) - offset).any():
         raise ValueError(f"{where} lies outside the tar")
     return offset, offset + size

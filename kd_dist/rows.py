@@ -78,12 +78,18 @@ class SignalShards(Shards):
             raise ShardError(f"{folder}: the manifest says that its views begin with {self.first!r}; {AGAIN}")
         self.header = npy_header_size(self.dtype, self.count)
         self._offsets: dict[int, np.ndarray | None] = {}  # by shard, of each example's signals
-        bad = {row["key"] for row in about["quarantined"]}
-        self.quarantined = np.array(self._ids_of(bad), dtype=np.int64)
+        self.quarantined = np.array(self._ids_of(about["quarantined"]), dtype=np.int64)
 
-    def _ids_of(self, keys: set[str]) -> list[int]:
-        ids: list[int] = []
-        for number in range(len(self.paths) if keys else 0):
+    def _ids_of(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The quarantined examples: where the manifest says that they are, or, of an older one, by their keys."""
+        ids, keys, sizes = [], {row["key"] for row in rows if "place" not in row}, np.diff(self.starts).tolist()
+        for row in rows:
+            match row:
+                case {"shard": int(at), "place": int(place)} if 0 <= at < len(sizes) and 0 <= place < sizes[at]:
+                    ids.append(int(self.starts[at]) + place)
+                case {"place": _}:
+                    raise ShardError(f"{self.folder}: the manifest says where no example is ({dict(row)}); {AGAIN}")
+        for number in range(len(sizes) if keys else 0):
             try:
                 held = self.shard(number).keys
             except ShardError:

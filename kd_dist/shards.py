@@ -166,15 +166,15 @@ class Shard:
     def __init__(self, path: str | os.PathLike | Remote):
         self.path = location(path)  # of the tar
         self._name = str(self.path)
-        self._index = _checked_index(self.path)
-        _, _, self._examples, self.tar_bytes, digest, members, key_bytes, json_bytes = _HEADER.unpack_from(self._index)
+        index, self._index = _checked_index(self.path)
+        _, _, self._examples, self.tar_bytes, digest, members, key_bytes, json_bytes = _HEADER.unpack_from(index)
         self.sha256: str = digest.hex()  # of the tar when it was written
         self._members_at = _HEADER.size + self._examples * _EXAMPLE.size
         self._keys_at = self._members_at + members * _MEMBER.size
         self._texts_at = self._keys_at + key_bytes
         counts, again = (self._examples, members, key_bytes, json_bytes), mend(self.path)
         try:
-            self._extensions, _ = checked_texts(self._index, _HEADER.size, counts, self.tar_bytes)
+            self._extensions, _ = checked_texts(index, _HEADER.size, counts, self.tar_bytes)
         except ValueError as error:
             raise ShardError(f"{index_path(self.path)}: the index makes no sense: {error}; {again}") from error
         try:
@@ -333,11 +333,9 @@ def _open_tar(path: str, inode: int) -> _OpenTar:
     return _OpenTar(os.open(path, os.O_RDONLY))
 
 
-def _checked_index(path: Path | Remote) -> bytes | memoryview:
-    """A tar's index, complete, undamaged and of this version; of a file, in memory that processes share.
-
-    All of it is read first: what a disk cannot give is an error here, and not a signal later.
-    """
+def _checked_index(path: Path | Remote) -> tuple[bytes, bytes | memoryview]:
+    """The bytes of a tar's index, complete, undamaged and of this version; and the same to keep: of a file, in memory
+    that processes share. It is read first, so that what a disk cannot give is an error here and not a signal later."""
     index, again = index_path(path), remedy(path, _AGAIN)
     try:
         if isinstance(index, Path):
@@ -354,7 +352,7 @@ def _checked_index(path: Path | Remote) -> bytes | memoryview:
         raise ShardError(f"{index}: {versions}; use the kd_dist that wrote it, or {again}")
     if crc32(data) != _RESIDUE:
         raise ShardError(f"{index}: the index is damaged (its own CRC32 differs); {again}")
-    return kept
+    return data, kept
 
 
 def index_bytes(examples: int, members: int, key_bytes: int, texts: Mapping[str, Any]) -> int:

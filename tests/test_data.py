@@ -406,6 +406,25 @@ def test_a_share_that_failed_as_a_whole_is_one_filler_row(home):
     assert (len(whole.failed), whole.total) == (8, 8)
 
 
+def test_quarantined_examples_are_found_without_opening_a_shard(home):
+    """Where the manifest says; one of an older kd_dist names keys alone, which have to be looked for."""
+    examples, folder = Shards(Path("shards/tiny/train")), Path("shards/tiny/train/fragile")
+    about = manifest.read_manifest(folder)
+    [row] = about["quarantined"]
+    older = {**about, "quarantined": [{"key": row["key"], "reason": row["reason"]}]}
+    [found] = SignalShards(folder, examples, about=older).quarantined
+    number, place = (int(one[0]) for one in examples.locate(np.array([found])))
+    assert (number, place) == (row["shard"], row["place"]) and examples.shard(number).key(place) == "red/00"
+    for path in folder.glob("*.idx"):
+        path.unlink()
+    assert SignalShards(folder, examples).quarantined.tolist() == [found]
+    with pytest.raises(ShardError, match="so it was never finished"):
+        SignalShards(folder, examples, about=older)
+    for wrong in ({"shard": 3}, {"shard": -1}, {"shard": None}, {"place": 8}, {"place": "0"}):
+        with pytest.raises(ShardError, match="fragile: the manifest says where no example is .*red/00.*; delete the"):
+            SignalShards(folder, examples, about={**about, "quarantined": [{**row, **wrong}]})
+
+
 @pytest.mark.parametrize("ending", ["tar", "idx"])
 @pytest.mark.parametrize("name", ["data-000001", "teacher/signals-000001", "fragile/signals-000001"])
 def test_every_example_of_a_shard_that_cannot_be_opened_fails(home, name, ending):
