@@ -16,7 +16,7 @@ from kd_dist.shards import Shard
 from kd_dist.views import MixedViews
 
 OnError = Literal["raise", "replace_masked"]  # at an example that cannot be read: stop, or go on without it
-Decode = Callable[[str, Mapping[str, bytes]], Example]
+Decode = Callable[[str, Mapping[str, bytes | memoryview]], Example]
 
 
 class Shards:
@@ -82,7 +82,7 @@ class Shards:
         about = self.manifest.get("members")
         return None if about is None else Members(tuple(about["image"]), about["label"])
 
-    def read(self, number: int, place: int) -> tuple[str, dict[str, bytes]]:
+    def read(self, number: int, place: int) -> tuple[str, dict[str, bytes | memoryview]]:
         """The key of an example and its members, as `kd-dist pack` writes them. Raises ShardError when it is damaged,
         DataError when a foreign one lacks what it should have."""
         shard = self.shard(number)

@@ -28,6 +28,7 @@ NAME_BYTES = 100  # the name field of a ustar header
 KEY_BYTES = 59  # leaves room for "." and an extension of 40
 INDEX_MAGIC = b"KDDISTIX"
 INDEX_VERSION = 1
+VIEWED = 2**14  # bytes of an example from which on its contents are not copied; below, a copy is cheaper than a view
 OPEN_TARS = 256  # file descriptors that a process keeps; a thousand shards must not exhaust the usual limit of 1024
 
 # Header: magic, version, examples, tar size, tar sha256, members, bytes of all keys, bytes of the JSON text.
@@ -75,7 +76,7 @@ def mend(path: Path | Remote) -> str:
 
 
 def write_shard(
-    path: str | os.PathLike, examples: Iterable[tuple[str, Mapping[str, bytes]]], notes: Mapping[str, Any]
+    path: str | os.PathLike, examples: Iterable[tuple[str, Mapping[str, bytes | memoryview]]], notes: Mapping[str, Any]
 ) -> None:
     """Write the examples, in order, as the tar `path`, then its index. The same input gives the same bytes.
 
@@ -208,8 +209,9 @@ class Shard:
         start = self._keys_at + key_offset
         return str(self._index[start : start + key_bytes], "ascii")
 
-    def read(self, i: int) -> dict[str, bytes]:
-        """Example `i` as {extension: content}: one read of its whole span, checked by its CRC32, headers too.
+    def read(self, i: int) -> dict[str, bytes | memoryview]:
+        """Example `i` as {extension: content}: one read of its whole span, checked by its CRC32, headers too. Contents
+        of a large example, `VIEWED` bytes or more, are views of what was read: to copy them takes longer than that.
 
         Raises ShardError, naming shard and key, when the bytes are not those that were written.
         """
@@ -218,6 +220,8 @@ class Shard:
         if (actual := crc32(data)) != crc:
             sums = f"the CRC32 of its {size} bytes at {offset} is {actual:08x}, the index says {crc:08x}"
             raise ShardError(f"{self.path}: example '{self.key(i)}' is damaged: {sums}; {mend(self.path)}")
+        if size >= VIEWED:
+            data = memoryview(data)
         names, rows = self._extensions, self._rows(first, members)
         return {names[number]: data[start - offset : start - offset + length] for start, length, number in rows}
 
@@ -234,7 +238,11 @@ class Shard:
         """`size` bytes of the tar from `offset`: of a file unchecked, of a URL asked for until they are `sound`."""
         if isinstance(self.path, Remote):
             return self.path.pread(offset, size, sound, (self.tar_bytes, self.sha256))
-        data = self._of_tar(os.pread, size, offset)
+        try:
+            tar = _open_tar(self._name, self._inode)  # a name: without one, another thread may close it meanwhile
+            data = os.pread(tar.descriptor, size, offset)
+        except OSError as error:
+            raise self._unreadable(error) from error
         if len(data) != size:
             raise self._short(len(data), size, offset)
         return data
@@ -243,7 +251,13 @@ class Shard:
         """As `pread`, as many bytes as `into` takes; of a file without a copy."""
         if isinstance(self.path, Remote):
             into[:] = self.pread(offset, len(into), sound)
-        elif (size := self._of_tar(os.preadv, [into], offset)) != len(into):
+            return
+        try:
+            tar = _open_tar(self._name, self._inode)
+            size = os.preadv(tar.descriptor, [into], offset)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if size != len(into):
             raise self._short(size, len(into), offset)
 
     def note(self, name: str) -> Any:
@@ -268,14 +282,8 @@ class Shard:
         start, end = (_HEADER.size, self._members_at) if kind is EXAMPLE else (self._members_at, self._keys_at)
         return np.frombuffer(self._index, kind, (end - start) // kind.itemsize, start)
 
-    def _of_tar(self, read: Callable[..., Any], *arguments: Any) -> Any:
-        """What `os.pread` or `os.preadv` gives of the tar, which is a file."""
-        try:
-            tar = _open_tar(self._name, self._inode)  # a name: without one another thread may close it meanwhile
-            return read(tar.descriptor, *arguments)
-        except OSError as error:
-            remedies = f"check the disk, or {mend(self.path)}"
-            raise ShardError(f"{self.path}: the tar cannot be read ({error}); {remedies}") from error
+    def _unreadable(self, error: OSError) -> ShardError:
+        return ShardError(f"{self.path}: the tar cannot be read ({error}); check the disk, or {mend(self.path)}")
 
     def _short(self, there: int, size: int, offset: int) -> ShardError:
         return ShardError(f"{self.path}: only {there} of {size} bytes at {offset} are there; {mend(self.path)}")
