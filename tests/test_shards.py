@@ -354,24 +354,25 @@ def test_the_checksums_are_those_of_zlib():
     assert cases == 915
 
 
+def maps(path: Path) -> list[str]:
+    """The permissions of each mapping of a file."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [line.split()[1] for line in lines if str(path) in line]
+
+
 def test_an_index_is_shared_memory_that_stays_what_it_was_and_is_given_back(tmp_path):
     path = written(tmp_path, [(f"k{i:03d}", {"txt": b"%d" % i}) for i in range(300)])
     before, shard = len(os.listdir("/proc/self/fd")), Shard(path)
-
-    def maps() -> list[str]:
-        return [line for line in Path("/proc/self/maps").read_text().splitlines() if str(index_path(path)) in line]
-
-    assert [line.split()[1] for line in maps()] == ["r--s"] and len(os.listdir("/proc/self/fd")) == before
+    assert maps(index_path(path)) == ["r--s"] and len(os.listdir("/proc/self/fd")) == before
     keys, notes = shard.keys, shard.notes
-    table = shard.offsets("txt", 1)
-    assert table is None  # some have two digits, some three
+    assert shard.offsets("txt", 1) is None  # some have two digits, some three
     written(tmp_path, [("other", {"txt": b"x"})])
     assert shard.keys == keys and shard.notes == notes and len(Shard(path)) == 1
     assert shard.same_keys(shard) and not shard.same_keys(Shard(path))
     places = Shard(path).offsets("txt", 1)  # keeps the index, though not the shard
-    assert places.tolist() == [512] and len(maps()) == 2
+    assert places.tolist() == [512] and len(maps(index_path(path))) == 2
     del shard, places
-    assert not maps()
+    assert not maps(index_path(path))
 
 
 def test_more_indexes_than_may_be_mapped_are_kept_as_they_were_read(tmp_path, monkeypatch):
@@ -379,6 +380,7 @@ def test_more_indexes_than_may_be_mapped_are_kept_as_they_were_read(tmp_path, mo
     shared = Shard(path)
     monkeypatch.setattr(disk, "MAPPINGS", 0)
     alone = Shard(path)
+    assert len(maps(index_path(path))) == 1
     assert [one.same_keys(other) for one, other in ((shared, alone), (alone, shared))] == [True, True]
     assert alone.keys == shared.keys and alone.notes == shared.notes == NOTES
     assert [alone.read(i) for i in range(3)] == [shared.read(i) for i in range(3)]
