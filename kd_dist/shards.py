@@ -205,7 +205,7 @@ class Shard:
 
     def key(self, i: int) -> str:
         """The key of example `i`, 0 <= i < len."""
-        *_, key_offset, _, key_bytes = self._entry(i)
+        _, _, _, _, key_offset, _, key_bytes = self._entry(i)
         start = self._keys_at + key_offset
         return str(self._index[start : start + key_bytes], "ascii")
 
@@ -216,7 +216,8 @@ class Shard:
         Raises ShardError, naming shard and key, when the bytes are not those that were written.
         """
         offset, size, crc, first, _, members, _ = self._entry(i)
-        data = self.pread(offset, size, lambda data: crc32(data) == crc)
+        # A default, not a closure: that would make every other use of `crc` here, and so every small example, slower.
+        data = self.pread(offset, size, lambda data, crc=crc: crc32(data) == crc)
         if (actual := crc32(data)) != crc:
             sums = f"the CRC32 of its {size} bytes at {offset} is {actual:08x}, the index says {crc:08x}"
             raise ShardError(f"{self.path}: example '{self.key(i)}' is damaged: {sums}; {mend(self.path)}")
