@@ -241,8 +241,16 @@ def told(shards: Sequence[Shard], about: Mapping[str, Any], task: Task) -> dict[
         "overflow": sums["overflow"] or {},
         "teacher_report": sums["teacher"] and task.teacher_report(sums["teacher"]),
         "shards": [manifest.shard_entry(shard) for shard in shards],
-        "quarantined": [row for shard in shards for row in shard.note("quarantined")],
+        "quarantined": [row for number, shard in enumerate(shards) for row in _quarantined(number, shard)],
     }
+
+
+def _quarantined(number: int, shard: Shard) -> Iterator[dict[str, Any]]:
+    """What could not be stored of a shard, and where it is, so that nobody has to look for its keys."""
+    rows = shard.note("quarantined")
+    places = {key: place for place, key in enumerate(shard.keys)} if rows else {}
+    for row in rows:
+        yield {**row, "shard": number, "place": places[row["key"]]}
 
 
 def served(task: Task, stored: str) -> dict[str, list[str]]:

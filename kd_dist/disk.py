@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import mmap
 import os
 import secrets
 import shutil
@@ -15,12 +16,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from kd_dist.errors import KdError
 
 LOCK = ".lock"  # in a folder that a command writes to; holds the host and the process, and is locked while that lives
+MAPPINGS = 2**15  # that `mapped` makes; Linux gives a process 65,530 of all kinds
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # what a file system without it says
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # of file systems that know none
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_longlong)
+_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_FAILED = ctypes.c_void_p(-1).value  # what mmap gives where it cannot
 
 
 def make_folder(folder: Path) -> None:
@@ -101,8 +111,8 @@ def replaced(folder: Path) -> Iterator[Path]:
 
 def exchange(one: Path, other: Path) -> None:
     """Let two folders have each other's name, at once where the file system can."""
-    libc, names = ctypes.CDLL(None, use_errno=True), (os.fsencode(one), os.fsencode(other))
-    if libc.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
+    names = os.fsencode(one), os.fsencode(other)
+    if _LIBC.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
         return
     number = ctypes.get_errno()
     if number not in _NO_EXCHANGE:
@@ -153,6 +163,36 @@ def file_digest(path: Path) -> str:
     """The sha256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Mapping:
+    """Memory that shows a file, as NumPy asks for it; given back when the last array of it is gone."""
+
+    live = 0
+
+    def __init__(self, address: int, size: int):
+        self.__array_interface__ = {"data": (address, True), "shape": (size,), "typestr": "|u1", "version": 3}
+        _Mapping.live += 1
+
+    def __del__(self):
+        _LIBC.munmap(self.__array_interface__["data"][0], *self.__array_interface__["shape"])
+        _Mapping.live -= 1
+
+
+def mapped(path: Path) -> tuple[bytes, bytes | memoryview]:
+    """The bytes of a file, read; and the same to keep, as a mapping that all processes of a machine share. A file that
+    is renamed over it later changes neither.
+
+    Unlike Python's `mmap` before 3.13 it keeps no descriptor. Beyond `MAPPINGS`, or where the file system knows none,
+    what is to be kept is what was read. Only for a file that is never written in place: a page that cannot be had when
+    it is looked at kills the process (SIGBUS). Raises OSError when the file cannot be read.
+    """
+    with open(path, "rb", buffering=0) as file:
+        data = file.readall()
+        if not data or _Mapping.live >= MAPPINGS:
+            return data, data
+        address = _LIBC.mmap(None, len(data), mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    return data, data if address == _FAILED else memoryview(np.asarray(_Mapping(address, len(data))))
 
 
 def sync(path: Path) -> None:

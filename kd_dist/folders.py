@@ -16,7 +16,7 @@ from kd_dist.shards import Shard
 from kd_dist.views import MixedViews
 
 OnError = Literal["raise", "replace_masked"]  # at an example that cannot be read: stop, or go on without it
-Decode = Callable[[str, Mapping[str, bytes]], Example]
+Decode = Callable[[str, Mapping[str, bytes | memoryview]], Example]
 
 
 class Shards:
@@ -45,11 +45,15 @@ class Shards:
                 f"{folder}: holds {len(rows)} shards, and a stage is to learn from the first {limit} (`shards`); lower "
                 f"that number, or leave it out"
             )
-        self.paths = [folder / row["name"] for row in rows]
         self.starts = np.concatenate([[0], np.cumsum([row["examples"] for row in rows], dtype=np.int64)])
         self._open: dict[int, Shard] = {}
         if isinstance(folder, Remote):  # now, that not each loader process has to fetch every index
-            at_once(folder, self.shard, range(len(self.paths)))
+            at_once(folder, self.shard, range(len(rows)))
+
+    @cached_property
+    def paths(self) -> list[Path | Remote]:
+        """Of the tars. Made when asked for: reading needs those alone that it opens."""
+        return [self.folder / row["name"] for row in self.manifest["shards"][: self.limit]]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -62,10 +66,11 @@ class Shards:
     def shard(self, number: int) -> Shard:
         """The opened shard `number`. Raises ShardError when it is not the one that the manifest lists."""
         if number not in self._open:
-            shard, row = Shard(self.paths[number]), self.manifest["shards"][number]
+            row = self.manifest["shards"][number]
+            shard = Shard(self.folder / row["name"])
             if shard.sha256 != row["sha256"] or len(shard) != row["examples"]:
                 raise ShardError(
-                    f"{self.paths[number]}: its index holds {len(shard)} examples with sha256 {shard.sha256[:12]}, the "
+                    f"{shard.path}: its index holds {len(shard)} examples with sha256 {shard.sha256[:12]}, the "
                     f"manifest {row['examples']} with {row['sha256'][:12]}; delete the folder and make it again"
                 )
             self._open[number] = shard
@@ -77,7 +82,7 @@ class Shards:
         about = self.manifest.get("members")
         return None if about is None else Members(tuple(about["image"]), about["label"])
 
-    def read(self, number: int, place: int) -> tuple[str, dict[str, bytes]]:
+    def read(self, number: int, place: int) -> tuple[str, dict[str, bytes | memoryview]]:
         """The key of an example and its members, as `kd-dist pack` writes them. Raises ShardError when it is damaged,
         DataError when a foreign one lacks what it should have."""
         shard = self.shard(number)

@@ -22,7 +22,7 @@ class Members(NamedTuple):
         """The extension of the member that holds the label."""
         return self.label.partition(":")[0]
 
-    def found(self, contents: Mapping[str, bytes]) -> tuple[str, bytes, Any]:
+    def found(self, contents: Mapping[str, bytes | memoryview]) -> tuple[str, bytes | memoryview, Any]:
         """The image's format, its bytes, and the label of an example {extension: content}.
 
         Raises DataError when one of them is not there, or the label cannot be read; what it says is not checked.
@@ -35,7 +35,7 @@ class Members(NamedTuple):
             raise DataError(f"it has no label '{self.label_extension}', only {', '.join(sorted(folded))}")
         return image.rpartition(".")[2], folded[image], self._label(folded[self.label_extension])
 
-    def packed(self, key: str, contents: Mapping[str, bytes]) -> dict[str, bytes]:
+    def packed(self, key: str, contents: Mapping[str, bytes | memoryview]) -> dict[str, bytes | memoryview]:
         """The example as `kd-dist pack` would have written it. Raises DataError that names the key."""
         try:
             extension, image, label = self.found(contents)
@@ -64,8 +64,9 @@ class Members(NamedTuple):
                 return f"no example has the {option} '{';'.join(wanted)}', only {names}; set data.options.{option}"
         return None
 
-    def _label(self, content: bytes) -> Any:
+    def _label(self, content: bytes | memoryview) -> Any:
         extension, _, field = self.label.partition(":")
+        content = bytes(content)
         if not field:
             if not _INTEGER.fullmatch(content):
                 raise DataError(f"its label '{extension}' is {content[:40]!r}, no whole number")

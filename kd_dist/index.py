@@ -33,7 +33,7 @@ def checked_texts(index: bytes, start: int, counts: tuple[int, int, int, int], t
     _check_tables(np.frombuffer(index, EXAMPLE, examples, edges[0]), held, key_bytes, tar_size)
     if not keys.isascii():
         raise ValueError("a key is not ASCII")
-    if (held["extension"] >= len(extensions)).any():
+    if members and held["extension"].max() >= len(extensions):
         raise ValueError("a member has an extension that is not listed")
     return extensions, notes
 
@@ -52,18 +52,34 @@ def _texts(text: bytes) -> tuple[list[str], dict[str, Any]]:
 
 
 def _check_tables(examples: np.ndarray, members: np.ndarray, key_bytes: int, tar_size: int) -> None:
-    """Raise a ValueError unless examples follow each other in the tar, and their members and keys in their tables."""
-    for where, table in (("an example", examples), ("a member", members)):
-        if ((table["offset"] > tar_size) | (table["size"] > tar_size - np.minimum(table["offset"], tar_size))).any():
-            raise ValueError(f"{where} lies outside the tar")
-    counts, lengths = (examples[name].astype(np.int64) for name in ("members", "key_bytes"))
-    runs = ((examples["first"], counts, len(members), "members"), (examples["key"], lengths, key_bytes, "keys"))
-    for starts, length, total, what in runs:
-        if length.sum() != total or (starts != np.cumsum(length) - length).any() or (length < 1).any():
+    """Raise a ValueError unless examples follow each other in the tar, and their members and keys in their tables.
+
+    Every shard that a run opens comes through here, so it is done with few passes over the tables.
+    """
+    if not len(examples):
+        if len(members) or key_bytes:
+            raise ValueError("the members and keys of its examples are not those of its tables")
+        return
+    start, end = _spans("an example", examples, tar_size)
+    counts = examples["members"].astype(np.int64)
+    for starts, length, total, what in (
+        (examples["first"], counts, len(members), "members"),
+        (examples["key"], examples["key_bytes"].astype(np.int64), key_bytes, "keys"),
+    ):
+        after = starts + length
+        if starts[0] or after[-1] != total or length.min() < 1 or not np.array_equal(starts[1:], after[:-1]):
             raise ValueError(f"the {what} of its examples are not those of its table")
-    start, end = examples["offset"], examples["offset"] + examples["size"]
     if (start[1:] < end[:-1]).any():
         raise ValueError("examples overlap")
-    inner, outer = members["offset"], members["offset"] + members["size"]
-    if ((inner < np.repeat(start, counts)) | (outer > np.repeat(end, counts))).any():
+    inner, outer = _spans("a member", members, tar_size)
+    if (inner < np.repeat(start, counts)).any() or (outer > np.repeat(end, counts)).any():
         raise ValueError("a member lies outside its example")
+
+
+def _spans(where: str, table: np.ndarray, tar_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each row of a table begins and ends in the tar."""
+    offset, size = np.ascontiguousarray(table["offset"]), table["size"]
+    # Offsets first and sizes by what is left: a sum of two numbers of 64 bits may wrap.
+    if offset.max() > tar_size or (size > np.uint64(tar_size) - offset).any():
+        raise ValueError(f"{where} lies outside the tar")
+    return offset, offset + size

@@ -1,11 +1,14 @@
 """Several finished folders as one sequence of examples, and a teacher's signals for it."""
 
 from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
 from kd_dist import manifest
 from kd_dist.folders import Shards
+from kd_dist.remote import Remote
 from kd_dist.rows import Signals, refuse_other_codecs, refuse_other_teacher
 from kd_dist.shards import Shard
 from kd_dist.signals import row_dtype
@@ -17,10 +20,14 @@ class JoinedShards(Shards):
     def __init__(self, parts: Sequence[Shards]) -> None:
         first = parts[0]
         self.parts, self.folder, self.on_error, self.manifest = parts, first.folder, first.on_error, first.manifest
-        self.paths = [path for part in parts for path in part.paths]
         sizes = np.concatenate([np.diff(part.starts) for part in parts])
         self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        self._owners = [(part, number) for part in parts for number in range(len(part.paths))]
+        self._owners = [(part, number) for part in parts for number in range(len(part.starts) - 1)]
+
+    @cached_property
+    def paths(self) -> list[Path | Remote]:
+        """Of the tars of all parts."""
+        return [path for part in self.parts for path in part.paths]
 
     def shard(self, number: int) -> Shard:
         """The opened shard `number`, as its part knows it."""

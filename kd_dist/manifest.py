@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import operator
 import os
 import platform
 import re
@@ -109,8 +110,9 @@ def _problem(content: Mapping[str, Any]) -> str | None:
         return f"kind is neither {' nor '.join(_CONTENT)}"
     foreign = {"members": _MEMBERS} if "members" in content else {}
     problem = _misfit(content, {**_CONTENT[content["kind"]], **foreign}, "")
+    named = _NAME.fullmatch
     for row in [] if problem else content["shards"]:
-        if not _NAME.fullmatch(row["name"]) or not 0 <= row["examples"] < 2**32:
+        if not named(row["name"]) or not 0 <= row["examples"] < 2**32:
             problem = f"no folder has a shard {row['name']!r} of {row['examples']} examples"
     return problem
 
@@ -126,10 +128,22 @@ def _misfit(value: Any, wanted: Any, where: str) -> str | None:
     inner: list[tuple[Any, Any, Any]] = []
     if isinstance(wanted, dict):
         inner = [(name, value.get(name), one) for name, one in wanted.items()]
-    elif isinstance(wanted, list):
+    elif isinstance(wanted, list) and not (wanted and _alike(value, wanted[0])):
         inner = [(number, held, wanted[0]) for number, held in enumerate(value) if wanted]
     found = (_misfit(held, one, f"{where}.{name}") for name, held, one in inner)
     return next((one for one in found if one is not None), None)
+
+
+def _alike(values: list[Any], wanted: Any) -> bool:
+    """Whether all are dicts with fields of these plain types: quickly, since a large set has 10,000s of shards."""
+    if not (isinstance(wanted, dict) and all(isinstance(kind, type) for kind in wanted.values())):
+        return False
+    try:
+        return {dict} >= {*map(type, values)} and all(
+            {kind} >= {*map(type, map(operator.itemgetter(name), values))} for name, kind in wanted.items()
+        )
+    except KeyError:
+        return False
 
 
 def _is_json(data: bytes) -> bool:

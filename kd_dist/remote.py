@@ -243,7 +243,7 @@ class LocalCache:
 
 def location(text: str | os.PathLike | Remote, cache: LocalCache | None = None) -> Path | Remote:
     """What a path or URL points to; whatever is on this machine's disks is a plain `Path`."""
-    if isinstance(text, Remote):
+    if isinstance(text, (Remote, Path)):
         return text
     protocol, separator, rest = os.fspath(text).partition("://")
     if not separator:

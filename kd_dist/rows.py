@@ -1,6 +1,7 @@
 """A teacher's rows of a split: one verified `pread` a row and folder; and several folders as one."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from kd_dist.compress import FeatureCodec, load_bases
 from kd_dist.errors import MismatchError, ShardError
 from kd_dist.folders import OnError, Shards
 from kd_dist.remote import Remote, each, read_whole
-from kd_dist.signals import Codec, codec_of, dtype_from_json, from_row_bytes, is_sound, npy_header_size, row_dtype
+from kd_dist.signals import Codec, are_sound, codec_of, dtype_from_json, from_row_bytes, npy_header_size, row_dtype
 from kd_dist.views import VIEW_DTYPES
 
 BASES = "bases.safetensors"  # beside the manifest: the principal components of the features that have them
@@ -76,12 +77,19 @@ class SignalShards(Shards):
         if type(self.first) is not int or self.first < 0:
             raise ShardError(f"{folder}: the manifest says that its views begin with {self.first!r}; {AGAIN}")
         self.header = npy_header_size(self.dtype, self.count)
-        bad = {row["key"] for row in about["quarantined"]}
-        self.quarantined = np.array(self._ids_of(bad), dtype=np.int64)
+        self._offsets: dict[int, np.ndarray | None] = {}  # by shard, of each example's signals
+        self.quarantined = np.array(self._ids_of(about["quarantined"]), dtype=np.int64)
 
-    def _ids_of(self, keys: set[str]) -> list[int]:
-        ids: list[int] = []
-        for number in range(len(self.paths) if keys else 0):
+    def _ids_of(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The quarantined examples: where the manifest says that they are, or, of an older one, by their keys."""
+        ids, keys, sizes = [], {row["key"] for row in rows if "place" not in row}, np.diff(self.starts).tolist()
+        for row in rows:
+            match row:
+                case {"shard": int(at), "place": int(place)} if 0 <= at < len(sizes) and 0 <= place < sizes[at]:
+                    ids.append(int(self.starts[at]) + place)
+                case {"place": _}:
+                    raise ShardError(f"{self.folder}: the manifest says where no example is ({dict(row)}); {AGAIN}")
+        for number in range(len(sizes) if keys else 0):
             try:
                 held = self.shard(number).keys
             except ShardError:
@@ -97,11 +105,40 @@ class SignalShards(Shards):
         return [self]
 
     def rows(self, ids: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """Example ids and view numbers, both (B,) -> structured rows (B,), each checked against its CRC."""
-        numbers, places = self.locate(ids)
-        return np.concatenate(each(self.folder, self._row, numbers.tolist(), places.tolist(), views.tolist()))
+        """Example ids and view numbers, both (B,) -> structured rows (B,), each checked against its CRC.
 
-    def _row(self, number: int, place: int, view: int) -> np.ndarray:
+        Views of an example that follow each other here as they do in the tar are one read.
+        """
+        rows, stride = np.empty(len(ids), self.dtype), self.dtype.itemsize
+        first = np.flatnonzero((np.diff(ids, prepend=-1) != 0) | (np.diff(views, prepend=-1) != 1))
+        whole, edges = memoryview(rows.view(np.uint8)), (np.append(first, len(ids)) * stride).tolist()
+        parts = [whole[start:end] for start, end in itertools.pairwise(edges)]
+        numbers, places = self.locate(ids[first])
+        each(self.folder, self._read, numbers.tolist(), places.tolist(), views[first].tolist(), parts)
+        return rows
+
+    def _read(self, number: int, place: int, view: int, into: memoryview) -> None:
+        """Fill `into` with the rows of an example from this view on."""
+        shard = self.shard(number)
+        offset = self._offset(number, place) + self.header + (view - self.first) * self.dtype.itemsize
+        shard.pread_into(into, offset, self._sound)
+        if not self._sound(into):
+            from_row_bytes(into, self.dtype, f"{shard.path}: '{shard.key(place)}' view {view}")  # says why
+
+    def _sound(self, rows: bytes | memoryview) -> bool:
+        return are_sound(rows, self.dtype.itemsize)
+
+    def _offset(self, number: int, place: int) -> int:
+        """Where in its tar the signals of an example begin. A shard is compared with that of its examples as a whole,
+        once; one that has something wrong, example by example."""
+        if number not in self._offsets:
+            shard, size = self.shard(number), self.header + self.count * self.dtype.itemsize
+            alike = shard.same_keys(self.examples.shard(number))
+            self._offsets[number] = shard.offsets(f"{self.teacher}.npy", size) if alike else None
+        offsets = self._offsets[number]
+        return self._checked_offset(number, place) if offsets is None else int(offsets[place])
+
+    def _checked_offset(self, number: int, place: int) -> int:
         shard, twin = self.shard(number), self.examples.shard(number)
         key = shard.key(place)
         if key != twin.key(place):
@@ -110,13 +147,11 @@ class SignalShards(Shards):
                 f"delete {self.folder} and run `kd-dist cache-teacher`"
             )
         offset, size = shard.member(place, f"{self.teacher}.npy")
-        stride = self.dtype.itemsize
-        if size != self.header + self.count * stride:
+        if size != self.header + self.count * self.dtype.itemsize:
             raise ShardError(
                 f"{shard.path}: '{key}' has {size} bytes, not {self.count} rows; delete it and cache again"
             )
-        payload = shard.pread(offset + self.header + (view - self.first) * stride, stride, is_sound)
-        return from_row_bytes(payload, self.dtype, f"{shard.path}: '{key}' view {view}")
+        return offset
 
 
 class LayeredSignals:

@@ -10,22 +10,25 @@ import mmap
 import os
 import re
 import struct
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kd_dist.disk import published, sync
+import numpy as np
+from isal.isal_zlib import crc32  # zlib's, several times as fast
+
+from kd_dist.disk import mapped, published, sync
 from kd_dist.errors import ShardError
-from kd_dist.index import checked_texts
-from kd_dist.remote import Remote, location, read_whole, remedy
+from kd_dist.index import EXAMPLE, MEMBER, checked_texts
+from kd_dist.remote import Remote, location, remedy
 from kd_dist.tars import BLOCK, TarExample, check_example, scan
 
 NAME_BYTES = 100  # the name field of a ustar header
 KEY_BYTES = 59  # leaves room for "." and an extension of 40
 INDEX_MAGIC = b"KDDISTIX"
 INDEX_VERSION = 1
+VIEWED = 2**14  # bytes of an example from which on its contents are not copied; below, a copy is cheaper than a view
 OPEN_TARS = 256  # file descriptors that a process keeps; a thousand shards must not exhaust the usual limit of 1024
 
 # Header: magic, version, examples, tar size, tar sha256, members, bytes of all keys, bytes of the JSON text.
@@ -73,7 +76,7 @@ def mend(path: Path | Remote) -> str:
 
 
 def write_shard(
-    path: str | os.PathLike, examples: Iterable[tuple[str, Mapping[str, bytes]]], notes: Mapping[str, Any]
+    path: str | os.PathLike, examples: Iterable[tuple[str, Mapping[str, bytes | memoryview]]], notes: Mapping[str, Any]
 ) -> None:
     """Write the examples, in order, as the tar `path`, then its index. The same input gives the same bytes.
 
@@ -141,7 +144,7 @@ def index_tar(
         if choose is not None:
             entries = [entry for entry, good in zip(entries, choose(entries, contents), strict=True) if good]
         with memoryview(tar) as view:
-            crcs = [zlib.crc32(view[entry.offset : entry.end]) for entry in entries]
+            crcs = [crc32(view[entry.offset : entry.end]) for entry in entries]
             digest = hashlib.sha256(view).digest()
     _write_index(Path(at or path), entries, crcs, end + len(tail), digest, notes or {})
 
@@ -163,15 +166,16 @@ class Shard:
 
     def __init__(self, path: str | os.PathLike | Remote):
         self.path = location(path)  # of the tar
-        # Bytes, not a mapping: Python's mmap keeps a file descriptor for each index.
-        self._index = _checked_index(self.path)
-        _, _, self._examples, self.tar_bytes, digest, members, key_bytes, json_bytes = _HEADER.unpack_from(self._index)
+        self._name = str(self.path)
+        index, self._index = _checked_index(self.path)
+        _, _, self._examples, self.tar_bytes, digest, members, key_bytes, json_bytes = _HEADER.unpack_from(index)
         self.sha256: str = digest.hex()  # of the tar when it was written
         self._members_at = _HEADER.size + self._examples * _EXAMPLE.size
         self._keys_at = self._members_at + members * _MEMBER.size
+        self._texts_at = self._keys_at + key_bytes
         counts, again = (self._examples, members, key_bytes, json_bytes), mend(self.path)
         try:
-            self._extensions, self.notes = checked_texts(self._index, _HEADER.size, counts, self.tar_bytes)
+            self._extensions, _ = checked_texts(index, _HEADER.size, counts, self.tar_bytes)
         except ValueError as error:
             raise ShardError(f"{index_path(self.path)}: the index makes no sense: {error}; {again}") from error
         try:
@@ -182,6 +186,11 @@ class Shard:
             sizes = f"the tar has {status.st_size} bytes but its index says {self.tar_bytes}"
             raise ShardError(f"{self.path}: {sizes}, so it was cut short or replaced; {again}")
         self._inode = status.st_ino
+
+    @functools.cached_property
+    def notes(self) -> dict[str, Any]:
+        """What the command that wrote the shard noted; parsed when asked for, since readers of examples never ask."""
+        return json.loads(bytes(self._index[self._texts_at : -4]))["notes"]
 
     def __len__(self) -> int:
         return self._examples
@@ -196,20 +205,24 @@ class Shard:
 
     def key(self, i: int) -> str:
         """The key of example `i`, 0 <= i < len."""
-        *_, key_offset, _, key_bytes = self._entry(i)
+        _, _, _, _, key_offset, _, key_bytes = self._entry(i)
         start = self._keys_at + key_offset
-        return self._index[start : start + key_bytes].decode("utf-8")
+        return str(self._index[start : start + key_bytes], "ascii")
 
-    def read(self, i: int) -> dict[str, bytes]:
-        """Example `i` as {extension: content}: one read of its whole span, checked by its CRC32, headers too.
+    def read(self, i: int) -> dict[str, bytes | memoryview]:
+        """Example `i` as {extension: content}: one read of its whole span, checked by its CRC32, headers too. Contents
+        of a large example, `VIEWED` bytes or more, are views of what was read: to copy them takes longer than that.
 
         Raises ShardError, naming shard and key, when the bytes are not those that were written.
         """
         offset, size, crc, first, _, members, _ = self._entry(i)
-        data = self.pread(offset, size, lambda data: zlib.crc32(data) == crc)
-        if (actual := zlib.crc32(data)) != crc:
+        # A default, not a closure: that would make every other use of `crc` here, and so every small example, slower.
+        data = self.pread(offset, size, lambda data, crc=crc: crc32(data) == crc)
+        if (actual := crc32(data)) != crc:
             sums = f"the CRC32 of its {size} bytes at {offset} is {actual:08x}, the index says {crc:08x}"
             raise ShardError(f"{self.path}: example '{self.key(i)}' is damaged: {sums}; {mend(self.path)}")
+        if size >= VIEWED:
+            data = memoryview(data)
         names, rows = self._extensions, self._rows(first, members)
         return {names[number]: data[start - offset : start - offset + length] for start, length, number in rows}
 
@@ -227,20 +240,54 @@ class Shard:
         if isinstance(self.path, Remote):
             return self.path.pread(offset, size, sound, (self.tar_bytes, self.sha256))
         try:
-            tar = _open_tar(str(self.path), self._inode)
+            tar = _open_tar(self._name, self._inode)  # a name: without one, another thread may close it meanwhile
             data = os.pread(tar.descriptor, size, offset)
         except OSError as error:
-            remedies = f"check the disk, or {mend(self.path)}"
-            raise ShardError(f"{self.path}: the tar cannot be read ({error}); {remedies}") from error
+            raise self._unreadable(error) from error
         if len(data) != size:
-            raise ShardError(f"{self.path}: only {len(data)} of {size} bytes at {offset} are there; {mend(self.path)}")
+            raise self._short(len(data), size, offset)
         return data
+
+    def pread_into(self, into: memoryview, offset: int, sound: Callable[[bytes | memoryview], bool]) -> None:
+        """As `pread`, as many bytes as `into` takes; of a file without a copy."""
+        if isinstance(self.path, Remote):
+            into[:] = self.pread(offset, len(into), sound)
+            return
+        try:
+            tar = _open_tar(self._name, self._inode)
+            size = os.preadv(tar.descriptor, [into], offset)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if size != len(into):
+            raise self._short(size, len(into), offset)
 
     def note(self, name: str) -> Any:
         """What the command that wrote the shard noted. Raises ShardError when the index was made without its notes."""
         if name not in self.notes:
             raise ShardError(f"{index_path(self.path)}: lacks what the command that wrote it noted, '{name}'; {_AGAIN}")
         return self.notes[name]
+
+    def same_keys(self, other: "Shard") -> bool:
+        """Whether both hold the same keys in the same order."""
+        mine, others = (bytes(one._index[one._keys_at : one._texts_at]) for one in (self, other))
+        return mine == others and np.array_equal(*(one._table(EXAMPLE)["key_bytes"] for one in (self, other)))
+
+    def offsets(self, extension: str, size: int) -> np.ndarray | None:
+        """Where the contents lie in the tar, (N,) in bytes, if every example is this one member of `size` bytes."""
+        members = self._table(MEMBER)
+        if self._extensions != [extension] or len(members) != len(self) or (members["size"] != size).any():
+            return None
+        return members["offset"]
+
+    def _table(self, kind: np.dtype) -> np.ndarray:
+        start, end = (_HEADER.size, self._members_at) if kind is EXAMPLE else (self._members_at, self._keys_at)
+        return np.frombuffer(self._index, kind, (end - start) // kind.itemsize, start)
+
+    def _unreadable(self, error: OSError) -> ShardError:
+        return ShardError(f"{self.path}: the tar cannot be read ({error}); check the disk, or {mend(self.path)}")
+
+    def _short(self, there: int, size: int, offset: int) -> ShardError:
+        return ShardError(f"{self.path}: only {there} of {size} bytes at {offset} are there; {mend(self.path)}")
 
     def _entry(self, i: int) -> tuple[int, int, int, int, int, int, int]:
         if not 0 <= i < self._examples:
@@ -269,7 +316,7 @@ class _Measured:
         rest = memoryview(data)
         while self.ends and rest:
             part = rest[: self.ends[0] - self.size]
-            self._crc = zlib.crc32(part, self._crc)
+            self._crc = crc32(part, self._crc)
             self.size += len(part)
             rest = rest[len(part) :]
             if self.size == self.ends[0]:
@@ -295,11 +342,15 @@ def _open_tar(path: str, inode: int) -> _OpenTar:
     return _OpenTar(os.open(path, os.O_RDONLY))
 
 
-def _checked_index(path: Path | Remote) -> bytes:
-    """The bytes of a tar's index, complete, undamaged and of this version."""
+def _checked_index(path: Path | Remote) -> tuple[bytes, bytes | memoryview]:
+    """The bytes of a tar's index, complete, undamaged and of this version; and the same to keep: of a file, in memory
+    that processes share. It is read first, so that what a disk cannot give is an error here and not a signal later."""
     index, again = index_path(path), remedy(path, _AGAIN)
     try:
-        data = read_whole(index, lambda data: zlib.crc32(data) == _RESIDUE)
+        if isinstance(index, Path):
+            data, kept = mapped(index)
+        else:
+            data = kept = index.read_bytes(lambda data: crc32(data) == _RESIDUE)
     except FileNotFoundError as error:
         raise ShardError(f"{path}: there is no {index.name} beside it, so it was never finished; {again}") from error
     if len(data) < _HEADER.size + 4 or not data.startswith(INDEX_MAGIC):
@@ -308,9 +359,9 @@ def _checked_index(path: Path | Remote) -> bytes:
     if version != INDEX_VERSION:
         versions = f"the index has version {version} and this kd_dist reads version {INDEX_VERSION}"
         raise ShardError(f"{index}: {versions}; use the kd_dist that wrote it, or {again}")
-    if zlib.crc32(data) != _RESIDUE:
+    if crc32(data) != _RESIDUE:
         raise ShardError(f"{index}: the index is damaged (its own CRC32 differs); {again}")
-    return data
+    return data, kept
 
 
 def index_bytes(examples: int, members: int, key_bytes: int, texts: Mapping[str, Any]) -> int:
@@ -343,4 +394,4 @@ def _write_index(
     header = _HEADER.pack(INDEX_MAGIC, INDEX_VERSION, len(entries), tar_size, tar_sha256, *counts)
     body = b"".join((header, examples, members, keys, text))
     with published(index_path(path)) as file:
-        file.write(body + zlib.crc32(body).to_bytes(4, "little"))
+        file.write(body + crc32(body).to_bytes(4, "little"))

@@ -179,7 +179,7 @@ def test_rows_that_are_not_finite_are_quarantined_and_listed(home):
     recipe = load("tiny.yaml", words)
     about = cached(recipe)
     reason = "the teacher's logits of views [0, 1] are not finite or too large for a row"
-    assert about["quarantined"] == [{"key": "red/00", "reason": reason}]
+    assert about["quarantined"] == [{"key": "red/00", "reason": reason, "shard": 2, "place": 2}]
     assert about["teacher_report"]["rows"] == 2 * (TRAIN - 1) and about["codec_error"]["logits"]["count"] == 40
     assert not rows(recipe)["red/00"]["logits"].any() and len(rows(recipe)) == TRAIN
     warning = f"warning: 1 examples are quarantined; the first: 'red/00', {reason}"

@@ -24,7 +24,8 @@ from kd_dist.loader import batches, packed, to_device, unpacked
 from kd_dist.losses import Objective
 from kd_dist.plan import Plan
 from kd_dist.rows import SignalShards
-from kd_dist.signals import LogitsCodec
+from kd_dist.shards import Shard, write_shard
+from kd_dist.signals import LogitsCodec, from_row_bytes
 from kd_dist.signals.codecs import CODECS, LEVELS
 from kd_dist.sources import Listing
 from kd_dist.sources.image_folder import image_folder
@@ -406,6 +407,25 @@ def test_a_share_that_failed_as_a_whole_is_one_filler_row(home):
     assert (len(whole.failed), whole.total) == (8, 8)
 
 
+def test_quarantined_examples_are_found_without_opening_a_shard(home):
+    """Where the manifest says; one of an older kd_dist names keys alone, which have to be looked for."""
+    examples, folder = Shards(Path("shards/tiny/train")), Path("shards/tiny/train/fragile")
+    about = manifest.read_manifest(folder)
+    [row] = about["quarantined"]
+    older = {**about, "quarantined": [{"key": row["key"], "reason": row["reason"]}]}
+    [found] = SignalShards(folder, examples, about=older).quarantined
+    number, place = (int(one[0]) for one in examples.locate(np.array([found])))
+    assert (number, place) == (row["shard"], row["place"]) and examples.shard(number).key(place) == "red/00"
+    for path in folder.glob("*.idx"):
+        path.unlink()
+    assert SignalShards(folder, examples).quarantined.tolist() == [found]
+    with pytest.raises(ShardError, match="so it was never finished"):
+        SignalShards(folder, examples, about=older)
+    for wrong in ({"shard": 3}, {"shard": -1}, {"shard": None}, {"place": 8}, {"place": "0"}):
+        with pytest.raises(ShardError, match="fragile: the manifest says where no example is .*red/00.*; delete the"):
+            SignalShards(folder, examples, about={**about, "quarantined": [{**row, **wrong}]})
+
+
 @pytest.mark.parametrize("ending", ["tar", "idx"])
 @pytest.mark.parametrize("name", ["data-000001", "teacher/signals-000001", "fragile/signals-000001"])
 def test_every_example_of_a_shard_that_cannot_be_opened_fails(home, name, ending):
@@ -520,6 +540,65 @@ def test_swapped_shards_are_refused(home):
         (folder / "kept").rename(other)
     with pytest.raises(ShardError, match=r"its index holds 8 examples with sha256 [0-9a-f]{12}, the manifest 8 with "):
         drain(fresh())
+
+
+def plain_rows(signals: SignalShards, ids: np.ndarray, views: np.ndarray) -> list[bytes]:
+    """Each row read and checked on its own, found by its member in the index."""
+    found = []
+    for number, place, view in zip(*(one.tolist() for one in signals.locate(ids)), views.tolist(), strict=True):
+        shard, stride = signals.shard(number), signals.dtype.itemsize
+        start, _ = shard.member(place, "teacher.npy")
+        row = shard.pread(start + signals.header + view * stride, stride, bool)
+        found.append(from_row_bytes(row, signals.dtype, "here").tobytes())
+    return found
+
+
+def test_rows_of_a_batch_are_those_that_are_read_one_by_one(home):
+    signals, every = fresh().signals, np.arange(TRAIN)
+    batches = {
+        "in order": (every, np.zeros(TRAIN, int)),
+        "mixed": (every * 5 % TRAIN, every % VIEWS),
+        "views side by side": (every.repeat(VIEWS), np.tile(np.arange(VIEWS), TRAIN)),
+        "views from the last": (every.repeat(VIEWS), np.tile(np.arange(VIEWS)[::-1], TRAIN)),
+        "one example again and again": (np.full(5, 3), np.array([1, 1, 0, 1, 0])),
+        "neighbours, one view after the other": (np.array([4, 5]), np.array([0, 1])),
+        "one": (every[-1:], np.array([1])),
+        "none": (every[:0], every[:0]),
+    }
+    for name, (ids, views) in batches.items():
+        rows = signals.rows(ids, views)
+        assert rows.dtype == signals.dtype and len(rows) == len(ids)
+        assert [row.tobytes() for row in rows] == plain_rows(signals, ids, views), name
+    assert len(set(plain_rows(signals, *batches["views side by side"]))) == TRAIN * VIEWS
+
+
+@pytest.mark.parametrize("what", ["key", "size", "member"])
+def test_one_example_that_is_wrong_fails_alone_in_its_shard(home, what):
+    folder, third = Path("shards/tiny/train/teacher"), 8 + 2
+    before, views = fresh().signals.rows(np.arange(TRAIN), np.ones(TRAIN, int)).copy(), np.ones(1, int)
+    old, made = Shard(folder / "signals-000001.tar"), []
+    for place, key in enumerate(old.keys):
+        [payload] = old.read(place).values()
+        wrong = place == 2
+        key = f"{key[:-1]}z" if wrong and what == "key" else key  # as long as it was
+        extension = "other.npy" if wrong and what == "member" else "teacher.npy"
+        made.append((key, {extension: payload + b"0" if wrong and what == "size" else payload}))
+    write_shard(old.path, made, old.notes)
+    about = manifest.read_manifest(folder)
+    about["shards"][1] = manifest.shard_entry(Shard(old.path))
+    manifest.write_manifest(folder, about)
+    signals = SignalShards(folder, Shards(Path("shards/tiny/train")))
+    said = {
+        "key": (MismatchError, r"example 2 is '.*z', in .*data-000001.tar it is '.*'; delete"),
+        "size": (ShardError, f"has {len(payload) + 1} bytes, not {VIEWS} rows; delete it"),
+        "member": (ShardError, "has no member 'teacher.npy'; it holds other.npy"),
+    }
+    for one in range(TRAIN):
+        if one == third:
+            with pytest.raises(said[what][0], match=f"signals-000001.tar: .*{said[what][1]}"):
+                signals.rows(np.array([one]), views)
+        else:
+            assert signals.rows(np.array([one]), views).tobytes() == before[one].tobytes()
 
 
 def test_signals_in_another_order_are_refused(home):

@@ -20,7 +20,7 @@ from kd_dist import assemble, cache_teacher, journey, manifest, train
 from kd_dist.config import load
 from kd_dist.disk import file_digest
 from kd_dist.errors import DataError, MismatchError, RecipeError, ShardError
-from kd_dist.shards import Shard, index_path
+from kd_dist.shards import VIEWED, Shard, index_path
 from kd_dist.verify import verify
 
 Examples = list[tuple[str, dict[str, bytes]]]  # key, {extension: content}
@@ -349,7 +349,7 @@ def test_bad_examples_are_left_out_and_listed(pets):
 
 def test_fields_of_json_and_the_first_of_several_images(pets):
     record = json.dumps({"breed": 2, "odd": "2"}).encode()
-    members = {"left.png": png(0, 1), "png": png(1, 1), "json": record}
+    members = {"left.png": png(0, 1), "png": png(1, 1), "json": record, "txt": b"." * VIEWED}
     for path in Path("pets").iterdir():
         stock(path, [(f"{path.stem}-{n}", members) for n in range(2)])
     (pets / "wds.yaml").write_text(recipe_of({**PATTERNS, "image": "left.png;png", "label": "json:breed"}))

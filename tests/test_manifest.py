@@ -133,6 +133,33 @@ def test_a_digest_is_of_the_value_not_of_its_order():
         digest(float("inf"))
 
 
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        ({"name": 3}, "shards.{}.name is no str"),
+        ({"sha256": None}, "shards.{}.sha256 is no str"),
+        ({"examples": True}, "shards.{}.examples is no int"),
+        ({"name": "../x.tar"}, "no folder has a shard '../x.tar' of 2 examples"),
+        ([], "shards.{} is no dict"),
+    ],
+)
+def test_one_shard_among_others_that_makes_no_sense_is_named(tmp_path, number, wrong, sentence):
+    rows = [{"name": f"data-{n:06d}.tar", "sha256": "ab", "examples": 2} for n in range(3)]
+    about = {"kind": "examples", "complete": True, "split": "train", "task": "classification", "classes": 2}
+    about |= {"class_names": ["a", "b"], "quarantined": [], "versions": {}, "shards": rows}
+    write_manifest(tmp_path, about)
+    assert read_manifest(tmp_path)["shards"] == rows
+    rows[number] = {**rows[number], **wrong} if wrong else wrong
+    write_manifest(tmp_path, about)
+    with pytest.raises(ShardError, match=f"the manifest makes no sense: {sentence.format(number)}"):
+        read_manifest(tmp_path)
+    del about["shards"][number]
+    write_manifest(tmp_path, {**about, "shards": [*rows, {"name": "data-000003.tar", "examples": 2}]})
+    with pytest.raises(ShardError, match="shards.2.sha256 is no str"):
+        read_manifest(tmp_path)
+
+
 def test_the_fingerprint_is_of_the_shards(tmp_path):
     path = shard_path(tmp_path, "data", 0)
     write_shard(path, [("a", {"png": b"1"}), ("b", {"png": b"2"})], {})

@@ -22,9 +22,21 @@ import pytest
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
+from isal.isal_zlib import crc32
 
+from kd_dist import disk
 from kd_dist.errors import ShardError
-from kd_dist.shards import OPEN_TARS, Shard, index_path, index_tar, is_committed, member_key, shard_path, write_shard
+from kd_dist.shards import (
+    OPEN_TARS,
+    VIEWED,
+    Shard,
+    index_path,
+    index_tar,
+    is_committed,
+    member_key,
+    shard_path,
+    write_shard,
+)
 
 EXAMPLES = [
     ("cats/a", {"png": b"\x89PNG" + bytes(range(256)) * 3, "json": b'{"label":0}', "mask.png": b""}),
@@ -316,6 +328,63 @@ def test_more_shards_than_a_process_may_open(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     assert all(shard.read(0) == EXAMPLES[1][1] for shard in shards + shards[:1])
     assert len(os.listdir("/proc/self/fd")) - before <= OPEN_TARS
+
+
+def test_contents_of_a_large_example_are_views_of_one_read_and_equal_the_copies(tmp_path):
+    header, block = 512, 512
+    sizes = [VIEWED - header - block, VIEWED - header, VIEWED - header + 1, 5 * VIEWED]
+    examples = [(f"k{size}", {"a": random.Random(size).randbytes(size)}) for size in sizes]
+    examples.append(("two", {"a": examples[1][1]["a"], "b": b""}))
+    shard = Shard(written(tmp_path, examples))
+    read = [shard.read(i) for i in range(len(shard))]
+    assert read == [members for _, members in examples]  # a view equals the bytes that it shows
+    kinds = [{type(content) for content in one.values()} for one in read]
+    assert kinds == [{bytes}, *[{memoryview}] * 4]
+    assert read[4]["a"].obj is read[4]["b"].obj and read[4]["a"].readonly
+
+
+def test_the_checksums_are_those_of_zlib():
+    whole = random.Random(0).randbytes(3 * 10**5)
+    cases = 0
+    for size in (*range(300), 4095, 4096, 4097, 10**5, len(whole) - 7):
+        for start in (0, 1, 7):
+            part = memoryview(whole)[start : start + size]
+            assert crc32(part) == zlib.crc32(part) and crc32(part, 0xFEDCBA98) == zlib.crc32(part, 0xFEDCBA98)
+            cases += 1
+    assert cases == 915
+
+
+def maps(path: Path) -> list[str]:
+    """The permissions of each mapping of a file."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [line.split()[1] for line in lines if str(path) in line]
+
+
+def test_an_index_is_shared_memory_that_stays_what_it_was_and_is_given_back(tmp_path):
+    path = written(tmp_path, [(f"k{i:03d}", {"txt": b"%d" % i}) for i in range(300)])
+    before, shard = len(os.listdir("/proc/self/fd")), Shard(path)
+    assert maps(index_path(path)) == ["r--s"] and len(os.listdir("/proc/self/fd")) == before
+    keys, notes = shard.keys, shard.notes
+    assert shard.offsets("txt", 1) is None  # some have two digits, some three
+    written(tmp_path, [("other", {"txt": b"x"})])
+    assert shard.keys == keys and shard.notes == notes and len(Shard(path)) == 1
+    assert shard.same_keys(shard) and not shard.same_keys(Shard(path))
+    places = Shard(path).offsets("txt", 1)  # keeps the index, though not the shard
+    assert places.tolist() == [512] and len(maps(index_path(path))) == 2
+    del shard, places
+    assert not maps(index_path(path))
+
+
+def test_more_indexes_than_may_be_mapped_are_kept_as_they_were_read(tmp_path, monkeypatch):
+    path = written(tmp_path)
+    shared = Shard(path)
+    monkeypatch.setattr(disk, "MAPPINGS", 0)
+    alone = Shard(path)
+    assert len(maps(index_path(path))) == 1
+    assert [one.same_keys(other) for one, other in ((shared, alone), (alone, shared))] == [True, True]
+    assert alone.keys == shared.keys and alone.notes == shared.notes == NOTES
+    assert [alone.read(i) for i in range(3)] == [shared.read(i) for i in range(3)]
+    assert alone.member(2, "json") == shared.member(2, "json")
 
 
 def test_a_shard_that_was_replaced_is_read_anew(tmp_path):

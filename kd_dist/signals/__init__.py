@@ -7,11 +7,11 @@ one example is one read at a known offset.
 import json
 import re
 import struct
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from kd_dist.errors import ShardError
 from kd_dist.signals.codecs import LogitsCodec, NoLogits, OutputsCodec
@@ -80,7 +80,7 @@ def pack_rows(
     for name, values in fields.items():
         rows[name] = values
     payload, stride = memoryview(rows.tobytes()), dtype.itemsize
-    rows["row_crc"] = [zlib.crc32(payload[end - stride + 4 : end]) for end in range(stride, len(payload) + 1, stride)]
+    rows["row_crc"] = [crc32(payload[end - stride + 4 : end]) for end in range(stride, len(payload) + 1, stride)]
     return rows
 
 
@@ -108,7 +108,7 @@ def from_row_bytes(payload: bytes | memoryview, dtype: np.dtype, where: str) -> 
     whole = memoryview(payload)
     for start in range(0, len(payload), stride):
         stored = int.from_bytes(whole[start : start + 4], "little")
-        actual = zlib.crc32(whole[start + 4 : start + stride])
+        actual = crc32(whole[start + 4 : start + stride])
         if stored != actual:
             raise ShardError(
                 f"{where}: row {start // stride} of those read is damaged, its CRC is {actual:08x} and not the "
@@ -117,9 +117,13 @@ def from_row_bytes(payload: bytes | memoryview, dtype: np.dtype, where: str) -> 
     return np.frombuffer(payload, dtype)
 
 
-def is_sound(row: bytes) -> bool:
-    """Whether the bytes of one row are those that were written."""
-    return zlib.crc32(memoryview(row)[4:]) == int.from_bytes(row[:4], "little")
+def are_sound(payload: bytes | memoryview, stride: int) -> bool:
+    """Whether the bytes of whole rows, `stride` each, are those that were written."""
+    whole = memoryview(payload)
+    for start in range(0, len(whole), stride):
+        if crc32(whole[start + 4 : start + stride]) != int.from_bytes(whole[start : start + 4], "little"):
+            return False
+    return True
 
 
 def _from_lists(description: Any) -> list[tuple]:
