@@ -21,7 +21,7 @@ from kd_dist.calibrate import BASIS_ROWS, PROBE_ROWS
 from kd_dist.checkpoint import Progress
 from kd_dist.epoch import run_evaluation
 from kd_dist.errors import DataError
-from kd_dist.extract import STEM, Said, encode, prefetch, read_rows, run_teacher
+from kd_dist.extract import STEM, Said, answers, encode
 from kd_dist.folders import Shards
 from kd_dist.link import SOURCE
 from kd_dist.loader import on_device
@@ -264,10 +264,7 @@ def extraction_time(
             marks.append((clock(), len(batch.rows.keys)))
             yield batch
 
-    with (
-        closing(prefetch(read_rows(work, itertools.repeat(0)))) as read,
-        closing(prefetch(run_teacher(work, read, teacher, device))) as ran,
-    ):
+    with answers(work, itertools.repeat(0), teacher, device) as ran:
         for number in itertools.count():
             notes: dict[str, Any] = {"quarantined": [], "error": None, "teacher": None, "overflow": None}
             write_shard(shard_path(work.folder, STEM, number), encode(work, shard_of(ran), notes, nothing), notes)
