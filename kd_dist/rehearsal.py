@@ -41,6 +41,7 @@ Clock = Callable[[], float]  # seconds
 FEWEST, MOST, OTHERS = 64, 1024, 64  # examples that are tried: of the training split, where there are any; of another
 ENDLESS = 100_000  # epochs: a stage must not end while it is measured
 BATCHES, STEPS = 4, 3  # that are measured at least
+LISTED, OPENINGS = 4096, 16  # shards of a manifest, and indexes, by which starting is measured
 READ_AHEAD = 4  # batches that each loader process holds ready, which the first steps find for nothing
 
 
@@ -229,7 +230,27 @@ def measure(tried: Small, teacher: Teacher, clock: Clock, seconds: float, studen
             with quiet():
                 stages[name] = stage_time(recipe, name, teacher, clock, seconds)
     spoken = teacher_time(teacher, images, clock)
-    return {"device": accelerator.device.type, "cache": cached, "stages": stages, "teacher_seconds": spoken}
+    return {
+        "device": accelerator.device.type,
+        "cache": cached,
+        "stages": stages,
+        "teacher_seconds": spoken,
+        "start": start_time(assemble.examples(recipe, places.TRAINING_SPLIT), clock),
+    }
+
+
+def start_time(shards: Shards, clock: Clock) -> dict[str, float]:
+    """What a process does before it can read: `listed_seconds` for each shard that a manifest lists, and
+    `index_seconds` for each example of an index that is opened."""
+    row, began = shards.manifest["shards"][0], clock()
+    for _ in range(OPENINGS):
+        Shard(shards.paths[0])
+    opened, folder = clock() - began, shards.folder.with_name("listed")
+    folder.mkdir()
+    manifest.write_manifest(folder, {**shards.manifest, "shards": [row] * LISTED})
+    began = clock()
+    assert Shards(folder).fingerprint
+    return {"listed_seconds": (clock() - began) / LISTED, "index_seconds": opened / OPENINGS / row["examples"]}
 
 
 def teacher_time(teacher: Teacher, images: torch.Tensor, clock: Clock) -> float:
