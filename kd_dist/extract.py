@@ -34,6 +34,7 @@ STEM = "signals"
 NOTED = ("error", "teacher", "overflow")  # sums in the index of a shard
 QUEUE_DEPTH = 4  # batches that wait for the next part
 READERS = 16  # threads that read, at most
+SPARE = 2  # batches that they find when they are done with one
 
 
 @dataclass(frozen=True)
@@ -150,18 +151,27 @@ def read_rows(work: Extraction, numbers: Iterable[int]) -> Iterator[Rows]:
 
 def made_rows(work: Extraction, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[Rows]:
     """`make_rows` of each batch of example ids and view numbers, in order: several at a time, one by each thread."""
-    readers = min(READERS, os.cpu_count() or 1)
     under_way: deque[Future[Rows]] = deque()
-    pool = ThreadPoolExecutor(readers)
+    pool = ThreadPoolExecutor(readers())
     try:
         for batch in batches:
             under_way.append(pool.submit(make_rows, work, *batch))
-            if len(under_way) > readers + 2:  # so that a thread that is done finds another batch
+            if len(under_way) > readers() + SPARE:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def readers() -> int:
+    """Threads that read."""
+    return min(READERS, os.cpu_count() or 1)
+
+
+def batches_ahead() -> int:
+    """How many batches may have been read, at most, before the teacher is asked about the first."""
+    return readers() + SPARE + 1
 
 
 def make_rows(work: Extraction, ids: np.ndarray, numbers: np.ndarray) -> Rows:

@@ -21,7 +21,7 @@ from kd_dist.calibrate import BASIS_ROWS, PROBE_ROWS
 from kd_dist.checkpoint import Progress
 from kd_dist.epoch import run_evaluation
 from kd_dist.errors import DataError
-from kd_dist.extract import STEM, Said, answers, encode
+from kd_dist.extract import STEM, Said, answers, batches_ahead, encode
 from kd_dist.folders import Shards
 from kd_dist.link import SOURCE
 from kd_dist.loader import on_device
@@ -272,17 +272,21 @@ def extraction_time(
     work = replace(work, folder=work.folder.with_name("timed"), features=on_device(codecs, device))
     work.folder.mkdir()
     marks: list[tuple[float, int]] = []  # when a batch was ready, and its rows
+    early, began = batches_ahead(), clock()  # the first batches were made while the teacher had not begun
 
     def enough() -> bool:
         taken = marks[-1][0] - marks[0][0] if marks else 0.0
         return taken >= seconds and (len(marks) > BATCHES or taken >= 4 * seconds)
 
     def shard_of(batches: Iterator[Said]) -> Iterator[Said]:
+        nonlocal early
         rows, whole = 0, len(work.examples) * work.rows
         while rows < whole and not enough():
             batch = next(batches)
             rows += len(batch.rows.keys)
             marks.append((clock(), len(batch.rows.keys)))
+            if early > 0 and marks[-1][0] - began < seconds:
+                early, marks[:] = early - 1, marks[-1:]
             yield batch
 
     with answers(work, itertools.repeat(0), teacher, device) as ran:
@@ -292,7 +296,7 @@ def extraction_time(
             if enough():
                 break
         ended = clock()
-    first, *others = marks  # of the first, what came before it is not counted
+    first, *others = marks  # of the first that counts, what came before it does not
     return {"rows": sum(rows for _, rows in others), "seconds": ended - first[0], "threads": work.threads}
 
 
