@@ -18,15 +18,16 @@ from kd_dist.cache_teacher import extraction
 from kd_dist.caches import Piece
 from kd_dist.compress import FeatureCodec
 from kd_dist.errors import RecipeError
-from kd_dist.extract import Extraction, Rows, Said, note
+from kd_dist.extract import STEM, Extraction, Rows, Said, note
 from kd_dist.forecast import Timing
+from kd_dist.link import SOURCE
 from kd_dist.pack import refuse_writing
 from kd_dist.proposals import combinations, device_of, measure_ladder, smaller_logits
 from kd_dist.recipe import Feature, Recipe
-from kd_dist.rehearsal import Counted, Small, counted, likely_teacher, quiet, small, tar_bytes
+from kd_dist.rehearsal import Counted, Small, counted, divided, likely_teacher, quiet, small, tar_bytes
 from kd_dist.rehearsal import measure as rehearse
 from kd_dist.rows import LOGITS
-from kd_dist.shards import BLOCK, index_bytes
+from kd_dist.shards import BLOCK, index_bytes, shard_path
 from kd_dist.signals import Codec, codec_of, npy_header_size, pack_rows
 from kd_dist.teacher import Teacher
 
@@ -34,7 +35,7 @@ INDEX_OF_EXAMPLE = 130  # bytes, about, of a packed example's entries in the ind
 
 
 class Planned(NamedTuple):
-    """What is to be cached: how each split is extracted, and how much of it there is."""
+    """What is to be cached: how each split is extracted, and how much of it there is, or is to be thought of."""
 
     works: dict[str, Extraction]  # of the splits that a source gives
     there: Counted
@@ -83,20 +84,27 @@ class Planned(NamedTuple):
 
 
 def plan(
-    recipe: Recipe, budget: int | None, timing: Timing | None = None, students: bool = True
+    recipe: Recipe,
+    budget: int | None,
+    timing: Timing | None = None,
+    students: bool = True,
+    examples: int | None = None,
 ) -> dict[str, Any]:
     """What caching will take, and, given a budget in bytes, how to store most within it; with `timing` also the hours.
 
     Returns the views and the bytes of each split, of a row, an example and of all, what is still to be written and the
-    bytes free on the disk, and what is `estimated` from what; with a budget also `proposal`, by feature a recipe's own
-    words with the measured report, how logits are to be stored, and the bytes they come to; with `timing` what
-    `forecast.outlook` says. Further teachers count too, their splits as `places.beside` calls them.
-    Without `students` nothing is said of stages. Raises RecipeError when no proposal fits, or what is still to be
-    written not on the disk.
+    bytes free on the disk, `training_files`, and what is `estimated` from what; with a budget also `proposal`, by
+    feature a recipe's own words with the measured report, how logits are to be stored, and the bytes they come to; with
+    `timing` what `forecast.outlook` says. Further teachers count too, their splits as `places.beside` calls them.
+    Without `students` nothing is said of stages. With `examples` the training split is thought to have so many, each
+    like those that are there. Raises RecipeError when no proposal fits, or what is still to be written not on the disk,
+    which is not asked of a split that is thought of.
     """
-    further = {one.teacher.name: plan(one, None, timing, False) for one in places.cached_teachers(recipe)[1:]}
+    others = places.cached_teachers(recipe)[1:]
+    further = {one.teacher.name: plan(one, None, timing, False, examples) for one in others}
     refuse_writing(places.shards_folder(recipe))
     there, (likely, trained) = counted(recipe), likely_teacher(recipe)
+    meant = there if examples is None else of_size(recipe, there, examples)
     tried, processes = None, 1 if timing is None else timing.processes
     with tempfile.TemporaryDirectory(prefix="kd-dist-plan-") as folder:
         if there.listing is not None or timing is not None:
@@ -104,16 +112,17 @@ def plan(
                 tried = small(likely, there, Path(folder), processes)
         teacher = assemble.teacher(likely, recipe.cache.features)
         teacher = teacher.to("cuda" if torch.cuda.is_available() else "cpu")
-        planned = planned_of(likely if there.listing is None else tried.recipe, recipe, there, teacher)
-        found = counts(recipe, planned, tried)
-        found["estimated"] = estimated(recipe, there, trained)
+        planned = planned_of(likely if there.listing is None else tried.recipe, recipe, meant, teacher)
+        found = counts(recipe, planned, tried, meant is not there)
+        found["training_files"] = training_files(recipe, planned)
+        found["estimated"] = estimated(recipe, there, meant, trained)
         for one in further.values():
             found["total_bytes"] += one["total_bytes"]
             found["still_bytes"] += one["still_bytes"] - one["packing_bytes"]
         if budget is not None:
             beside = sum(one["total_bytes"] for one in further.values())
             found |= proposal(recipe, planned, teacher, trained, budget, beside)
-        else:
+        elif examples is None:
             refuse_full(recipe, planned, teacher, trained, found)
         if timing is not None:
             measured = rehearse(tried, teacher, timing.clock, timing.seconds, students)
@@ -135,13 +144,22 @@ def planned_of(read: Recipe, recipe: Recipe, there: Counted, teacher: Teacher) -
     return Planned(works, there, recipe.gan.share / (1 - recipe.gan.share) if generated else 0.0)
 
 
-def counts(recipe: Recipe, planned: Planned, tried: Small | None) -> dict[str, Any]:
+def of_size(recipe: Recipe, there: Counted, examples: int) -> Counted:
+    """What there is, with so many examples in its training split, in shards of the recipe's size."""
+    sizes, keys, split = there.shards[places.TRAINING_SPLIT], there.key_bytes, places.TRAINING_SPLIT
+    size = max(sizes) if recipe.data.source == SOURCE else recipe.data.shard_size
+    more = {split: round(keys[split] * examples / sum(sizes))}
+    return there._replace(shards={**there.shards, split: divided(examples, size)}, key_bytes={**keys, **more})
+
+
+def counts(recipe: Recipe, planned: Planned, tried: Small | None, thought_of: bool) -> dict[str, Any]:
     """The bytes of a plan: see `plan`."""
     stored, examples = stored_as(planned.train, recipe.cache.features), planned.examples
     splits = planned.bytes(stored.codec, recipe.cache.features)
     each, packing = planned.train.examples.example_bytes(), 0
-    if tried is not None and planned.there.listing is not None:
+    if planned.there.listing is not None:
         each = tried.example_bytes
+    if planned.there.listing is not None or thought_of:
         for split, count in examples.items():
             there = written(places.shards_folder(recipe) / split, "data")
             packing += max(0, round(count * (each + INDEX_OF_EXAMPLE)) - there)
@@ -151,12 +169,47 @@ def counts(recipe: Recipe, planned: Planned, tried: Small | None) -> dict[str, A
         "logits_row_bytes": replace(stored, features={}).dtype.itemsize,
         "feature_row_bytes": {name: codec.row_bytes for name, codec in stored.features.items()},
         "example_bytes": {"packed": each, "signals": splits[places.TRAINING_SPLIT] / examples[places.TRAINING_SPLIT]},
+        "example_requests": 1 + (recipe.views.mixed if recipe.views.is_mixed else 0.0),  # for it and its partner
         "split_bytes": splits,
         "total_bytes": sum(splits.values()),
         "packing_bytes": packing,
         "still_bytes": packing + sum(still_to_write(recipe, planned, split) for split in splits),
         "free_bytes": shutil.disk_usage(nearest(places.shards_folder(recipe))).free,
     }
+
+
+def training_files(recipe: Recipe, planned: Planned) -> dict[str, Any]:
+    """What the training split lies in: how many `shards`, in one folder of examples and so many `signal_folders`, of
+    which a row is read in `row_reads` on average; all `files`; of examples and of signals the bytes of all indexes, and
+    of what the manifests say of single shards."""
+    split, keys = places.TRAINING_SPLIT, planned.there.key_bytes[places.TRAINING_SPLIT]
+    work, sizes = stored_as(planned.train, recipe.cache.features), planned.there.shards[split]
+    pieces = caches.pieces(recipe, split)
+    packed, signals = packed_index_bytes(work, sizes, keys), len(pieces) * signal_index_bytes(work, sizes, keys)
+    return {
+        "shards": len(sizes),
+        "signal_folders": len(pieces),
+        "row_reads": sum(piece.count for piece in pieces) / work.rows,
+        "files": (1 + len(pieces)) * (2 * len(sizes) + 1),
+        "index_bytes": {"packed": packed, "signals": signals},
+        "manifest_bytes": {"packed": listed_bytes("data", sizes), "signals": len(pieces) * listed_bytes(STEM, sizes)},
+    }
+
+
+def packed_index_bytes(work: Extraction, sizes: Sequence[int], key_bytes: int) -> int:
+    """Bytes of the indexes of example shards of these `sizes`, by the first that is there."""
+    shard = work.examples.shard(0)
+    extensions = sorted(shard.read(0))
+    texts, count = {"extensions": extensions, "notes": shard.notes}, sum(sizes)
+    whole = index_bytes(count, len(extensions) * count, key_bytes, texts)
+    return whole + (len(sizes) - 1) * index_bytes(0, 0, 0, texts)
+
+
+def listed_bytes(stem: str, sizes: Sequence[int]) -> int:
+    """Bytes of what a manifest says of its shards, of these `sizes`."""
+    row = {"name": shard_path("", stem, 0).name, "sha256": "0" * 64, "examples": 0}
+    two, one = (len(json.dumps({"shards": [row] * count}, indent=1)) for count in (2, 1))  # as manifests are written
+    return sum(two - one - 1 + len(str(count)) for count in sizes)
 
 
 def still_to_write(recipe: Recipe, planned: Planned, split: str) -> int:
@@ -179,9 +232,12 @@ def nearest(folder: Path) -> Path:
     return next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
 
 
-def estimated(recipe: Recipe, there: Counted, trained: bool) -> list[str]:
-    """What the figures rest on where there is not yet all that there will be."""
+def estimated(recipe: Recipe, there: Counted, meant: Counted, trained: bool) -> list[str]:
+    """What the figures rest on where there is not yet all that there will be, or is to be thought of."""
     said = []
+    if meant is not there:
+        real, thought = (sum(one.shards[places.TRAINING_SPLIT]) for one in (there, meant))
+        said.append(f"{thought:,} training examples are thought of, each like the {real:,} that there are")
     if there.listing is not None:
         said.append(
             f"not packed yet: examples are counted from what data.source {recipe.data.source} lists, bytes of examples "
@@ -233,11 +289,15 @@ def features_of(proposal: Mapping[str, dict[str, Any]]) -> dict[str, Feature]:
 def split_bytes(work: Extraction, sizes: Sequence[int], key_bytes: int) -> int:
     """Bytes that a split takes on the disk: of an example a header and a member, in shards of these `sizes` whose tars
     end on a record, each with its index. Exact but for a few digits of what an index notes."""
-    member = npy_header_size(work.dtype, work.rows) + work.rows * work.dtype.itemsize
-    records = sum(-(-(count * tar_bytes([member]) + 2 * BLOCK) // tarfile.RECORDSIZE) for count in sizes)
-    texts = {"extensions": [f"{work.teacher}.npy"], "notes": notes_of(work)}
-    indexes = key_bytes + index_bytes(sum(sizes), sum(sizes), 0, texts) + (len(sizes) - 1) * index_bytes(0, 0, 0, texts)
-    return records * tarfile.RECORDSIZE + indexes
+    member = tar_bytes([npy_header_size(work.dtype, work.rows) + work.rows * work.dtype.itemsize])
+    records = sum(-(-(count * member + 2 * BLOCK) // tarfile.RECORDSIZE) for count in sizes)
+    return records * tarfile.RECORDSIZE + signal_index_bytes(work, sizes, key_bytes)
+
+
+def signal_index_bytes(work: Extraction, sizes: Sequence[int], key_bytes: int) -> int:
+    """Bytes of the indexes of signal shards of these `sizes`."""
+    texts, count = {"extensions": [f"{work.teacher}.npy"], "notes": notes_of(work)}, sum(sizes)
+    return index_bytes(count, count, key_bytes, texts) + (len(sizes) - 1) * index_bytes(0, 0, 0, texts)
 
 
 def notes_of(work: Extraction) -> dict[str, Any]:
@@ -294,6 +354,12 @@ def sentences(found: dict[str, Any]) -> list[str]:
     lines.append(
         f"in all {found['total_bytes'] / 1e6:,.2f} MB, still to be written {found['still_bytes'] / 1e6:,.2f} MB, free "
         f"on the disk {found['free_bytes'] / 1e9:,.1f} GB"
+    )
+    files = found["training_files"]
+    lines.append(
+        f"training split: {files['shards']:,} shards of examples, {files['files']:,} files in all; indexes "
+        f"{forecast.volume(sum(files['index_bytes'].values()))}, manifests "
+        f"{forecast.volume(sum(files['manifest_bytes'].values()))}"
     )
     lines += forecast.sentences(found["time"]) if "time" in found else []
     lines += [f"estimated: {one}" for one in found["estimated"]]

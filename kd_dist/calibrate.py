@@ -1,8 +1,7 @@
 """Fit the bases of reduced features on a sample of views, and measure what each codec keeps of a feature."""
 
-import os
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from kd_dist.compress import Basis, FeatureCodec, Moments, feature_error, feature_report, pooled
 from kd_dist.errors import DataError, RecipeError
-from kd_dist.extract import Extraction, Rows, make_rows
+from kd_dist.extract import Extraction, Rows, made_rows
 from kd_dist.loader import on_device
 from kd_dist.plan import mix, permute
 from kd_dist.probe import gradient_cosine
@@ -132,10 +131,10 @@ def heard(
     start = max(0, min(start, examples * views - count))
     numbers = np.arange(start, min(start + count, examples * views))
     found = 0
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for chosen in np.array_split(numbers, -(-len(numbers) // work.batch_size)):
-            ids = permute(chosen % examples, examples, mix(0))
-            rows = make_rows(work, ids, chosen // examples, pool)
+    parts = np.array_split(numbers, -(-len(numbers) // work.batch_size))
+    chosen = ((permute(part % examples, examples, mix(0)), part // examples) for part in parts)
+    with contextlib.closing(made_rows(work, chosen)) as made:
+        for rows in made:
             features = teacher(torch.from_numpy(rows.pixels).to(device).permute(0, 3, 1, 2)).features
             fine = torch.stack([value.flatten(1).isfinite().all(dim=1) for value in features.values()]).all(dim=0)
             keep = np.flatnonzero(fine.cpu().numpy())

@@ -89,6 +89,7 @@ def plan(
     budget: Annotated[str | None, typer.Option(help="Disk space for all signals: propose codecs that fit.")] = None,
     num_processes: Processes = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds with which every student stage is to be trained.")] = 1,
+    examples: Annotated[int | None, typer.Option(min=1, help="Think of a training split of so many examples.")] = None,
     bytes_only: Annotated[bool, typer.Option("--bytes-only", help="Measure no time.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -106,7 +107,7 @@ def plan(
 
     room = None if budget is None else parse_bytes(budget)
     timing = None if bytes_only else Timing(num_processes or 1, seeds)
-    found = before.plan(load(recipe, overrides or []), room, timing)
+    found = before.plan(load(recipe, overrides or []), room, timing, examples=examples)
     typer.echo(json.dumps(found) if as_json else "\n".join(before.sentences(found)))
 
 

@@ -1,7 +1,7 @@
 """A teacher over the examples of one split: read and replay, run, encode, write, one shard after another.
 
-The three parts overlap through bounded queues. Batches never cross a shard, so any number of processes writes the
-same bytes.
+The parts overlap, each in threads of its own, and little is under way between them. Batches never cross a shard, so
+any number of processes writes the same bytes.
 """
 
 import contextlib
@@ -9,8 +9,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,9 @@ from kd_dist.views.mixed import second_share
 
 STEM = "signals"
 NOTED = ("error", "teacher", "overflow")  # sums in the index of a shard
-QUEUE_DEPTH = 4
+QUEUE_DEPTH = 4  # batches that wait for the next part
+READERS = 16  # threads that read, at most
+SPARE = 2  # batches that they find when they are done with one
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,14 @@ class Rows(NamedTuple):
         )
 
 
+class Asked(NamedTuple):
+    """Rows that the teacher has been asked about: a GPU may not have come to them yet."""
+
+    rows: Rows
+    signal: TeacherSignal
+    ready: torch.cuda.Event | None  # when the signal is; None: now
+
+
 class Said(NamedTuple):
     """Rows after the teacher."""
 
@@ -102,10 +113,7 @@ def extract(work: Extraction, teacher: Teacher, device: torch.device, mine: rang
             advance(len(work.examples.shard(number)))
         else:
             wanted.append(number)
-    with (
-        contextlib.closing(prefetch(read_rows(work, wanted))) as read,
-        contextlib.closing(prefetch(run_teacher(work, read, teacher, device))) as ran,
-    ):
+    with answers(work, wanted, teacher, device) as ran:
         for number in wanted:
             notes: dict[str, Any] = {"quarantined": [], **dict.fromkeys(NOTED)}
             rows, start = len(work.examples.shard(number)) * work.rows, time.monotonic()
@@ -114,17 +122,59 @@ def extract(work: Extraction, teacher: Teacher, device: torch.device, mine: rang
     return slowest
 
 
-def read_rows(work: Extraction, numbers: list[int]) -> Iterator[Rows]:
+@contextlib.contextmanager
+def answers(
+    work: Extraction, numbers: Iterable[int], teacher: Teacher, device: torch.device
+) -> Iterator[Iterator[Said]]:
+    """Within the block the rows of these shards, in order, after the teacher, made ahead by threads."""
+    with (
+        contextlib.closing(read_rows(work, numbers)) as read,
+        # One waits: with it the features of three batches are held at a time.
+        contextlib.closing(prefetch(run_teacher(work, read, teacher, device), 1)) as asked,
+        contextlib.closing(prefetch(fetched(work, asked, device))) as ran,
+    ):
+        yield ran
+
+
+def read_rows(work: Extraction, numbers: Iterable[int]) -> Iterator[Rows]:
     """Decode the examples of the shards, draw and replay their views, in batches that end with the shard."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for number in numbers:
-            first = int(work.examples.starts[number])
-            for start in range(0, len(work.examples.shard(number)) * work.rows, work.batch_size):
-                stop = min(start + work.batch_size, len(work.examples.shard(number)) * work.rows)
-                yield make_rows(work, *np.divmod(first * work.rows + np.arange(start, stop), work.rows), pool)
+            first, count = int(work.examples.starts[number]) * work.rows, len(work.examples.shard(number)) * work.rows
+            for start in range(0, count, work.batch_size):
+                stop = min(start + work.batch_size, count)
+                yield np.divmod(first + np.arange(start, stop), work.rows)
+
+    return made_rows(work, batches())
 
 
-def make_rows(work: Extraction, ids: np.ndarray, numbers: np.ndarray, pool: ThreadPoolExecutor) -> Rows:
+def made_rows(work: Extraction, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[Rows]:
+    """`make_rows` of each batch of example ids and view numbers, in order: several at a time, one by each thread."""
+    under_way: deque[Future[Rows]] = deque()
+    pool = ThreadPoolExecutor(readers())
+    try:
+        for batch in batches:
+            under_way.append(pool.submit(make_rows, work, *batch))
+            if len(under_way) > readers() + SPARE:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def readers() -> int:
+    """Threads that read."""
+    return min(READERS, os.cpu_count() or 1)
+
+
+def batches_ahead() -> int:
+    """How many batches may have been read, at most, before the teacher is asked about the first."""
+    return readers() + SPARE + 1
+
+
+def make_rows(work: Extraction, ids: np.ndarray, numbers: np.ndarray) -> Rows:
     """Read the examples `ids` (b,), draw and replay of each the view `numbers` (b,), counted from the first."""
     policy, numbers = work.policy, numbers + work.first
     once, places = np.unique(ids, return_inverse=True)
@@ -133,17 +183,13 @@ def make_rows(work: Extraction, ids: np.ndarray, numbers: np.ndarray, pool: Thre
     if isinstance(policy, MixedViews):
         partners = drawn_partners(work.examples, policy, ids, numbers)
         examples = with_partners(work.examples, examples, ids, partners, work.task.decode)
-    views = np.zeros(len(ids), policy.dtype)
+    views, crcs = np.zeros(len(ids), policy.dtype), np.zeros(len(ids), np.uint32)
     pixels = np.empty((len(ids), *policy.size, policy.channels), np.uint8)
-
-    def fill(row: int) -> int:
-        example, number = examples[row], int(numbers[row])
+    for row, (example, number) in enumerate(zip(examples, numbers.tolist(), strict=True)):
         drawn = work.views > 0
         views[row] = policy.draw_for(example, number) if drawn else policy.canonical(example.image.shape[:2])
         pixels[row] = replayed(policy, example, views[row])
-        return input_crc(pixels[row])
-
-    crcs = np.fromiter(pool.map(fill, range(len(ids))), np.uint32, len(ids))
+        crcs[row] = input_crc(pixels[row])
     # Of two examples the one of which more is seen says what the teacher should.
     shown = [shown_in(example, view, policy.size) for example, view in zip(examples, views, strict=True)]
     targets, sizes = work.task.collate(
@@ -164,19 +210,31 @@ def shown_in(example: Example, view: np.void, size: tuple[int, int]) -> tuple[Ex
     return (other, example) if share > 0.5 else (example, other)
 
 
-def run_teacher(work: Extraction, batches: Iterator[Rows], teacher: Teacher, device: torch.device) -> Iterator[Said]:
-    """Ask the teacher and encode its features. On a GPU a batch is fetched only once the next has been started."""
+def run_teacher(work: Extraction, batches: Iterable[Rows], teacher: Teacher, device: torch.device) -> Iterator[Asked]:
+    """Ask the teacher. A GPU is only told what to do: nothing here waits for it."""
     torch.set_num_threads(work.threads)  # a convolution's last bits depend on it
-    waiting: tuple[Rows, TeacherSignal] | None = None
+    on_gpu = device.type == "cuda"
     for rows in batches:
         with torch.inference_mode():
-            images = torch.from_numpy(rows.pixels).to(device, non_blocking=True).permute(0, 3, 1, 2)
-            signal = teacher(images)
-        if waiting is not None:
-            yield said(work, *waiting)
-        waiting = rows, signal
-    if waiting is not None:
-        yield said(work, *waiting)
+            pixels = torch.from_numpy(rows.pixels)
+            pixels = pixels.pin_memory() if on_gpu else pixels  # from elsewhere no copy goes on by itself
+            signal = teacher(pixels.to(device, non_blocking=True).permute(0, 3, 1, 2))
+        ready = torch.cuda.current_stream(device).record_event() if on_gpu else None
+        yield Asked(rows, signal, ready)
+
+
+def fetched(work: Extraction, batches: Iterable[Asked], device: torch.device) -> Iterator[Said]:
+    """Signals on the host, their features encoded where they were made. On a GPU this goes on beside the teacher, in a
+    stream of its own: in the teacher's, a signal would be had only after all that the teacher was asked since."""
+    beside: Any = contextlib.nullcontext()
+    if device.type == "cuda":
+        beside = torch.cuda.stream(torch.cuda.Stream(device))
+    for rows, signal, ready in batches:
+        with beside:
+            if ready is not None:
+                torch.cuda.current_stream(device).wait_event(ready)
+            found = said(work, rows, signal)  # waits for what it copies, so the signal's memory may be used again
+        yield found
 
 
 def said(work: Extraction, rows: Rows, signal: TeacherSignal) -> Said:
@@ -196,27 +254,32 @@ def encode(
     the examples whose signals cannot be stored: they keep their place, as zeros, and training leaves them out."""
     # Rows wait as bytes for the rest of their example: copying records would leave their padding behind.
     keys: list[str] = []
-    payload: list[bytes] = []
+    payload = np.zeros((0, work.dtype.itemsize), np.uint8)
     lost: list[list[str]] = []  # of each row, the signals that could not be stored
     for batch in batches:
         rows = batch.rows
         fields, good = work.codec.encode(batch.logits, rows.labels)
         new = pack_rows(work.dtype, rows.views, rows.crcs, fields | batch.fields)
-        storable = {"logits": good, **batch.storable}
-        keys += rows.keys
-        payload += [new[row : row + 1].tobytes() for row in range(len(new))]
-        lost += [[name for name, fine in storable.items() if not fine[row]] for row in range(len(new))]
         note(work, notes, batch, new, good)
-        while len(keys) >= work.rows:
-            bad = {view: names for view, names in enumerate(lost[: work.rows], work.first) if names}
+        storable = {"logits": good, **batch.storable}
+        fine = np.all(list(storable.values()), axis=0).tolist()
+        keys += rows.keys
+        lost += [
+            [] if fine[row] else [name for name, one in storable.items() if not one[row]] for row in range(len(new))
+        ]
+        fresh = new.view(np.uint8).reshape(len(new), -1)
+        payload = np.concatenate([payload, fresh]) if len(payload) else fresh
+        whole = len(keys) - len(keys) % work.rows
+        for start in range(0, whole, work.rows):
+            bad = {view: names for view, names in enumerate(lost[start : start + work.rows], work.first) if names}
             if bad:
                 what = ", ".join(sorted({name for names in bad.values() for name in names}))
                 reason = f"the teacher's {what} of views {list(bad)} are not finite or too large for a row"
-                notes["quarantined"].append({"key": keys[0], "reason": reason})
-            example = np.frombuffer(b"".join(payload[: work.rows]), work.dtype)
-            yield keys[0], {f"{work.teacher}.npy": to_npy(example)}
+                notes["quarantined"].append({"key": keys[start], "reason": reason})
+            example = payload[start : start + work.rows].reshape(-1).view(work.dtype)
+            yield keys[start], {f"{work.teacher}.npy": to_npy(example)}
             advance(1)
-            keys, payload, lost = keys[work.rows :], payload[work.rows :], lost[work.rows :]
+        keys, payload, lost = keys[whole:], payload[whole:], lost[whole:]
 
 
 def note(work: Extraction, notes: dict[str, Any], batch: Said, packed: np.ndarray, good: np.ndarray) -> None:
@@ -239,9 +302,10 @@ def take(batches: Iterator[Said], rows: int) -> Iterator[Said]:
         yield batch
 
 
-def prefetch(items: Iterator[Any]) -> Iterator[Any]:
-    """The items in order, made ahead by a thread. Its exceptions come out here; closing this generator ends it."""
-    slots: queue.Queue[tuple[str, Any]] = queue.Queue(QUEUE_DEPTH)
+def prefetch(items: Iterator[Any], depth: int = QUEUE_DEPTH) -> Iterator[Any]:
+    """The items in order, made ahead by a thread, of which `depth` wait. Its exceptions come out here; closing this
+    generator ends it."""
+    slots: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stopped = threading.Event()
 
     def put(kind: str, value: Any) -> None:

@@ -12,8 +12,11 @@ from kd_dist.losses import signals_needed
 from kd_dist.manifest import GENERATED
 from kd_dist.recipe import Recipe
 from kd_dist.rehearsal import Clock
+from kd_dist.remote import CHUNK
 
 SECONDS = 5.0  # that each measurement takes, about
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+MANIFEST_REQUESTS, SHARD_REQUESTS = 1, 2  # of a folder to read its manifest; of a shard, for its index and its size
 
 
 class Timing(NamedTuple):
@@ -36,9 +39,10 @@ def outlook(
     """What a plan `found` takes in time, given what was `measured` by one process (see `rehearsal.measure`), and the
     plans of `further` teachers by name.
 
-    `cache_seconds` for caching every split; of each student's stage the seconds and the bytes of an epoch, and, where
-    it listens to a teacher, the seconds that one in the loop takes more in an epoch, and the epoch after which caching
-    has taken less; `online_seconds`, what that comes to over all such stages, seeds and epochs.
+    `cache_seconds` for caching every split; of each student's stage the seconds and the bytes of an epoch, what
+    `reading` says, and, where it listens to a teacher, the seconds that one in the loop takes more in an epoch, and the
+    epoch after which caching has taken less; `online_seconds`, what that comes to over all such stages, seeds and
+    epochs.
     """
     P, cache = timing.processes, measured["cache"]
     views = {split: found["rows"][split] // max(1, sum(sizes)) for split, sizes in shards.items()}
@@ -52,6 +56,10 @@ def outlook(
     stages, online = {}, 0.0
     for name, one in measured["stages"].items():
         stages[name] = stage_outlook(recipe, name, one, shards, found, timing, further)
+        heard = recipe.teachers_of(recipe.stages[name]) if reads_cache(recipe.stages[name]) else []
+        plans = [found if teacher == first else further[teacher] for teacher in heard]
+        examples = sum(shards[places.TRAINING_SPLIT])
+        stages[name] |= reading(examples, found, plans, measured["start"], stages[name]["examples_per_second"])
         if stages[name]["online_seconds"] is not None:
             cached = sum(caching[teacher] for teacher in recipe.teachers_of(recipe.stages[name]))
             stages[name]["break_even_epoch"] = math.ceil(cached / stages[name]["online_seconds"])
@@ -88,8 +96,7 @@ def stage_outlook(
         examples += found["rows"][GENERATED] // recipe.views.count
     judged = sum(shards[places.VALIDATION_SPLIT])
     rate = P * measured["rows"] / measured["step_seconds"]
-    partners = recipe.views.mixed if recipe.views.is_mixed else 0.0
-    read = found["example_bytes"]["packed"] * (1 + partners)
+    read = found["example_bytes"]["packed"] * found["example_requests"]
     read += sum(rows[teacher] for teacher in heard) if reads_cache(stage) else 0
     training, validation = examples / rate, judged * measured["validation_seconds"] / P
     last = math.inf if stage.max_steps is None else stage.max_steps * stage.batch_size / examples
@@ -105,6 +112,42 @@ def stage_outlook(
         if signals_needed(stage.losses)
         else None,
         "break_even_epoch": None,
+    }
+
+
+def reading(
+    examples: int,
+    found: Mapping[str, Any],
+    signals: Sequence[Mapping[str, Any]],
+    start: Mapping[str, float],
+    rate: float,
+) -> dict[str, Any]:
+    """What reading so many training examples comes to, at a `rate` a second: those that are packed by the plan `found`,
+    and the signals of some plans.
+
+    `index_bytes` that each machine holds. `start_seconds` for reading the manifests, before the first batch of each
+    process, and `index_seconds` for opening all indexes. From an object store each process makes `start_requests`
+    before its first batch, for `start_bytes`, and all together `epoch_requests` and so many a second: `remote` asks for
+    each example and each row alone. Or a machine fetches the shards whole: `whole_bytes`, in `whole_requests`.
+    """
+    files, told = found["training_files"], [one["training_files"] for one in signals]
+    shards, folders = files["shards"], [1, *(one["signal_folders"] for one in told)]
+    kinds = [(files, "packed"), *((one, "signals") for one in told)]
+    indexes, listed = (sum(one[what][kind] for one, kind in kinds) for what in ("index_bytes", "manifest_bytes"))
+    held = [found["example_bytes"]["packed"] * examples]
+    held += [one["split_bytes"][places.TRAINING_SPLIT] for one in signals]
+    requests = found["example_requests"] + sum(one["row_reads"] for one in told)
+    return {
+        "index_bytes": indexes,
+        "start_seconds": start["listed_seconds"] * shards * sum(folders),
+        "index_seconds": start["index_seconds"] * examples * sum(folders),
+        "start_requests": sum(folders) * (MANIFEST_REQUESTS + SHARD_REQUESTS * shards),
+        "start_bytes": indexes + listed,
+        "epoch_requests": requests * examples,
+        "requests_per_second": requests * rate,
+        "whole_bytes": sum(held),
+        "whole_requests": shards
+        * sum(count * math.ceil(one / (count * shards * CHUNK)) for one, count in zip(held, folders, strict=True)),
     }
 
 
@@ -132,6 +175,13 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
             f"{duration(one['validation_seconds'])} validation, and reads {one['bytes_per_second'] / 1e6:,.2f} MB/s, "
             f"{one['example_bytes']:,.0f} bytes an example"
         )
+        lines.append(
+            f"  each process takes {duration(one['start_seconds'])} for manifests before its first batch and "
+            f"{duration(one['index_seconds'])} to open {volume(one['index_bytes'])} of indexes; from an object store "
+            f"an epoch is {one['epoch_requests']:,.0f} requests, {one['requests_per_second']:,.0f} a second, after "
+            f"{one['start_requests']:,} for each process to start, or {one['whole_requests']:,} for shards whole, "
+            f"{volume(one['whole_bytes'])} on each machine"
+        )
         if one["break_even_epoch"] is not None:
             takes = "takes, of these" if one["online"] else "would take, beside these"
             lines.append(
@@ -145,6 +195,12 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
             f"{duration(found['cache_seconds'])} from a cache"
         )
     return lines
+
+
+def volume(size: float) -> str:
+    """Bytes as one reads them."""
+    unit = next((unit for unit in ("TB", "GB", "MB") if size >= UNITS[unit]), "KB")
+    return f"{size / UNITS[unit]:,.3g} {unit}"
 
 
 def duration(seconds: float) -> str:

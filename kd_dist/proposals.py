@@ -1,8 +1,6 @@
 """How less room is taken: codecs of features and of logits from the faithful to the small, as measured on a sample."""
 
-import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +12,7 @@ from kd_dist.caches import served
 from kd_dist.calibrate import heard, measure, measure_moments, probed, size
 from kd_dist.compress import FeatureCodec
 from kd_dist.errors import MismatchError, RecipeError
-from kd_dist.extract import Extraction, make_rows
+from kd_dist.extract import Extraction, made_rows
 from kd_dist.losses.served import refuse_unserved
 from kd_dist.models.taps import reads_shares
 from kd_dist.plan import mix, permute
@@ -80,12 +78,15 @@ def said_by(work: Extraction, teacher: Teacher) -> tuple[np.ndarray, np.ndarray]
     """The teacher's finite logits, and the targets, of some views in a fixed random order."""
     examples = len(work.examples)
     numbers = np.arange(min(SAMPLE_ROWS, examples * work.rows))
-    ids = permute(numbers % examples, examples, mix(0))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        rows = make_rows(work, ids, numbers // examples, pool)
-    said = teacher(torch.from_numpy(rows.pixels).to(device_of(teacher)).permute(0, 3, 1, 2)).logits.cpu().numpy()
+    parts = np.array_split(numbers, -(-len(numbers) // work.batch_size))
+    logits, targets = [], []
+    for rows in made_rows(work, ((permute(part % examples, examples, mix(0)), part // examples) for part in parts)):
+        images = torch.from_numpy(rows.pixels).to(device_of(teacher)).permute(0, 3, 1, 2)
+        logits.append(teacher(images).logits.cpu().numpy())
+        targets.append(rows.targets)
+    said = np.concatenate(logits)
     fine = np.isfinite(said).reshape(len(said), -1).all(axis=1)
-    return said[fine], rows.targets[fine]
+    return said[fine], np.concatenate(targets)[fine]
 
 
 def device_of(teacher: Teacher) -> torch.device:

@@ -21,7 +21,7 @@ from kd_dist.calibrate import BASIS_ROWS, PROBE_ROWS
 from kd_dist.checkpoint import Progress
 from kd_dist.epoch import run_evaluation
 from kd_dist.errors import DataError
-from kd_dist.extract import STEM, Said, encode, prefetch, read_rows, run_teacher
+from kd_dist.extract import STEM, Said, answers, batches_ahead, encode
 from kd_dist.folders import Shards
 from kd_dist.link import SOURCE
 from kd_dist.loader import on_device
@@ -41,6 +41,7 @@ Clock = Callable[[], float]  # seconds
 FEWEST, MOST, OTHERS = 64, 1024, 64  # examples that are tried: of the training split, where there are any; of another
 ENDLESS = 100_000  # epochs: a stage must not end while it is measured
 BATCHES, STEPS = 4, 3  # that are measured at least
+LISTED, OPENINGS = 4096, 16  # shards of a manifest, and indexes, by which starting is measured
 READ_AHEAD = 4  # batches that each loader process holds ready, which the first steps find for nothing
 
 
@@ -229,7 +230,27 @@ def measure(tried: Small, teacher: Teacher, clock: Clock, seconds: float, studen
             with quiet():
                 stages[name] = stage_time(recipe, name, teacher, clock, seconds)
     spoken = teacher_time(teacher, images, clock)
-    return {"device": accelerator.device.type, "cache": cached, "stages": stages, "teacher_seconds": spoken}
+    return {
+        "device": accelerator.device.type,
+        "cache": cached,
+        "stages": stages,
+        "teacher_seconds": spoken,
+        "start": start_time(assemble.examples(recipe, places.TRAINING_SPLIT), clock),
+    }
+
+
+def start_time(shards: Shards, clock: Clock) -> dict[str, float]:
+    """What a process does before it can read: `listed_seconds` for each shard that a manifest lists, and
+    `index_seconds` for each example of an index that is opened."""
+    row, began = shards.manifest["shards"][0], clock()
+    for _ in range(OPENINGS):
+        Shard(shards.paths[0])
+    opened, folder = clock() - began, shards.folder.with_name("listed")
+    folder.mkdir()
+    manifest.write_manifest(folder, {**shards.manifest, "shards": [row] * LISTED})
+    began = clock()
+    assert Shards(folder).fingerprint
+    return {"listed_seconds": (clock() - began) / LISTED, "index_seconds": opened / OPENINGS / row["examples"]}
 
 
 def teacher_time(teacher: Teacher, images: torch.Tensor, clock: Clock) -> float:
@@ -251,30 +272,31 @@ def extraction_time(
     work = replace(work, folder=work.folder.with_name("timed"), features=on_device(codecs, device))
     work.folder.mkdir()
     marks: list[tuple[float, int]] = []  # when a batch was ready, and its rows
+    early, began = batches_ahead(), clock()  # the first batches were made while the teacher had not begun
 
     def enough() -> bool:
         taken = marks[-1][0] - marks[0][0] if marks else 0.0
         return taken >= seconds and (len(marks) > BATCHES or taken >= 4 * seconds)
 
     def shard_of(batches: Iterator[Said]) -> Iterator[Said]:
+        nonlocal early
         rows, whole = 0, len(work.examples) * work.rows
         while rows < whole and not enough():
             batch = next(batches)
             rows += len(batch.rows.keys)
             marks.append((clock(), len(batch.rows.keys)))
+            if early > 0 and marks[-1][0] - began < seconds:
+                early, marks[:] = early - 1, marks[-1:]
             yield batch
 
-    with (
-        closing(prefetch(read_rows(work, itertools.repeat(0)))) as read,
-        closing(prefetch(run_teacher(work, read, teacher, device))) as ran,
-    ):
+    with answers(work, itertools.repeat(0), teacher, device) as ran:
         for number in itertools.count():
             notes: dict[str, Any] = {"quarantined": [], "error": None, "teacher": None, "overflow": None}
             write_shard(shard_path(work.folder, STEM, number), encode(work, shard_of(ran), notes, nothing), notes)
             if enough():
                 break
         ended = clock()
-    first, *others = marks  # of the first, what came before it is not counted
+    first, *others = marks  # of the first that counts, what came before it does not
     return {"rows": sum(rows for _, rows in others), "seconds": ended - first[0], "threads": work.threads}
 
 

@@ -3,6 +3,7 @@ follow from what was measured."""
 
 import itertools
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import yaml
 from conftest import pack_examples
 from processes import kd_dist, run, sentence
 from scenes import MODEL, RECIPE
+from test_remote import served
 from typer.testing import CliRunner
 
 from kd_dist import assemble, budget, cache_teacher, forecast, manifest, places, proposals
@@ -413,11 +415,21 @@ def test_processes_divide_the_work_and_seeds_multiply_it(experiment):
     recipe = load("tiny.yaml", ["views.count=10", "stages.distill.max_steps=3", "views.mixup=0.5", "views.mixed=0.25"])
     one = {"rows": 8, "steps": 3, "step_seconds": 0.02, "validation_seconds": 0.001, "teacher_seconds": 0.01}
     measured = {"device": "cpu", "cache": {"rows": 100, "seconds": 2.0}, "stages": {"pretrain": one, "distill": one}}
+    measured["start"] = {"listed_seconds": 0.001, "index_seconds": 0.0001}
     shards = {"train": [8, 8, 5], "val": [9], "test": [8, 2]}
     found = {
         "rows": {"train": 210, "val": 9, "test": 10},
         "row_bytes": {"train": 100},
         "example_bytes": {"packed": 1000},
+        "example_requests": 1.25,
+        "split_bytes": {"train": 2**24 + 3},
+        "training_files": {
+            "shards": 3,
+            "signal_folders": 2,
+            "row_reads": 1.0,
+            "index_bytes": {"packed": 500, "signals": 900},
+            "manifest_bytes": {"packed": 30, "signals": 60},
+        },
     }
     single = forecast.outlook(recipe, measured, shards, found, Timing(), {})
     assert single["cache_seconds"] == pytest.approx(229 * 0.02)
@@ -426,6 +438,16 @@ def test_processes_divide_the_work_and_seeds_multiply_it(experiment):
     assert taught["bytes_per_second"] == 540_000
     assert alone["epoch_seconds"] == pytest.approx(21 / 400 + 9 * 0.001) and alone["epochs"] == 2
     assert taught["epochs"] == pytest.approx(24 / 21) and taught["online_seconds"] == pytest.approx(0.21)
+    # Of 21 examples that are read from one folder, or three; 3 shards of 2.8 MB in each of two of them.
+    for stage, folders, size in ((alone, 1, 500), (taught, 3, 1400)):
+        assert stage["start_requests"] == 7 * folders and stage["index_bytes"] == size
+        assert stage["start_bytes"] == size + 30 * folders
+        assert stage["start_seconds"] == pytest.approx(0.003 * folders)
+        assert stage["index_seconds"] == pytest.approx(0.0021 * folders)
+    assert alone["epoch_requests"] == 1.25 * 21 and alone["requests_per_second"] == 500
+    assert taught["epoch_requests"] == 2.25 * 21 and taught["requests_per_second"] == 900
+    assert (alone["whole_bytes"], alone["whole_requests"]) == (21_000, 3)
+    assert (taught["whole_bytes"], taught["whole_requests"]) == (21_000 + 2**24 + 3, 3 + 6)
     assert taught["break_even_epoch"] == 22 and single["online_seconds"] == pytest.approx(0.24)
     both = forecast.outlook(recipe, measured, shards, found, Timing(processes=2, seeds=3), {})
     # The first process has two of the three shards of training, the only one of val, and the larger of test.
@@ -437,6 +459,73 @@ def test_processes_divide_the_work_and_seeds_multiply_it(experiment):
     assert words[1] == "caching takes 2.9 s on each of 2 processes"
     assert words[-1] == "all stages that listen with 3 seeds: 0.36 s of teacher in the loop, 2.9 s from a cache"
     assert [forecast.duration(one) for one in (0.0123, 42, 600, 7200)] == ["0.012 s", "42 s", "10.0 min", "2.0 h"]
+
+
+# ---------------------------------------------------------------------------------------------- files and requests
+
+UNTAUGHT = "teacher.weights=null"
+
+
+def indexes(folder: Path) -> int:
+    """Bytes of all indexes in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.idx"))
+
+
+def of_shards(folder: Path) -> int:
+    """Bytes that the shards take of a folder's manifest."""
+    about = manifest.read_manifest(folder)
+    text = (folder / manifest.FILE_NAME).read_text()
+    without = json.dumps({**about, "shards": []}, indent=1, sort_keys=True) + "\n"
+    assert json.loads(text) == about and len(about["shards"]) >= 4
+    return len(text) - len(without)
+
+
+def test_files_indexes_and_manifests_are_those_that_come_to_be(experiment):
+    """Told before packing, and of a split that is thought of by a smaller one."""
+    recipe = load("tiny.yaml", [UNTAUGHT])
+    part = load("tiny.yaml", [UNTAUGHT, "name=part", "data.splits={train: 0.4, val: 0.4, test: 0.2}"])
+    early = budget.plan(recipe, None)
+    assert not Path("shards").exists()
+    pack_examples(part)
+    pack_examples(recipe)
+    cached(recipe)
+    packed, signals = places.shards_folder(recipe) / "train", places.signals_folder(recipe, "train")
+    files = sum(path.is_file() for folder in (packed, signals) for path in folder.iterdir())
+    fewer = manifest.read_manifest(places.shards_folder(part) / "train")["examples"]
+    thought = budget.plan(part, None, examples=31)
+    for told in (early["training_files"], thought["training_files"]):
+        assert (told["shards"], told["signal_folders"], told["row_reads"], told["files"]) == (4, 1, 1, files)
+        assert told["index_bytes"]["packed"] == pytest.approx(indexes(packed), rel=0.01)
+        assert told["index_bytes"]["signals"] == pytest.approx(indexes(signals), abs=4 * DIGITS)
+        listed = {"packed": of_shards(packed), "signals": of_shards(signals)}
+        assert told["manifest_bytes"] == pytest.approx(listed, abs=2)
+    assert fewer < 24 and thought["rows"] == {**early["rows"], "train": 62, "val": thought["rows"]["val"]}
+    assert thought["split_bytes"]["train"] == pytest.approx(early["split_bytes"]["train"], abs=4 * DIGITS)
+    assert thought["estimated"] == [f"31 training examples are thought of, each like the {fewer} that there are"]
+
+
+def test_what_is_thought_of_needs_no_room(experiment):
+    recipe = load("tiny.yaml", [UNTAUGHT, "data.shard_size=16384"])
+    found = budget.plan(recipe, None, HASTE, examples=10**9)
+    told = found["time"]["stages"]["distill"]
+    assert found["still_bytes"] > found["free_bytes"] and told["epoch_requests"] == 2 * 10**9
+    assert found["training_files"]["shards"] == 61_036 and told["start_seconds"] > 0 < told["index_seconds"]
+
+
+def test_the_requests_to_a_store_are_those_that_come(experiment):
+    words = [UNTAUGHT, "views.mixup=0.5"]
+    recipe = load("tiny.yaml", words)
+    pack_examples(recipe)
+    cached(recipe)
+    told = budget.plan(recipe, None, HASTE)["time"]["stages"]["distill"]
+    with closing(served(Path("shards"))) as serving:
+        store = next(serving)
+        there = assemble.training_corridor(load("tiny.yaml", [*words, f"data.shards={store.url}"]), "distill", 0, 1)
+        assert len(store.asked) == told["start_requests"] == 2 * (1 + 2 * 4)
+        store.asked.clear()
+        for cursor in range(len(there) // 2):  # of two epochs
+            there[cursor]
+        assert len(store.asked) == told["epoch_requests"] == 3 * 31
 
 
 # ---------------------------------------------------------------------------------------------- the commands

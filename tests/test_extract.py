@@ -1,8 +1,10 @@
 """Features in the cache: what the teacher said, within the codec's bound; honest about bad rows; refused elsewhere."""
 
 import io
+import itertools
 import shutil
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,11 @@ from scenes import MODEL, SPLITS
 from kd_dist import assemble, cache_teacher, caches, journey, manifest, places
 from kd_dist.config import load
 from kd_dist.errors import DataError, MismatchError, ShardError
+from kd_dist.extract import NOTED, Extraction, Rows, answers, encode, made_rows, make_rows, read_rows, take
 from kd_dist.loader import batches
 from kd_dist.recipe import Recipe
 from kd_dist.rows import BASES
-from kd_dist.signals import LogitsCodec, dtype_from_json, row_dtype
+from kd_dist.signals import LogitsCodec, dtype_from_json, pack_rows, row_dtype, to_npy
 from kd_dist.views.images import VIEW_DTYPE, replay
 
 TRAIN, VIEWS = SPLITS["train"], 2
@@ -177,6 +180,68 @@ def test_the_validation_split_has_no_features(scenery):
         assert own.dtype.names == ("row_crc", "view", "input_crc", "logits") and len(own) == 1
         size = Image.open(f"scenes/JPEGImages/{key}.jpg").size[::-1]
         assert own["view"][0] == assemble.view_policy(recipe).canonical(size)
+
+
+# ---------------------------------------------------------------------------------------------- read and encoded
+
+
+def at_work(*words: str) -> Extraction:
+    """The extraction of the training split, its features as they are."""
+    recipe = load("scenes.yaml", ["cache.features.high.pca=null", *words])
+    return cache_teacher.extraction(recipe, "train", assemble.teacher(recipe, recipe.cache.features))
+
+
+def parts(rows: Rows) -> list:
+    """Everything in rows, to compare."""
+    return [rows.keys, *(one if one is None else (one.shape, one.tobytes()) for one in rows[1:])]
+
+
+def test_batches_that_are_read_several_at_a_time_are_those_of_one_after_the_other(scenery):
+    work = at_work("cache.batch_size=3", "views.count=7")
+    numbers, plain = [2, 0, 1], []
+    for number in numbers:  # shards of 4, 4 and 2 examples
+        rows = np.arange(work.examples.starts[number] * 7, work.examples.starts[number + 1] * 7)
+        plain += [make_rows(work, *np.divmod(rows[first : first + 3], 7)) for first in range(0, len(rows), 3)]
+    found = list(read_rows(work, numbers))
+    assert len(found) == 5 + 10 + 10 and [parts(one) for one in found] == [parts(one) for one in plain]
+
+
+def test_what_a_batch_raises_comes_out_in_its_place_and_nothing_is_left_running(scenery):
+    work, before = at_work("cache.batch_size=2"), threading.active_count()
+    good, bad = (np.array([0, 1]), np.array([0, 1])), (np.array([2, 2]), np.array([0, 1]))
+    shard = work.examples.shard(0)
+    with open(shard.path, "r+b") as file:
+        file.seek(shard.member(2, "jpg")[0])
+        file.write(b"\0")
+    reading = made_rows(work, iter([good, good, bad, *[good] * 50]))
+    assert parts(next(reading)) == parts(next(reading)) == parts(make_rows(work, *good))
+    with pytest.raises(ShardError, match=f"example '{shard.key(2)}' is damaged"):
+        next(reading)
+    assert threading.active_count() == before
+    endless = made_rows(work, itertools.repeat(good))
+    next(endless)
+    endless.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("batch_size", [3, 8, 64])
+def test_an_example_is_encoded_as_its_rows_alone_are(scenery, batch_size):
+    """Seven views: a batch ends within an example, holds one and a part, or a whole shard."""
+    recipe = load("scenes.yaml", ["cache.features.high.pca=null", "views.count=7", f"cache.batch_size={batch_size}"])
+    teacher = assemble.teacher(recipe, recipe.cache.features)
+    work, device = cache_teacher.extraction(recipe, "train", teacher), torch.device("cpu")
+    with answers(work, [0], teacher, device) as ran:
+        batches = list(take(ran, 28))
+    notes = {"quarantined": [], **dict.fromkeys(NOTED)}
+    found = dict(encode(work, iter(batches), notes, lambda count: None))
+    fields = {name: np.concatenate([one.fields[name] for one in batches]) for name in batches[0].fields}
+    fields |= work.codec.encode(np.concatenate([one.logits for one in batches]))[0]
+    views, crcs = (np.concatenate([getattr(one.rows, name) for one in batches]) for name in ("views", "crcs"))
+    assert len(batches) == -(-28 // batch_size) and list(found) == work.examples.shard(0).keys
+    for place, members in enumerate(found.values()):
+        own = slice(7 * place, 7 * place + 7)
+        plain = pack_rows(work.dtype, views[own], crcs[own], {name: one[own] for name, one in fields.items()})
+        assert members == {"teacher.npy": to_npy(plain)}
 
 
 # ---------------------------------------------------------------------------------------------- bad rows

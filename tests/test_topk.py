@@ -305,6 +305,7 @@ def test_of_many_classes_a_sample_of_rows_is_measured_while_they_are_cached(name
     said = codec.words(codec.report(notes["error"]))
     assert said.endswith(f"; as measured on one row in {every}") == (every > 1)
     assert LogitsCodec("fp16", 1000, (2, 2)).every == OutputsCodec("fp16", 1000).every == 1
+    assert LogitsCodec("uint8", 21, (65, 65)).every == 11
 
 
 def test_of_a_teacher_that_says_nothing_the_report_is_finite():

@@ -58,8 +58,8 @@ class LogitsCodec:
 
     @property
     def every(self) -> int:
-        """Of how many rows one is measured; see `measured_every`. Of maps, which have many places, every one is."""
-        return measured_every(self.classes) if self.grid is None else 1
+        """Of how many rows one is measured; see `measured_every`."""
+        return measured_every(self.classes, self.grid)
 
     def fields(self) -> list[tuple]:
         """The fields that this codec adds to a row, as NumPy describes them."""

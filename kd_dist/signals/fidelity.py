@@ -1,5 +1,6 @@
 """What a codec does to logits: sums over rows, which add up over batches and shards, and a report of them."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 LARGEST = ("max_abs", "largest_error", "tail_error")  # entries of sums that are no sums
 PIECE = 2**15  # logits whose error is measured at a time
 MEASURED = 256  # logits of a row that are measured on average: of more classes, not every row is
+MEASURED_MAP = 2**13  # the same of a map, whose places are much alike
 TEMPERATURES = (1, 2, 4, 8)  # at which gradients are compared
 
 
@@ -23,7 +25,10 @@ def add_sums(one: Any, other: Any) -> Any:
             if name in other
         }
     if isinstance(one, list):
-        return [add_sums(left, right) for left, right in zip(one, other, strict=True)]
+        pairs = zip(one, other, strict=True)
+        if one and isinstance(one[0], (int, float)):  # a number for each of many classes: a call for each takes long
+            return [left + right for left, right in pairs]
+        return [add_sums(left, right) for left, right in pairs]
     return one + other
 
 
@@ -53,10 +58,10 @@ def measured_error(logits: np.ndarray, decoded: np.ndarray) -> dict[str, Any]:
     return found
 
 
-def measured_every(classes: int) -> int:
-    """Of how many rows of a batch one is measured while a cache is made: measuring 22,000 classes takes longer than
-    storing them."""
-    return -(-classes // MEASURED)
+def measured_every(classes: int, grid: tuple[int, int] | None = None) -> int:
+    """Of how many rows of a batch one is measured while a cache is made: measuring 22,000 classes, or a map of 4,225
+    places, takes longer than storing them."""
+    return -(-classes // MEASURED) if grid is None else -(-classes * math.prod(grid) // MEASURED_MAP)
 
 
 def every_words(every: int) -> str:
