@@ -6,8 +6,6 @@ any number of processes writes the same bytes.
 
 import contextlib
 import os
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -22,6 +20,7 @@ import torch
 from kd_dist.batch import Example, TeacherSignal
 from kd_dist.compress import FeatureCodec
 from kd_dist.folders import Shards, drawn_partners, read_examples, with_partners
+from kd_dist.loader import prefetch
 from kd_dist.progress import Advance
 from kd_dist.shards import is_committed, shard_path, write_shard
 from kd_dist.signals import Codec, add_sums, pack_rows, row_dtype, to_npy
@@ -32,7 +31,6 @@ from kd_dist.views.mixed import second_share
 
 STEM = "signals"
 NOTED = ("error", "teacher", "overflow")  # sums in the index of a shard
-QUEUE_DEPTH = 4  # batches that wait for the next part
 READERS = 16  # threads that read, at most
 SPARE = 2  # batches that they find when they are done with one
 
@@ -300,40 +298,3 @@ def take(batches: Iterator[Said], rows: int) -> Iterator[Said]:
         batch = next(batches)
         rows -= len(batch.rows.keys)
         yield batch
-
-
-def prefetch(items: Iterator[Any], depth: int = QUEUE_DEPTH) -> Iterator[Any]:
-    """The items in order, made ahead by a thread, of which `depth` wait. Its exceptions come out here; closing this
-    generator ends it."""
-    slots: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(kind: str, value: Any) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                slots.put((kind, value), timeout=0.1)
-                return
-
-    def produce() -> None:
-        try:
-            for item in items:
-                put("item", item)
-                if stopped.is_set():
-                    return
-            put("end", None)
-        except BaseException as error:  # handed over whole: the consumer raises it
-            put("error", error)
-
-    thread = threading.Thread(target=produce, daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = slots.get()
-            if kind == "error":
-                raise value
-            if kind == "end":
-                return
-            yield value
-    finally:
-        stopped.set()
-        thread.join()

@@ -25,7 +25,7 @@ from kd_dist.launch import tie
 from kd_dist.preempt import SIGNALS
 
 KEPT_OUT = (*SIGNALS, signal.SIGINT)  # what may be sent to all processes at once, and is for the training process alone
-QUEUE_DEPTH = 4
+QUEUE_DEPTH = 4  # items that wait
 ALIGNED = 64  # bytes: where each tensor of a packed batch begins
 
 
@@ -49,7 +49,7 @@ def batches(corridor: Corridor, start: int, stop: int, workers: int, pin: bool) 
     )
     try:
         stream = _started(loader)
-        ahead = prefetch(stream, (*KEPT_OUT, signal.SIGCHLD)) if workers else (one for one in stream)
+        ahead = prefetch(stream, unheard=(*KEPT_OUT, signal.SIGCHLD)) if workers else (one for one in stream)
         with contextlib.closing(ahead):
             for delivered in ahead:
                 if isinstance(delivered, KdError):
@@ -146,10 +146,12 @@ def _as_it_is(delivered: Packed | Batch | KdError) -> Packed | Batch | KdError:
     return delivered
 
 
-def prefetch(items: Iterator[Any], unheard: Collection[signal.Signals] = ()) -> Iterator[Any]:
-    """The items in order, made ahead by a thread, for which `unheard` signals are not meant. Its exceptions come out
-    here; closing this generator ends it."""
-    slots: queue.Queue[tuple[str, Any]] = queue.Queue(QUEUE_DEPTH)
+def prefetch(
+    items: Iterator[Any], depth: int = QUEUE_DEPTH, unheard: Collection[signal.Signals] = ()
+) -> Iterator[Any]:
+    """The items in order, made ahead by a thread, of which `depth` wait; `unheard` signals are not for that thread. Its
+    exceptions come out here; closing this generator ends it."""
+    slots: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stopped = threading.Event()
 
     def put(kind: str, value: Any) -> None:
