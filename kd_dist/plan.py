@@ -234,15 +234,19 @@ class Plan:
     equal size, give or take one: those of all ranks' first micro-batch, then those of the second. So what the ranks
     have together in a micro-batch does not depend on their number, and put end to end the shares of a step are the same
     sequence for every world and accumulate.
+
+    With `repeats` the order of the examples is that of a round of so many epochs, which it passes once: each example
+    stands in it that many times in a row, as neighbours in a batch, and an epoch is as long as ever.
     """
 
     order: Order | Sequential
     batch_size: int  # examples of one optimizer step, over all ranks and micro-batches
     world: int  # ranks
     accumulate: int  # micro-batches of one step on each rank
+    repeats: int = 1  # of an example, side by side; 1: each epoch has all examples
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "world", "accumulate"):
+        for name in ("batch_size", "world", "accumulate", "repeats"):
             _check_positive(name, getattr(self, name))
         if not self.order.examples:
             raise RecipeError("plan: the split holds no examples; give it a share in data.splits, or pack more data")
@@ -257,46 +261,60 @@ class Plan:
         """The most examples that a micro-batch of a rank has."""
         return -(-self.batch_size // (self.world * self.accumulate))
 
+    @property
+    def examples_of_step(self) -> int:
+        """How many different examples a step has at most, where none of them lies on its border."""
+        return -(-self.batch_size // self.repeats)
+
     def total(self, step: int) -> int:
-        """How many examples the step has over all ranks and micro-batches: 1 to batch_size."""
-        return len(self._positions(step))
+        """How many rows the step has over all ranks and micro-batches: 1 to batch_size."""
+        return len(self._rows(step)[1])
 
     def share(self, step: int, rank: int, micro: int) -> np.ndarray:
         """The examples (K,) int64 of one rank's micro-batch, in order; K may be 0. A wrong number is an IndexError."""
+        return self.uses(step, rank, micro)[0]
+
+    def uses(self, step: int, rank: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
+        """`share`, and how often the run has shown each of these examples before: (K,) int64 both. Where nothing is
+        repeated that is the number of the epoch."""
         if not (0 <= rank < self.world and 0 <= micro < self.accumulate):
             raise IndexError(f"plan: no rank {rank} of {self.world}, micro-batch {micro} of {self.accumulate}")
-        run = self._positions(step)
+        turn, run = self._rows(step)
         number, parts = micro * self.world + rank, self.world * self.accumulate
         start, stop = (len(run) * edge // parts for edge in (number, number + 1))
         if start == stop:
-            return np.empty(0, np.int64)
-        epoch = step // self.steps_per_epoch
-        positions = np.arange(run.start, run.stop)
-        lane, _ = self.order.locate(epoch, positions)
-        mine = positions[np.argsort(lane, kind="stable")[start:stop]]  # lanes are cheap: only our own are permuted
-        return self.order.at(epoch, mine)[0]
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        rows = np.arange(run.start, run.stop)
+        lane, _ = self.order.locate(turn, rows // self.repeats)
+        mine = rows[np.argsort(lane, kind="stable")[start:stop]]  # lanes are cheap: only our own are permuted
+        positions, again = np.divmod(mine, self.repeats)
+        return self.order.at(turn, positions)[0], turn * self.repeats + again
 
     def step_examples(self, step: int) -> np.ndarray:
         """The examples (total,) int64 of the step over all ranks and micro-batches, in the order of the epoch."""
-        run = self._positions(step)
-        return self.order.at(step // self.steps_per_epoch, np.arange(run.start, run.stop))[0]
+        turn, run = self._rows(step)
+        return self.order.at(turn, np.arange(run.start, run.stop) // self.repeats)[0]
 
-    def _positions(self, step: int) -> range:
-        """The run of positions, within its epoch, that the step takes."""
+    def _rows(self, step: int) -> tuple[int, range]:
+        """The round of epochs that the step lies in, and the run of its rows that it takes: row r of a round is the
+        example at position r // repeats."""
         if step < 0:
             raise IndexError(f"plan: steps count from 0, there is no step {step}")
-        start = step % self.steps_per_epoch * self.batch_size
-        return range(start, min(start + self.batch_size, self.order.examples))
+        epoch, place = divmod(step, self.steps_per_epoch)
+        turn, part = divmod(epoch, self.repeats)
+        first, start = part * self.order.examples, place * self.batch_size
+        return turn, range(first + start, first + min(start + self.batch_size, self.order.examples))
 
 
-def view_number(example_ids: ArrayLike, epoch: int, views: int, seed: int) -> np.ndarray:
-    """Which of its `views` stored views each example (K,) shows in this epoch: (K,) int64 in range(views).
+def view_number(example_ids: ArrayLike, uses: ArrayLike, views: int, seed: int) -> np.ndarray:
+    """Which of its `views` stored views each example (K,) shows when it has been shown `uses` times before, a number or
+    (K,): (K,) int64 in range(views).
 
-    Epochs 0 to views - 1 show every view of an example once, in an order of its own; so do the next `views` epochs, in
+    Uses 0 to views - 1 show every view of an example once, in an order of its own; so do the next `views` uses, in
     another order, and so on.
     """
     _check_positive("views.count", views)
-    cycle, turn = divmod(epoch, views)
+    cycle, turn = np.divmod(uses, views)
     return permute(turn, views, mix(_VIEWS, seed, example_ids, cycle))
 
 

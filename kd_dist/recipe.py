@@ -254,6 +254,10 @@ class Stage:
     epochs: Count
     batch_size: Count  # examples of an optimizer step: all ranks, all micro-batches
     accumulate: Count = 1  # micro-batches of each rank in a step; divides batch_size
+    # m: each example stands in a batch m times, in views of its own, of one read and decode. An epoch has as many rows
+    # as ever, of 1/m of the examples, so m epochs show what m others do. A step sees batch_size / m examples, m near
+    # duplicates of each: BatchNorm's statistics and relational losses are of so many fewer.
+    views_per_decode: Count = 1
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Positive  # the highest learning rate
     backbone_lr: Positive = 1.0  # factor of `lr` for all but the model's head and the projections

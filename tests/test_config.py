@@ -773,7 +773,7 @@ def test_every_key_refuses_a_value_of_another_type(written):
         name, wrong = ".".join(keys), "3" if free else "{no: 1}"
         assert refusal(path, [f"{name}={wrong}"]).startswith(f"command line: {name}: must be "), name
         seen += 1
-    assert seen == 141
+    assert seen == 142
 
 
 def test_every_bounded_value_refuses_what_is_below_it(written):
@@ -799,7 +799,7 @@ def test_every_bounded_value_refuses_what_is_below_it(written):
             refusal(path, [f"{name}={wrong}"]),
         ), name
         seen += 1
-    assert seen == 94
+    assert seen == 95
 
 
 @pytest.mark.parametrize(
