@@ -131,7 +131,9 @@ class Corridor(Dataset[Batch]):
             fresh = stored is None
             chosen = drawn_partners(self.examples, self.policy, ids, numbers) if fresh else partners_of(stored["view"])
             examples = with_partners(self.examples, examples, ids, chosen, self.task.decode)
-        pixels, targets = np.empty((len(ids), *self.policy.size, self.policy.channels), np.uint8), []
+        # In the order of a batch in memory: each view is turned while the processor has it at hand.
+        pixels = np.empty((len(ids), self.policy.channels, *self.policy.size), np.uint8).transpose(0, 2, 3, 1)
+        targets: list[Any] = []
         groups, seconds = np.zeros((len(ids), 2), np.int64), np.zeros((len(ids), 2))
         for row, example in enumerate(examples):
             view = self._view(example, int(numbers[row])) if stored is None else stored["view"][row]
