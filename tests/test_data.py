@@ -21,6 +21,7 @@ from kd_dist.config import load
 from kd_dist.data import CHECK_ONE_IN, Corridor
 from kd_dist.errors import DataError, MismatchError, ShardError
 from kd_dist.folders import Shards
+from kd_dist.joined import JoinedShards, JoinedSignals
 from kd_dist.loader import batches, to_device
 from kd_dist.losses import Objective
 from kd_dist.plan import Plan
@@ -295,6 +296,19 @@ def test_a_round_has_the_rows_of_as_many_plain_epochs_bit_for_bit(made, monkeypa
     assert len(rows_of(side_by_side, 4, 5)) == TRAIN  # an epoch is as long as ever
 
 
+def test_two_folders_as_one_have_their_views_side_by_side(corridor):
+    """As generated examples are beside the packed ones; here, one folder twice."""
+    parts = [corridor.examples] * 2
+    joint = replace(
+        corridor,
+        examples=JoinedShards(parts),
+        signals=JoinedSignals([corridor.signals] * 2, parts),
+        plan=replace(corridor.plan, order=replace(corridor.plan.order, examples=2 * TRAIN)),
+    )
+    rows = rows_of(repeating(joint, 3), 0, 3)
+    assert rows == rows_of(repeating(joint, 1), 0, 3) and len(rows) == 3 * 2 * TRAIN
+
+
 def test_views_side_by_side_take_one_decode(corridor):
     side_by_side = repeating(corridor, 3)
     for cursor in range(len(side_by_side)):
@@ -329,8 +343,9 @@ def test_views_side_by_side_are_another_run_and_its_shuffle_is_judged_by_its_exa
 
 def test_quarantined_examples_are_left_out_of_a_round(made, monkeypatch):
     monkeypatch.chdir(made)
-    side_by_side = repeating(assemble.training_corridor(load("tiny.yaml", FRAGILE), "distill", 0, 1), 3)
-    shown, totals = Counter(), 0
+    own = assemble.training_corridor(load("tiny.yaml", FRAGILE), "distill", 0, 1)
+    side_by_side, shown, totals = repeating(own, 3), Counter(), 0
+    assert rows_of(side_by_side, 0, 3) == rows_of(repeating(own, 1), 0, 3)
     for cursor in range(3 * side_by_side.plan.steps_per_epoch):
         batch = side_by_side[cursor]
         assert batch.total == len(batch.keys) and batch.valid.all()
