@@ -256,8 +256,9 @@ class Stage:
     accumulate: Count = 1  # micro-batches of each rank in a step; divides batch_size
     # m views of an example side by side in a batch, of one read and decode, as in FKD (Shen and Xing, ECCV 2022,
     # 2112.01528). An epoch has as many rows as ever, of 1/m of the examples: m epochs show what m others do, and
-    # `epochs` is a multiple of m. A step has batch_size / m examples, m near duplicates of each: the statistics of
-    # BatchNorm and what relational losses compare are of so many fewer. Of mixed views each partner is decoded as well.
+    # `epochs` is a multiple of m. A step has batch_size / m examples, m near duplicates of each: the less views differ,
+    # the less it learns from them, and the statistics of BatchNorm and what relational losses compare are of so many
+    # fewer. For decode-bound training on many examples in large batches. Partners of mixed views are decoded as well.
     views_per_decode: Count = 1
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Positive  # the highest learning rate
