@@ -32,7 +32,7 @@ from kd_dist.teacher import Teacher
 
 # Keys of a stage that came later, and what they are when not used: a stage without them is described as it always was.
 LATER = {"sam": None, "shards": None, "ema": None, "layer_decay": 1.0, "unfreeze": {}}
-LATER |= {"cycle_epochs": None, "cycle_factor": 1.0}
+LATER |= {"cycle_epochs": None, "cycle_factor": 1.0, "views_per_decode": 1}
 EVALUATION_BATCH, EVALUATION_PIXELS = 256, 2**21  # the most images, and the most pixels of them, in one batch
 
 
@@ -226,7 +226,7 @@ def training_corridor(recipe: Recipe, name: str, rank: int, world: int) -> Corri
         signals=stage_signals(recipe, name, splits, parts, packed) if cached else None,
         task=task(recipe),
         policy=view_policy(recipe),
-        plan=Plan(order, stage.batch_size, world, stage.accumulate),
+        plan=Plan(order, stage.batch_size, world, stage.accumulate, stage.views_per_decode),
         rank=rank,
         views=recipe.views.count if taught else None,
         epochs=stage.epochs,

@@ -25,11 +25,11 @@ from kd_dist.tasks import Task
 from kd_dist.views import MixedViews, ViewPolicy, input_crc, replayed
 from kd_dist.views.mixed import partners_of, second_share
 
-CHECK_ONE_IN = 16  # examples whose pixels are compared with the stored CRC, a different sixteenth each epoch
+CHECK_ONE_IN = 16  # times that an example is shown, its pixels are compared with the stored CRC
 
 
 class Rows(NamedTuple):
-    """What a share of a batch is made of, one entry an example."""
+    """What a share of a batch is made of, one entry a row."""
 
     keys: tuple[str, ...]
     pixels: np.ndarray  # (B, H, W, C) uint8
@@ -66,12 +66,13 @@ class Corridor(Dataset[Batch]):
 
     def __getitem__(self, cursor: int) -> Batch:
         step, micro = divmod(cursor, self.plan.accumulate)
-        epoch = step // self.plan.steps_per_epoch
-        ids, total = self.plan.share(step, self.rank, micro), self.plan.total(step)
+        ids, uses = self.plan.uses(step, self.rank, micro)
+        total = self.plan.total(step)
         if self.signals is not None and len(self.signals.quarantined):
             total -= int(np.isin(self.plan.step_examples(step), self.signals.quarantined).sum())
-            ids = ids[~np.isin(ids, self.signals.quarantined)]
-        rows = self._share(ids, epoch)
+            sound = ~np.isin(ids, self.signals.quarantined)
+            ids, uses = ids[sound], uses[sound]
+        rows = self._share(ids, uses)
         if not any(rows.valid):
             rows = self._blank(rows.keys[0])._replace(failed=rows.failed)
         targets, sizes = self.task.collate(rows.targets)
@@ -88,19 +89,20 @@ class Corridor(Dataset[Batch]):
             mixture=self._mixture(rows.seconds),
         )
 
-    def _share(self, ids: np.ndarray, epoch: int) -> Rows:
-        """The rows of these examples. With "replace_masked" one that fails is zeros, not valid, and says why."""
+    def _share(self, ids: np.ndarray, uses: np.ndarray) -> Rows:
+        """The rows of these examples, shown so often before. With "replace_masked" one that fails is zeros, not valid,
+        and says why."""
         if len(ids) == 0:
             return self._blank("")
         try:
-            return self._rows(ids, epoch)
+            return self._rows(ids, uses)
         except (DataError, ShardError) as error:
             if self.on_error == "raise":
                 raise
             if len(ids) == 1:
                 key, place = self._named(int(ids[0]))
                 return self._blank(key)._replace(failed=(f"{place} is masked: {error}",))
-        return joined([self._share(ids[row : row + 1], epoch) for row in range(len(ids))])
+        return joined([self._share(ids[row : row + 1], uses[row : row + 1]) for row in range(len(ids))])
 
     def _blank(self, key: str) -> Rows:
         """One row of zeros that is not valid."""
@@ -119,15 +121,19 @@ class Corridor(Dataset[Batch]):
             return f"{path.name}/{place}", f"{path}: example {place}"
         return key, f"{path}: example '{key}'"
 
-    def _rows(self, ids: np.ndarray, epoch: int) -> Rows:
-        examples = read_examples(self.examples, ids, self.task.decode)
-        numbers = self._view_numbers(ids, epoch)
+    def _rows(self, ids: np.ndarray, uses: np.ndarray) -> Rows:
+        once, places = np.unique(ids, return_inverse=True)  # several views of an example take one decode
+        read = read_examples(self.examples, once, self.task.decode)
+        examples = [read[place] for place in places]
+        numbers = self._view_numbers(ids, uses)
         stored = None if self.signals is None else self.signals.rows(ids, numbers)
         if isinstance(self.policy, MixedViews):
             fresh = stored is None
             chosen = drawn_partners(self.examples, self.policy, ids, numbers) if fresh else partners_of(stored["view"])
             examples = with_partners(self.examples, examples, ids, chosen, self.task.decode)
-        pixels, targets = np.empty((len(ids), *self.policy.size, self.policy.channels), np.uint8), []
+        # In the order of a batch in memory: each view is turned while the processor has it at hand.
+        pixels = np.empty((len(ids), self.policy.channels, *self.policy.size), np.uint8).transpose(0, 2, 3, 1)
+        targets: list[Any] = []
         groups, seconds = np.zeros((len(ids), 2), np.int64), np.zeros((len(ids), 2))
         for row, example in enumerate(examples):
             view = self._view(example, int(numbers[row])) if stored is None else stored["view"][row]
@@ -140,7 +146,7 @@ class Corridor(Dataset[Batch]):
             if whole and example.about.get("video") is not None:
                 groups[row] = video_and_frame(example)
         if stored is not None:
-            self._check_pixels(ids, epoch, examples, pixels, stored)
+            self._check_pixels(ids, uses, examples, pixels, stored)
         keys = tuple(example.key for example in examples)
         return Rows(keys, pixels, targets, stored, (True,) * len(keys), (), groups, seconds)
 
@@ -157,10 +163,8 @@ class Corridor(Dataset[Batch]):
         fields = {name: torch.from_numpy(stored[name].copy()) for name in names}
         return TeacherSignal(each_tensor(self.signals.codec.decode(stored), torch.from_numpy), fields)
 
-    def _view_numbers(self, ids: np.ndarray, epoch: int) -> np.ndarray:
-        if self.views is None:
-            return np.full(len(ids), epoch)
-        return view_number(ids, epoch, max(self.views, 1), self.policy.seed)
+    def _view_numbers(self, ids: np.ndarray, uses: np.ndarray) -> np.ndarray:
+        return uses if self.views is None else view_number(ids, uses, max(self.views, 1), self.policy.seed)
 
     def _view(self, example: Example, number: int) -> np.void:
         if self.views == 0:
@@ -168,9 +172,9 @@ class Corridor(Dataset[Batch]):
         return self.policy.draw_for(example, number)
 
     def _check_pixels(
-        self, ids: np.ndarray, epoch: int, examples: list[Example], pixels: np.ndarray, stored: np.ndarray
+        self, ids: np.ndarray, uses: np.ndarray, examples: list[Example], pixels: np.ndarray, stored: np.ndarray
     ) -> None:
-        turn = (mix(self.policy.seed, ids) + np.uint64(epoch)) % np.uint64(CHECK_ONE_IN) == 0
+        turn = (mix(self.policy.seed, ids) + uses.astype(np.uint64)) % np.uint64(CHECK_ONE_IN) == 0
         for row in np.flatnonzero(turn):
             there, here = int(stored["input_crc"][row]), input_crc(pixels[row])
             if there != here:

@@ -16,15 +16,20 @@ _LARGEST = 2**40  # permute stays clear of 64-bit overflow and of inexact square
 _WEYL = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd
 # 24 rounds. Measured by chi-square over a million keys: all n! permutations are equally frequent for n = 2 to 8, and so
 # are all pairs of images for n up to 100. 16 rounds still fail on pairs at n = 5 to 8; from n = 50 on, 8 would do.
-_ROUNDS = [np.uint64(number * _WEYL % 2**64) for number in range(24)]
+_ROUNDS = np.array([number * _WEYL % 2**64 for number in range(24)], np.uint64).reshape(-1, 2, 1)
+_SHIFTS = tuple(np.uint64(bits) for bits in (30, 27, 31, 8))  # a scalar that is made in each round would take longer
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # than what is done with it
 _BLOCKS, _PLACE, _WINDOWS, _VIEWS = range(4)  # what a key is for, so that no two purposes share one
 
 
 def _scramble(state: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
     """The output function of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): a bijection of 64-bit words."""
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    state = state ^ (state >> _SHIFTS[0])
+    state *= _FACTORS[0]
+    state ^= state >> _SHIFTS[1]
+    state *= _FACTORS[1]
+    state ^= state >> _SHIFTS[2]
+    return state
 
 
 def mix(*values: ArrayLike) -> np.ndarray | np.uint64:
@@ -67,10 +72,10 @@ def permute(index: ArrayLike, n: ArrayLike, key: ArrayLike) -> np.ndarray:
 def _feistel(index: np.ndarray, a: np.ndarray, b: np.ndarray, key: np.ndarray) -> np.ndarray:
     """A keyed bijection of range(a*b). All arguments (K,) uint64."""
     y, x = np.divmod(index, a)
-    for first, second in zip(_ROUNDS[::2], _ROUNDS[1::2], strict=True):
+    for first, second in key + _ROUNDS:
         # A hash loses its low byte so that adding it to a half cannot wrap: a wrapped sum would not be a bijection.
-        x = (x + (_scramble((key + first) ^ y) >> np.uint64(8))) % a
-        y = (y + (_scramble((key + second) ^ x) >> np.uint64(8))) % b
+        x = (x + (_scramble(first ^ y) >> _SHIFTS[3])) % a
+        y = (y + (_scramble(second ^ x) >> _SHIFTS[3])) % b
     return x + a * y
 
 
@@ -234,15 +239,19 @@ class Plan:
     equal size, give or take one: those of all ranks' first micro-batch, then those of the second. So what the ranks
     have together in a micro-batch does not depend on their number, and put end to end the shares of a step are the same
     sequence for every world and accumulate.
+
+    With `repeats` the order of the examples is that of a round of so many epochs, which it passes once: each example
+    stands in it that many times in a row, as neighbours in a batch, and an epoch is as long as ever.
     """
 
     order: Order | Sequential
     batch_size: int  # examples of one optimizer step, over all ranks and micro-batches
     world: int  # ranks
     accumulate: int  # micro-batches of one step on each rank
+    repeats: int = 1  # of an example, side by side; 1: each epoch has all examples
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "world", "accumulate"):
+        for name in ("batch_size", "world", "accumulate", "repeats"):
             _check_positive(name, getattr(self, name))
         if not self.order.examples:
             raise RecipeError("plan: the split holds no examples; give it a share in data.splits, or pack more data")
@@ -257,46 +266,60 @@ class Plan:
         """The most examples that a micro-batch of a rank has."""
         return -(-self.batch_size // (self.world * self.accumulate))
 
+    @property
+    def examples_of_step(self) -> int:
+        """How many different examples a step has at most, where none of them lies on its border."""
+        return -(-self.batch_size // self.repeats)
+
     def total(self, step: int) -> int:
-        """How many examples the step has over all ranks and micro-batches: 1 to batch_size."""
-        return len(self._positions(step))
+        """How many rows the step has over all ranks and micro-batches: 1 to batch_size."""
+        return len(self._rows(step)[1])
 
     def share(self, step: int, rank: int, micro: int) -> np.ndarray:
         """The examples (K,) int64 of one rank's micro-batch, in order; K may be 0. A wrong number is an IndexError."""
+        return self.uses(step, rank, micro)[0]
+
+    def uses(self, step: int, rank: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
+        """`share`, and how often the run has shown each of these examples before: (K,) int64 both. Where nothing is
+        repeated that is the number of the epoch."""
         if not (0 <= rank < self.world and 0 <= micro < self.accumulate):
             raise IndexError(f"plan: no rank {rank} of {self.world}, micro-batch {micro} of {self.accumulate}")
-        run = self._positions(step)
+        turn, run = self._rows(step)
         number, parts = micro * self.world + rank, self.world * self.accumulate
         start, stop = (len(run) * edge // parts for edge in (number, number + 1))
         if start == stop:
-            return np.empty(0, np.int64)
-        epoch = step // self.steps_per_epoch
-        positions = np.arange(run.start, run.stop)
-        lane, _ = self.order.locate(epoch, positions)
-        mine = positions[np.argsort(lane, kind="stable")[start:stop]]  # lanes are cheap: only our own are permuted
-        return self.order.at(epoch, mine)[0]
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        rows = np.arange(run.start, run.stop)
+        lane, _ = self.order.locate(turn, rows // self.repeats)
+        mine = rows[np.argsort(lane, kind="stable")[start:stop]]  # lanes are cheap: only our own are permuted
+        positions, again = np.divmod(mine, self.repeats)
+        return self.order.at(turn, positions)[0], turn * self.repeats + again
 
     def step_examples(self, step: int) -> np.ndarray:
         """The examples (total,) int64 of the step over all ranks and micro-batches, in the order of the epoch."""
-        run = self._positions(step)
-        return self.order.at(step // self.steps_per_epoch, np.arange(run.start, run.stop))[0]
+        turn, run = self._rows(step)
+        return self.order.at(turn, np.arange(run.start, run.stop) // self.repeats)[0]
 
-    def _positions(self, step: int) -> range:
-        """The run of positions, within its epoch, that the step takes."""
+    def _rows(self, step: int) -> tuple[int, range]:
+        """The round of epochs that the step lies in, and the run of its rows that it takes: row r of a round is the
+        example at position r // repeats."""
         if step < 0:
             raise IndexError(f"plan: steps count from 0, there is no step {step}")
-        start = step % self.steps_per_epoch * self.batch_size
-        return range(start, min(start + self.batch_size, self.order.examples))
+        epoch, place = divmod(step, self.steps_per_epoch)
+        turn, part = divmod(epoch, self.repeats)
+        first, start = part * self.order.examples, place * self.batch_size
+        return turn, range(first + start, first + min(start + self.batch_size, self.order.examples))
 
 
-def view_number(example_ids: ArrayLike, epoch: int, views: int, seed: int) -> np.ndarray:
-    """Which of its `views` stored views each example (K,) shows in this epoch: (K,) int64 in range(views).
+def view_number(example_ids: ArrayLike, uses: ArrayLike, views: int, seed: int) -> np.ndarray:
+    """Which of its `views` stored views each example (K,) shows when it has been shown `uses` times before, a number or
+    (K,): (K,) int64 in range(views).
 
-    Epochs 0 to views - 1 show every view of an example once, in an order of its own; so do the next `views` epochs, in
+    Uses 0 to views - 1 show every view of an example once, in an order of its own; so do the next `views` uses, in
     another order, and so on.
     """
     _check_positive("views.count", views)
-    cycle, turn = divmod(epoch, views)
+    cycle, turn = np.divmod(uses, views)
     return permute(turn, views, mix(_VIEWS, seed, example_ids, cycle))
 
 

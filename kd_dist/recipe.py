@@ -86,7 +86,7 @@ class Data:
     lanes: Count | None = None  # streams of blocks that are interleaved; null: chosen
     window: Count | None = None  # examples of a lane that are shuffled together; null: chosen
     on_error: Literal["raise", "replace_masked"] = "raise"  # at a damaged example: stop, or mask it and go on
-    error_limit: Count = 100  # examples of an epoch that may be masked; one more stops the run
+    error_limit: Count = 100  # examples that may be masked, each as often as an epoch shows it; one more stops the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +254,12 @@ class Stage:
     epochs: Count
     batch_size: Count  # examples of an optimizer step: all ranks, all micro-batches
     accumulate: Count = 1  # micro-batches of each rank in a step; divides batch_size
+    # m views of an example side by side in a batch, of one read and decode, as in FKD (Shen and Xing, ECCV 2022,
+    # 2112.01528). An epoch has as many rows as ever, of 1/m of the examples: m epochs show what m others do, and
+    # `epochs` is a multiple of m. A step has batch_size / m examples, m near duplicates of each: the less views differ,
+    # the less it learns from them, and the statistics of BatchNorm and what relational losses compare are of so many
+    # fewer. For decode-bound training on many examples in large batches. Partners of mixed views are decoded as well.
+    views_per_decode: Count = 1
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Positive  # the highest learning rate
     backbone_lr: Positive = 1.0  # factor of `lr` for all but the model's head and the projections

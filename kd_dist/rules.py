@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from kd_dist.batch import IGNORED
@@ -16,17 +16,15 @@ from kd_dist.losses.served import codec_problem
 from kd_dist.manifest import GENERATED, GENERATOR
 from kd_dist.models import FAMILIES
 from kd_dist.models.taps import reads_shares
-from kd_dist.recipe import AUGMENTATIONS, Network, Recipe, Stage, Views
+from kd_dist.recipe import AUGMENTATIONS, Network, Recipe, Views
 from kd_dist.remote import url_problem
 from kd_dist.signals.codecs import LEVELS
 from kd_dist.signals.topk import TopCodec, is_top
 from kd_dist.sources import SOURCES
+from kd_dist.stage_rules import Keys, Problems, repeat_problems, schedule_problems
 from kd_dist.tasks import TASKS, metrics_of
 from kd_dist.views.augmented import WIDEST
 from kd_dist.views.mixed import ALPHA
-
-Keys = tuple[str, ...]  # the way from the top of a recipe to a value: ("stages", "distill", "lr")
-Problems = Iterator[tuple[Keys, str]]  # where a value is, and the sentence that says what is wrong with it
 
 MOST_MASK_CLASSES = IGNORED  # of a mask's 256 values the last says "ignored"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # 32: `<key>.<teacher>.npy` has to fit a tar header
@@ -293,38 +291,6 @@ def _weights_problems(recipe: Recipe, keys: Keys, weights: str | None, model: st
         yield keys, f"stage '{name}' must stand above the stage that starts from it"
 
 
-def _schedule_problems(stage: Stage, keys: Keys) -> Problems:
-    """How fast a stage's parts learn, from when on, and by what means."""
-    if stage.layer_decay != 1 and stage.backbone_lr != 1:
-        yield (*keys, "layer_decay"), "gives every block a factor of its own; leave backbone_lr out, or this"
-    rest = stage.epochs - stage.warmup_epochs
-    if stage.cycle_epochs is None and stage.cycle_factor != 1:
-        yield (*keys, "cycle_factor"), "is the growth of cycles; give cycle_epochs, the length of the first"
-    if stage.cycle_epochs is not None and stage.cycle_epochs >= rest:
-        yield (*keys, "cycle_epochs"), (
-            f"{stage.cycle_epochs:g} leaves no restart within the {rest:g} epochs after warm-up; give less, or null"
-        )
-    if stage.compile and stage.gradient_checkpointing:
-        yield (*keys, "compile"), "decides itself what is computed again; leave gradient_checkpointing out, or this"
-    if stage.unfreeze:
-        yield from _unfreeze_problems(stage, (*keys, "unfreeze"))
-
-
-def _unfreeze_problems(stage: Stage, keys: Keys) -> Problems:
-    """Blocks that begin to learn later."""
-    if stage.train_last is None:
-        yield keys, "says what learns later; give train_last, the blocks that learn from the beginning"
-        return
-    epoch, last = 0, stage.train_last
-    for key, more in stage.unfreeze.items():
-        if not key.isdecimal() or not epoch < int(key) < stage.epochs:
-            yield (*keys, key), f"must be an epoch after {epoch} and before {stage.epochs}, counted from 0"
-            return
-        if last is None or (more is not None and more <= last):
-            yield (*keys, key), f"must let more blocks learn than the {'all' if last is None else last} before it"
-        epoch, last = int(key), more
-
-
 def _stage_problems(recipe: Recipe, name: str) -> Problems:
     stage, keys, order = recipe.stages[name], ("stages", name), list(recipe.stages)
     yield from _weights_problems(recipe, (*keys, "init"), stage.init, stage.model, order[: order.index(name)])
@@ -335,11 +301,9 @@ def _stage_problems(recipe: Recipe, name: str) -> Problems:
         )
     if stage.batch_size % stage.accumulate:
         yield (*keys, "batch_size"), f"{stage.batch_size} cannot be divided by accumulate, {stage.accumulate}"
-    if stage.warmup_epochs > stage.epochs:
-        yield (*keys, "warmup_epochs"), f"{stage.warmup_epochs:g} is more than the stage's {stage.epochs} epochs"
-    if stage.min_lr > stage.lr:
-        yield (*keys, "min_lr"), f"{stage.min_lr:g} is above lr, {stage.lr:g}"
-    yield from _schedule_problems(stage, keys)
+    yield from schedule_problems(stage, keys)
+    known = {loss: written for loss, written in stage.losses.items() if loss in LOSSES}
+    yield from repeat_problems(stage, keys, recipe.views.count if signals_needed(known) else None)
     if not stage.losses:
         yield (*keys, "losses"), "at least one loss is needed"
     related = [loss for loss in stage.losses if loss in LOSSES and LOSSES[loss].relational]

@@ -115,7 +115,7 @@ def prepare(recipe: Recipe, name: str) -> Run:
     last = checkpoint.latest(folder)
     about = {**identity, "stage": to_dict(stage), "known": known, "precision": precision}
     agree(about, "the beginning" if last is None else last.name)
-    if (problem := shuffle_problem(corridor.plan.order, stage.batch_size)) is not None:
+    if (problem := shuffle_problem(corridor.plan.order, corridor.plan.examples_of_step)) is not None:
         accelerator.print(f"warning: {problem}", file=sys.stderr)
     teacher = None
     if assemble.is_online(stage):

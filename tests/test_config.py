@@ -773,7 +773,7 @@ def test_every_key_refuses_a_value_of_another_type(written):
         name, wrong = ".".join(keys), "3" if free else "{no: 1}"
         assert refusal(path, [f"{name}={wrong}"]).startswith(f"command line: {name}: must be "), name
         seen += 1
-    assert seen == 141
+    assert seen == 142
 
 
 def test_every_bounded_value_refuses_what_is_below_it(written):
@@ -799,7 +799,7 @@ def test_every_bounded_value_refuses_what_is_below_it(written):
             refusal(path, [f"{name}={wrong}"]),
         ), name
         seen += 1
-    assert seen == 94
+    assert seen == 95
 
 
 @pytest.mark.parametrize(
@@ -821,6 +821,27 @@ def test_every_bounded_value_refuses_what_is_below_it(written):
 def test_options_of_training_that_do_not_go_together_are_refused(written, words, said):
     given = [f"stages.distill.{word}" for word in ("epochs=10", "warmup_epochs=0", *words)]
     assert refusal(written(TEXT), given).removeprefix("command line: ").startswith(f"stages.distill.{said}")
+
+
+def test_views_side_by_side_that_do_not_fit_a_stage_are_refused(written):
+    """Fresh views, of a stage without a teacher, are as many as are asked for."""
+
+    def said(stage, *words):
+        given = ["views.count=4", *(f"stages.{stage}.{word}" for word in ("warmup_epochs=0", *words))]
+        return refusal(written(TEXT), given).removeprefix(f"command line: stages.{stage}.views_per_decode: ")
+
+    words = ["epochs=10", "batch_size=10", "views_per_decode=5"]
+    assert said("distill", *words) == "5 views side by side, of 4 that an example has (views.count); take no more"
+    load(written(TEXT), ["views.count=4", *(f"stages.teach.{word}" for word in words)])
+    assert said("distill", *words[:2], "views_per_decode=4") == (
+        "the examples pass once in 4 epochs, which 10 are no multiple of: some would be shown more often than others; "
+        "change one of the two"
+    )
+    assert said("teach", words[0], "batch_size=9", words[2]) == (
+        "5 leaves fewer than two examples in a batch of 9; take larger batches"
+    )
+    words = ["epochs=8", "batch_size=8", "views_per_decode=4"]
+    load(written(TEXT), ["views.count=4", *(f"stages.distill.{word}" for word in words)])
 
 
 def test_options_of_training_that_go_together_are_taken(written):

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from kd_dist.config import load
 from kd_dist.data import CHECK_ONE_IN, Corridor
 from kd_dist.errors import DataError, MismatchError, ShardError
 from kd_dist.folders import Shards
+from kd_dist.joined import JoinedShards, JoinedSignals
 from kd_dist.loader import batches, packed, to_device, unpacked
 from kd_dist.losses import Objective
 from kd_dist.plan import Plan
@@ -69,7 +71,7 @@ def corridor(made, monkeypatch) -> Corridor:
 
 def spread(corridor: Corridor, batch_size: int, world: int, accumulate: int, epochs: int = 2) -> list[Corridor]:
     """The same corridor for each rank of another topology."""
-    plan = Plan(corridor.plan.order, batch_size, world, accumulate)
+    plan = Plan(corridor.plan.order, batch_size, world, accumulate, corridor.plan.repeats)
     return [replace(corridor, plan=plan, rank=rank, epochs=epochs) for rank in range(world)]
 
 
@@ -95,6 +97,7 @@ def bytes_of(batch: Batch) -> tuple:
 # ---------------------------------------------------------------------------------------------- what they show
 
 
+DARK = "green/03"
 FILMED = {"blue/00": ("a", 3), "blue/01": ("a", 3), "green/00": ("a", 4), "green/01": ("b", 3), "red/01": ("b", None)}
 
 
@@ -250,12 +253,130 @@ def test_without_a_teacher_every_epoch_has_a_fresh_view_and_evaluation_has_one(m
     assert len(batch.keys) == 9 and list(batch.keys) == all_keys(judged)
 
 
+# ---------------------------------------------------------------------------------------------- views side by side
+
+
+class Counting(Classification):
+    """A decoder that notes what it decodes."""
+
+    decoded: ClassVar[list[str]] = []
+
+    def decode(self, key: str, members: dict) -> Example:
+        self.decoded.append(key)
+        return super().decode(key, members)
+
+
+def repeating(corridor: Corridor, repeats: int, batch_size: int = 8) -> Corridor:
+    """The corridor with so many views of an example side by side, for two of their rounds of three epochs."""
+    plan = replace(corridor.plan, batch_size=batch_size, repeats=repeats)
+    return replace(corridor, plan=plan, epochs=2 * VIEWS, task=Counting(3))
+
+
+def rows_of(corridor: Corridor, first: int, stop: int) -> list[tuple]:
+    """All bytes of the valid rows of these epochs, sorted."""
+    found = []
+    for cursor in range(first * corridor.plan.steps_per_epoch, stop * corridor.plan.steps_per_epoch):
+        batch = valid_rows(corridor[cursor])
+        parts = [batch.images, batch.targets, *([] if batch.signals is None else [batch.signals.logits])]
+        parts += [] if batch.mixture is None else batch.mixture
+        found += zip(batch.keys, *([row.numpy().tobytes() for row in part] for part in parts), strict=True)
+    return sorted(found)
+
+
+MIXED = ["views.mixup=0.5", "views.cutmix=0.5", "views.mixed=0.7"]
+
+
+@pytest.mark.parametrize("stage, words", [("distill", []), ("pretrain", []), ("pretrain", MIXED)])
+def test_a_round_has_the_rows_of_as_many_plain_epochs_bit_for_bit(made, monkeypatch, stage, words):
+    monkeypatch.chdir(made)
+    corridor = assemble.training_corridor(load("tiny.yaml", [*RECIPE, *words]), stage, 0, 1)
+    plain, side_by_side = repeating(corridor, 1), repeating(corridor, 3)
+    for first in (0, 3):
+        rows = rows_of(side_by_side, first, first + 3)
+        assert rows == rows_of(plain, first, first + 3) and len(set(rows)) >= 3 * TRAIN - 2  # one picture is white
+    assert len(rows_of(side_by_side, 4, 5)) == TRAIN  # an epoch is as long as ever
+
+
+def test_two_folders_as_one_have_their_views_side_by_side(corridor):
+    """As generated examples are beside the packed ones; here, one folder twice."""
+    parts = [corridor.examples] * 2
+    joint = replace(
+        corridor,
+        examples=JoinedShards(parts),
+        signals=JoinedSignals([corridor.signals] * 2, parts),
+        plan=replace(corridor.plan, order=replace(corridor.plan.order, examples=2 * TRAIN)),
+    )
+    rows = rows_of(repeating(joint, 3), 0, 3)
+    assert rows == rows_of(repeating(joint, 1), 0, 3) and len(rows) == 3 * 2 * TRAIN
+
+
+def test_views_side_by_side_take_one_decode(corridor):
+    side_by_side = repeating(corridor, 3)
+    for cursor in range(len(side_by_side)):
+        Counting.decoded.clear()
+        batch = side_by_side[cursor]
+        runs = [key for key, before in zip(batch.keys, ("", *batch.keys), strict=False) if key != before]
+        assert len(runs) == len(set(batch.keys)) <= 4 and len(batch.keys) in (5, 8)
+        assert sorted(Counting.decoded) == sorted(runs)
+
+
+def test_steps_of_views_side_by_side_are_the_same_for_every_topology(corridor):
+    corridor = replace(corridor, plan=replace(corridor.plan, repeats=3))
+    first = [joined(shares) for shares in steps(spread(corridor, 8, 1, 1, epochs=3))]
+    assert len(first) == 3 * 3 and len(set(first)) == 9
+    for world, accumulate in ((2, 1), (1, 3), (3, 2), (30, 1)):
+        assert [joined(shares) for shares in steps(spread(corridor, 8, world, accumulate, epochs=3))] == first
+
+
+def test_views_side_by_side_are_another_run_and_its_shuffle_is_judged_by_its_examples(made, monkeypatch):
+    monkeypatch.chdir(made)
+    found = []
+    for repeats in (1, 2):
+        recipe = load("tiny.yaml", [*RECIPE, f"stages.distill.views_per_decode={repeats}"])
+        corridor = assemble.training_corridor(recipe, "distill", 0, 1)
+        assert corridor.plan.repeats == repeats and corridor.plan.examples_of_step == 8 // repeats
+        found.append(assemble.stage_identity(recipe, "distill", corridor))
+    assert "views_per_decode" not in found[0]["stage"]  # as checkpoints had it before there was such an option
+    assert found[1] == {**found[0], "stage": {**found[0]["stage"], "views_per_decode": 2}}
+    judged = assemble.evaluation_corridor(recipe, "val", 0, 1, cached=True)
+    assert judged.plan.repeats == 1
+
+
+def test_quarantined_examples_are_left_out_of_a_round(made, monkeypatch):
+    monkeypatch.chdir(made)
+    own = assemble.training_corridor(load("tiny.yaml", FRAGILE), "distill", 0, 1)
+    side_by_side, shown, totals = repeating(own, 3, 10), Counter(), 0  # some lie across a border
+    assert rows_of(side_by_side, 0, 3) == rows_of(repeating(own, 1), 0, 3)
+    for cursor in range(3 * side_by_side.plan.steps_per_epoch):
+        batch = side_by_side[cursor]
+        assert batch.total == len(batch.keys) and batch.valid.all()
+        shown.update(batch.keys)
+        totals += batch.total
+    assert "red/00" not in shown and set(shown.values()) == {3} and totals == 3 * (TRAIN - 1)
+
+
+def test_side_by_side_the_pixels_of_as_many_views_are_checked(made, monkeypatch):
+    """Each example in one of sixteen views that are shown of it."""
+    monkeypatch.chdir(made)
+    rounds = 2 * CHECK_ONE_IN
+    for repeats in (1, 3):
+        corridor = assemble.training_corridor(load("tiny.yaml", RECIPE), "distill", 0, 1)
+        checked = Counter()
+        whole = replace(repeating(corridor, repeats, TRAIN), epochs=rounds * 3, task=Darkened(3))
+        for cursor in range(len(whole)):
+            try:
+                whole[cursor]
+            except MismatchError as error:
+                checked[str(error).split("'")[1]] += 1
+        assert checked == {DARK: rounds * 3 // CHECK_ONE_IN}
+
+
 # ---------------------------------------------------------------------------------------------- the loader
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_workers_and_resuming_change_nothing(corridor, workers):
-    [_, mine] = spread(corridor, 8, 2, 2)
+@pytest.mark.parametrize("workers, repeats", [(0, 1), (2, 1), (2, 2)])
+def test_workers_and_resuming_change_nothing(corridor, workers, repeats):
+    [_, mine] = spread(replace(corridor, plan=replace(corridor.plan, repeats=repeats)), 8, 2, 2)
     whole = [bytes_of(mine[cursor]) for cursor in range(len(mine))]
     assert len(whole) == 2 * 3 * 2 and len(set(whole)) == len(whole)
     for cursor in (0, 5, 11, 12):
@@ -263,6 +384,14 @@ def test_workers_and_resuming_change_nothing(corridor, workers):
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
+
+
+class Darkened(Classification):
+    """A decoder of another version: one picture is black."""
+
+    def decode(self, key: str, members: dict) -> Example:
+        example = super().decode(key, members)
+        return example._replace(image=np.zeros_like(example.image)) if key == DARK else example
 
 
 class Brightened(Classification):
@@ -382,6 +511,24 @@ def test_failed_examples_are_rows_of_zeros_that_are_masked(home, workers):
     assert masked == 2 * 2
     with pytest.raises(ShardError, match="is damaged"):
         drain(fresh())
+
+
+def test_an_example_that_fails_fails_in_all_its_views_and_a_row_of_signals_alone(home):
+    def shown() -> list[Batch]:
+        corridor = repeating(tolerant(), 3)
+        return [corridor[cursor] for cursor in range(3 * corridor.plan.steps_per_epoch)]
+
+    whole, bad = shown(), damaged_example()
+    signals = fresh().signals
+    offset, _ = signals.shard(1).member(3, "teacher.npy")
+    change(signals.paths[1], offset + signals.header + 2 * signals.dtype.itemsize - 1)  # of view 1 alone
+    told = Counter()
+    for before, now in zip(whole, shown(), strict=True):
+        assert (now.keys, now.total) == (before.keys, before.total) and len(now.failed) == int((~now.valid).sum())
+        told.update(key for key, valid in zip(now.keys, now.valid.tolist(), strict=True) if not valid)
+        for one, other in zip(tensors(now), tensors(before), strict=True):
+            assert torch.equal(one[now.valid], other[now.valid]) and not one[~now.valid].any()
+    assert told == {bad: 3, signals.shard(1).key(3): 1}
 
 
 def tensors(batch: Batch) -> tuple[torch.Tensor, ...]:

@@ -527,9 +527,71 @@ def test_a_rank_has_few_blocks_open():
     assert len(touched) == 8 * 16
 
 
-@pytest.mark.parametrize("name", ["batch_size", "world", "accumulate"])
+@settings(max_examples=60, deadline=None)
+@given(
+    order=orders.filter(lambda order: order.examples > 0),
+    batch_size=st.integers(1, 130),
+    world=st.integers(1, 5),
+    accumulate=st.integers(1, 3),
+    repeats=st.integers(1, 6),
+    step=st.integers(0, 10_000),
+)
+def test_a_round_passes_the_examples_once_each_of_them_side_by_side(
+    order, batch_size, world, accumulate, repeats, step
+):
+    """Against the whole round, written out."""
+    plan = Plan(order, batch_size, world, accumulate, repeats)
+    assert plan.steps_per_epoch == Plan(order, batch_size, 1, 1).steps_per_epoch
+    epoch, place = divmod(step, plan.steps_per_epoch)
+    ids, lanes = order.at(epoch // repeats, np.arange(order.examples))
+    round_of_rows = [
+        (lane, one, epoch // repeats * repeats + again)
+        for one, lane in zip(ids.tolist(), lanes.tolist(), strict=True)
+        for again in range(repeats)
+    ]
+    own = round_of_rows[epoch % repeats * order.examples :][: order.examples]
+    run = own[place * batch_size :][:batch_size]
+    assert plan.total(step) == len(run) and plan.step_examples(step).tolist() == [one for _, one, _ in run]
+    by_lane = [(one, use) for _, one, use in sorted(run, key=lambda row: row[0])]
+    shares = [plan.uses(step, rank, micro) for micro in range(accumulate) for rank in range(world)]
+    assert [(int(one), int(use)) for both in shares for one, use in zip(*both, strict=True)] == by_lane
+    assert {both[1].dtype for both in shares} == {np.dtype(np.int64)}
+    groups = 1 + np.count_nonzero(np.diff([one for one, _ in by_lane]))
+    assert groups == len({one for one, _ in by_lane})  # neighbours, of one decode
+    assert groups <= -(-len(run) // repeats) + 1  # one more where a group lies on the border of the step
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    order=orders.filter(lambda order: order.examples > 0),
+    batch_size=st.integers(20, 130),
+    repeats=st.integers(1, 6),
+    rounds=st.integers(0, 20),
+    views=st.integers(1, 9),
+)
+def test_a_round_shows_the_views_that_as_many_plain_epochs_show(order, batch_size, repeats, rounds, views):
+    shown = []
+    for plan in (Plan(order, batch_size, 2, 1, repeats), Plan(order, batch_size, 2, 1)):
+        first = rounds * repeats * plan.steps_per_epoch
+        parts = [
+            plan.uses(step, rank, 0) for step in range(first, first + repeats * plan.steps_per_epoch) for rank in (0, 1)
+        ]
+        ids, uses = (np.concatenate(part) for part in zip(*parts, strict=True))
+        shown.append(sorted(zip(ids.tolist(), uses.tolist(), view_number(ids, uses, views, 3).tolist(), strict=True)))
+    assert shown[0] == shown[1] and len(set(shown[0])) == repeats * order.examples
+    if repeats <= views and not views % repeats:  # a group lies in one cycle of the views
+        assert len({(one, view) for one, _, view in shown[0]}) == len(shown[0])
+
+
+def test_a_step_of_repeats_costs_no_more_at_the_end_of_a_run():
+    plan = Plan(Order.default(10**9, 10_000, seed=0), 1024, 4096, 1, 4)
+    last = 4 * 25 * plan.steps_per_epoch - 1
+    assert plan.total(last) == 10**9 % 1024 and plan.uses(last, 4095, 0)[1].tolist() == [99]
+
+
+@pytest.mark.parametrize("name", ["batch_size", "world", "accumulate", "repeats"])
 def test_plan_refuses_sizes_below_one(name):
-    sizes = {"batch_size": 4, "world": 1, "accumulate": 1, name: 0}
+    sizes = {"batch_size": 4, "world": 1, "accumulate": 1, "repeats": 1, name: 0}
     with pytest.raises(RecipeError, match=f"{name} must be at least 1, not 0"):
         Plan(Sequential(10), **sizes)
 
@@ -569,6 +631,12 @@ def test_examples_cycles_and_seeds_have_orders_of_their_own():
         assert excess(np.bincount(numbers, minlength=8)) < 4
         for other in (view_number(many, epoch + 8, 8, 0), view_number(many, epoch, 8, 1)):
             assert abs(np.mean(numbers == other) - 1 / 8) < 0.02
+
+
+@given(views=st.integers(1, 12), uses=st.lists(st.integers(0, 10**6), min_size=1, max_size=9))
+def test_each_example_has_been_shown_as_often_as_it_has(views, uses):
+    alone = [int(view_number([7 * row], use, views, 0)[0]) for row, use in enumerate(uses)]
+    assert view_number(7 * np.arange(len(uses)), np.array(uses), views, 0).tolist() == alone
 
 
 def test_golden_views():

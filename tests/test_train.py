@@ -37,12 +37,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 
 
 @pytest.mark.parametrize(
-    "stage, student, accumulate, sam",
-    [("distill", "dropping", 1, "null"), ("pretrain", "dropping", 2, "null"), ("distill", "dropping", 2, "0.1")],
+    "stage, student, accumulate, sam, views",
+    [
+        ("distill", "dropping", 1, "null", 1),
+        ("pretrain", "dropping", 2, "null", 1),
+        ("distill", "dropping", 2, "0.1", 2),
+    ],
 )
-def test_ten_steps_equal_five_and_a_resume_bit_for_bit(lab, tmp_path, stage, student, accumulate, sam):
+def test_ten_steps_equal_five_and_a_resume_bit_for_bit(lab, tmp_path, stage, student, accumulate, sam, views):
+    """The last in the midst of a round of two epochs, which have two views of each example side by side."""
     words = ["train.epochs=4", f"student.model=tiny_model:{student}", f"train.accumulate={accumulate}"]
-    words += [f"train.sam={sam}"]
+    words += [f"train.sam={sam}", f"train.views_per_decode={views}"]
     whole = trained(lab, tmp_path / "whole", *words, "train.max_steps=10", "train.checkpoint_every=5", stage=stage)
     trained(lab, tmp_path / "parts", *words, "train.max_steps=5", stage=stage)
     parts = trained(lab, tmp_path / "parts", *words, "train.max_steps=10", stage=stage)
