@@ -35,7 +35,7 @@ def decode_image(payload: bytes | memoryview) -> np.ndarray:
     with opened(payload, "image") as image:
         if image.mode[0] in "IF":  # Pillow would clip it to 255
             raise DataError(f"the image has pixels of mode {image.mode}, not of 8 bits; convert it to 8 bits")
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def image_member(payload: bytes, extension: str) -> dict[str, bytes]:

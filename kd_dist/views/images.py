@@ -117,7 +117,7 @@ def replay(image: np.ndarray, view: np.void, size: tuple[int, int]) -> np.ndarra
     if not all(0 <= factor <= 2 for factor in (brightness, contrast, saturation)):  # NaN is not either
         raise DataError(f"the view's factors {brightness}, {contrast}, {saturation} are not from 0 to 2; cache again")
     top, left, bottom, right = _checked_box(view, image.shape, "image")
-    picture = resized(Image.fromarray(image), size[::-1], (left, top, right, bottom))
+    picture = resized(image, size[::-1], (left, top, right, bottom))
     if flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return coloured(picture, brightness, contrast, saturation)
