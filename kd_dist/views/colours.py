@@ -6,7 +6,7 @@ from PIL import Image
 ONE = 1 << 16  # the factor 1 in Q16 fixed point
 HALF = ONE // 2
 HUES = 1 << 12  # steps of hue in a turn
-CHUNK = 1 << 15  # levels at a time, which stay in the processor's cache
+CHUNK = 1 << 16  # levels at a time, which stay in the processor's cache
 
 
 def coloured(picture: Image.Image, brightness: float, contrast: float, saturation: float) -> np.ndarray:

@@ -10,8 +10,8 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
 def resized(picture: Image.Image | np.ndarray, size: tuple[int, int], box: Box | None = None) -> Image.Image:
-    """Pillow's bilinear resize of `box` to `size` (width, height): across, then down. An array (H, W, 3) or (H, W)
-    uint8 is brought to Pillow no further than the box needs it.
+    """Pillow's bilinear resize of `box` to `size` (width, height): across, then down. Of an array (H, W, 3) or (H, W)
+    uint8 only what the box needs is brought to Pillow.
 
     Each pass rounds to bytes, so their order shows. Pillow before 13.0 always goes across first; from 13.0 on it goes
     down first where the height loses more than twice as many pixels as the width.
