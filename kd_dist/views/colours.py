@@ -29,10 +29,10 @@ def away(pixels: np.ndarray, centres: np.ndarray, times: float) -> np.ndarray:
     """Levels (h, w, 3) uint8 moved away from `centres`, as many levels, to `times` their distance from them, rounded
     half up and held to 0..255: a new array. `times` is a multiple of 1 / ONE, from 0 to 2.
 
-    In 32-bit floats, which hold every number on the way exactly: of 16 bits behind the point, within 0 to 255 of 8
-    before it; those outside are cut off.
+    In 32-bit floats: their 24 bits hold each product, at most 255 with 16 bits behind the point, and each sum from
+    0 to 256 exactly; what is rounded lies outside and is cut off.
     """
-    made = np.empty_like(pixels)
+    made = np.empty(pixels.shape, np.uint8)
     flat = pixels.reshape(-1), centres.reshape(-1), made.reshape(-1)
     for start in range(0, pixels.size, CHUNK):
         levels, moved, out = (one[start : start + CHUNK] for one in flat)

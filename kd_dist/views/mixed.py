@@ -14,6 +14,7 @@ from kd_dist.batch import Example
 from kd_dist.errors import DataError, RecipeError
 from kd_dist.views.augmented import AUGMENTED_DTYPE, AugmentedViews
 from kd_dist.views.chance import record, uniform
+from kd_dist.views.colours import away
 from kd_dist.views.images import LONGEST_SIDE, VIEW_DTYPE, ImageViews
 from kd_dist.views.pictures import Picture
 
@@ -133,12 +134,7 @@ class MixedViews:
             top, left, height, width = view["box"].tolist()
             pixels[top : top + height, left : left + width] = other[top : top + height, left : left + width]
             return pixels
-        share = int(view["share"])
-        both = pixels.astype(np.int32) * share  # at most 255 * WHOLE: 23 bits
-        both += other.astype(np.int32) * (WHOLE - share)
-        both += WHOLE // 2
-        both >>= 15
-        return both.astype(np.uint8)
+        return away(pixels, other, int(view["share"]) / WHOLE)
 
     def _alone(self, own: np.void) -> np.void:
         return record(self.dtype, own, np.zeros((), own.dtype), 0, 0, (0, 0, 0, 0), ALONE)
