@@ -187,10 +187,11 @@ def _inside(corners: np.ndarray, grid: np.ndarray) -> np.ndarray:
     weights[np.arange(MASK), node] = MASK - 1 - rest
     weights[np.arange(MASK), np.minimum(node + 1, NODES - 1)] += rest
     x, y = (weights @ grid[..., axis] @ weights.T * STEP // (MASK - 1) ** 2 for axis in (0, 1))
-    x, y = x + centres, y + centres[:, None]
+    x, y = (x + centres).astype(np.float64), (y + centres[:, None]).astype(np.float64)  # which hold products exactly
     within = np.ones((MASK, MASK), bool)
     for (from_x, from_y), (to_x, to_y) in zip(corners.tolist(), np.roll(corners, -1, 0).tolist(), strict=True):
-        within &= (to_x - from_x) * (y - from_y) - (to_y - from_y) * (x - from_x) <= 0
+        across, down = to_x - from_x, to_y - from_y
+        within &= across * y - down * x <= across * from_y - down * from_x
     return within
 
 
