@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFilter
 from scipy.spatial import ConvexHull
 
 from kd_dist.errors import DataError
-from kd_dist.views.blends import BLEND_DTYPE, CORNERS, MASK, SIDE, as_json, blend, draw_blend, mask
+from kd_dist.views.blends import BLEND_DTYPE, CORNERS, MASK, SIDE, as_json, blend, blended, draw_blend, mask
 from kd_dist.views.chance import uniform
+from kd_dist.views.pictures import Picture
+from kd_dist.views.resizing import resized
 
 SIZE = (90, 70)
 # Number -> CRC of the record's bytes, CRC of the pixels. Never change these: caches depend on them.
@@ -90,6 +92,50 @@ def test_a_fresh_process_blends_the_same_from_the_stored_bytes():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == str(zlib.crc32(blend(picture(), drawn))), done.stderr
+
+
+def plainly_changed(image: np.ndarray, parameters: np.void) -> np.ndarray:
+    """The copy of other colours and detail, a step at a time in whole numbers."""
+
+    def moved(levels, centres, factor: float) -> np.ndarray:
+        return np.clip(((levels - centres) * int(factor * 65536 + 0.5) + 32768 >> 16) + centres, 0, 255)
+
+    def grey(levels: np.ndarray) -> np.ndarray:
+        return levels @ np.array([19595, 38470, 7471]) + 32768 >> 16
+
+    brightness, contrast, saturation, sharpened = (
+        parameters[name].item() for name in ("brightness", "contrast", "saturation", "sharpened")
+    )
+    levels = moved(image.astype(np.int64), 0, brightness)
+    levels = moved(levels, int(grey(levels).mean() + 0.5), contrast)
+    levels = moved(levels, grey(levels)[..., None], saturation)
+    shift = parameters["rgb"].astype(np.int64)
+    levels += shift.sum() // 3 if (levels == levels[..., :1]).all() else shift
+    pixels = np.clip(levels, 0, 255).astype(np.uint8)
+    rows, columns = parameters["shrunk"].tolist()
+    if (rows, columns) != image.shape[:2]:
+        small = resized(Image.fromarray(pixels), (columns, rows))
+        return np.asarray(resized(small, image.shape[1::-1]))
+    mean = np.asarray(Image.fromarray(pixels).filter(ImageFilter.BoxBlur(1)), np.int64)
+    return np.clip(pixels + ((pixels - mean) * sharpened + 8 >> 4), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("is_grey", [False, True])
+def test_the_changed_copy_is_that_of_the_plain_way(is_grey):
+    """Seen all over, as the source that is neither moved nor resized."""
+    size, sharp = (150, 160), 0
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    image = np.repeat(image[..., :1], 3, axis=2) if is_grey else image
+    for number in range(12):
+        drawn, parameters = draw_blend(chance(number), size), untouched(size)
+        for name in ("brightness", "contrast", "saturation", "rgb", "sharpened", "shrunk"):
+            parameters[name] = drawn[name]
+        parameters["changes_source"] = 1
+        wanted = plainly_changed(image, parameters)
+        assert np.array_equal(blend(image, parameters), wanted)
+        assert np.array_equal(blended(Picture(Image.fromarray(image)), parameters), wanted)
+        sharp += bool(drawn["sharpened"])
+    assert 0 < sharp < 12
 
 
 def test_a_blend_that_changes_nothing_is_the_image():

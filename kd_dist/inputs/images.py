@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from kd_dist.errors import DataError
+from kd_dist.views.pictures import Picture
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "ppm", "pgm")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow starts a program to decode another
@@ -32,10 +33,16 @@ def opened(payload: bytes | memoryview, what: str) -> Iterator[Image.Image]:
 
 def decode_image(payload: bytes | memoryview) -> np.ndarray:
     """Encoded image -> (H, W, 3) uint8 RGB. Raises DataError when it is damaged, too large or not 8 bits deep."""
+    return np.asarray(decoded(payload))
+
+
+def decoded(payload: bytes | memoryview) -> Picture:
+    """The same as Pillow holds it: an array when it is used as one, which views do not."""
     with opened(payload, "image") as image:
         if image.mode[0] in "IF":  # Pillow would clip it to 255
             raise DataError(f"the image has pixels of mode {image.mode}, not of 8 bits; convert it to 8 bits")
-        return np.asarray(image.convert("RGB"))
+        image.load()
+        return Picture(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def image_member(payload: bytes, extension: str) -> dict[str, bytes]:
@@ -57,15 +64,15 @@ class Images:
         """An image as it came, as the member of a shard. Raises DataError when it cannot be decoded, or `extension` is
         none of an image."""
         member = image_member(payload, extension)
-        decode_image(payload)
+        decoded(payload)
         return member
 
-    def decode(self, members: Mapping[str, bytes | memoryview]) -> np.ndarray:
+    def decode(self, members: Mapping[str, bytes | memoryview]) -> Picture:
         """(H, W, 3) uint8 RGB. Raises DataError unless the members hold one image, which can be decoded."""
         found = [name for name in IMAGE_EXTENSIONS if name in members]
         if len(found) != 1:
             raise DataError(f"expected one image, found {', '.join(sorted(members)) or 'nothing'}")
-        return decode_image(members[found[0]])
+        return decoded(members[found[0]])
 
     def described(self) -> dict[str, Any]:
         """What a manifest says of how examples were made: nothing, they are as they came."""

@@ -14,6 +14,7 @@ from kd_dist.views.chance import record, uniform
 from kd_dist.views.colours import HUES, hued
 from kd_dist.views.images import CROP_TRIES, LONGEST_SIDE, VIEW_DTYPE, ImageViews
 from kd_dist.views.operations import OPERATIONS
+from kd_dist.views.pictures import Picture
 
 MOST_OPERATIONS = 3  # of a view; the largest number that the paper tries
 STEP = 256  # of a blur's radius, to a pixel
@@ -92,7 +93,7 @@ class AugmentedViews(ImageViews):
         view["view"] = super().canonical(image_size)
         return view[()]
 
-    def replay(self, image: np.ndarray, view: np.void) -> np.ndarray:
+    def replay(self, image: np.ndarray | Picture, view: np.void) -> np.ndarray:
         """The pixels of `view` at the policy's size: those of the plain view, then all else as `augmented` does it."""
         return augmented(super().replay(image, view["view"]), view)
 

@@ -8,9 +8,10 @@ import numpy as np
 
 from kd_dist.batch import Example
 from kd_dist.errors import RecipeError
-from kd_dist.views.blends import BLEND_DTYPE, blend, draw_blend
+from kd_dist.views.blends import BLEND_DTYPE, blended, draw_blend
 from kd_dist.views.chance import record, uniform
 from kd_dist.views.images import VIEW_DTYPE, ImageViews
+from kd_dist.views.pictures import Picture
 
 REAL, FAKE = 0, 1  # the two classes
 # One view: 200 bytes. That of the image, which is blended first where `blended` is 1; else `blend` is zeros.
@@ -47,9 +48,9 @@ class BlendedViews(ImageViews):
         """The one view for evaluation; see `ImageViews.canonical`."""
         return record(BLENDED_DTYPE, super().canonical(image_size), False, UNTOUCHED)
 
-    def replay(self, image: np.ndarray, view: np.void) -> np.ndarray:
+    def replay(self, image: np.ndarray | Picture, view: np.void) -> np.ndarray:
         """The pixels of `view` at the policy's size: blended, then as `images.replay` says."""
-        return super().replay(blend(image, view["blend"]) if view["blended"] else image, view["view"])
+        return super().replay(blended(image, view["blend"]) if view["blended"] else image, view["view"])
 
 
 def is_fake(view: np.void) -> bool:

@@ -14,8 +14,9 @@ from PIL import Image, ImageFilter
 
 from kd_dist.errors import DataError
 from kd_dist.views.chance import record
-from kd_dist.views.colours import coloured
+from kd_dist.views.colours import away, coloured
 from kd_dist.views.images import LONGEST_SIDE
+from kd_dist.views.pictures import Picture, as_pillow
 from kd_dist.views.resizing import resized
 
 Chance = Callable[[str], float]  # a number in [0, 1) for each name
@@ -105,8 +106,16 @@ def _drawn(chance: Chance, size: tuple[int, int], polygon: Points) -> np.void:
     )
 
 
-def blend(image: np.ndarray, parameters: np.void) -> np.ndarray:
+def blend(image: np.ndarray | Picture, parameters: np.void) -> np.ndarray:
     """The pseudo-fake that `parameters`, a record of BLEND_DTYPE, make of an image: (H, W, 3) uint8 -> a new one.
+
+    Raises DataError as `blended` does.
+    """
+    return np.array(blended(image, parameters))
+
+
+def blended(image: np.ndarray | Picture, parameters: np.void) -> Picture:
+    """The same, as a view is made of it.
 
     Raises DataError when they were drawn for an image of another size, or are damaged.
     """
@@ -123,14 +132,14 @@ def blend(image: np.ndarray, parameters: np.void) -> np.ndarray:
             f"the blend's parameters do not fit an image of {height} x {width} pixels; it was drawn for another one: "
             f"cache the teacher again"
         )
-    original = Image.fromarray(image)
-    changed = Image.fromarray(_changed(original, parameters, factors))
+    original = as_pillow(image)
+    changed = _changed(original, parameters, factors)
     source, target = (changed, original) if parameters["changes_source"] else (original, changed)
     (top, left), (rows, columns) = parameters["place"].tolist(), parameters["resized"].tolist()
     moved = source.copy()
     moved.paste(resized(source, (columns, rows)), (left, top))
     seen = resized(mask(parameters), (width, height))
-    return np.array(Image.composite(moved, target, seen))
+    return Picture(Image.composite(moved, target, seen))
 
 
 def mask(parameters: np.void) -> Image.Image:
@@ -147,22 +156,20 @@ def as_json(parameters: np.void) -> dict[str, Any]:
     return {name: parameters[name].tolist() for name in BLEND_DTYPE.names}
 
 
-def _changed(picture: Image.Image, parameters: np.void, factors: Sequence[float]) -> np.ndarray:
-    """The copy of other colours and less, or exaggerated, detail; (H, W, 3) uint8."""
-    pixels, shift = coloured(picture, *factors).astype(np.int16), parameters["rgb"].astype(np.int16)
+def _changed(picture: Image.Image, parameters: np.void, factors: Sequence[float]) -> Image.Image:
+    """The copy of other colours and less, or exaggerated, detail."""
+    pixels, shift = coloured(picture, *factors), parameters["rgb"].astype(np.int64)
     # Of a grey picture colour would give the blend away.
-    pixels += shift.sum() // 3 if _is_grey(pixels) else shift
-    pixels = np.clip(pixels, 0, 255).astype(np.uint8)
+    shifts = np.full(3, shift.sum() // 3) if _is_grey(pixels) else shift
+    changed = Image.fromarray(pixels).point(np.clip(np.arange(256) + shifts[:, None], 0, 255).ravel().tolist())
     rows, columns = parameters["shrunk"].tolist()
     if (columns, rows) != picture.size:
-        small = resized(Image.fromarray(pixels), (columns, rows))
-        return np.asarray(resized(small, picture.size))
+        return resized(resized(changed, (columns, rows)), picture.size)
     sharpened = int(parameters["sharpened"])
     if sharpened:
-        mean = np.asarray(Image.fromarray(pixels).filter(ImageFilter.BoxBlur(1)), np.int16)
-        detail = (pixels - mean) * np.int16(sharpened)
-        pixels = np.clip(pixels + (detail + 8 >> 4), 0, 255).astype(np.uint8)
-    return pixels
+        mean = changed.filter(ImageFilter.BoxBlur(1))
+        return Image.fromarray(away(np.asarray(changed), np.asarray(mean), 1 + sharpened / 16))
+    return changed
 
 
 def _is_grey(pixels: np.ndarray) -> bool:
@@ -180,10 +187,11 @@ def _inside(corners: np.ndarray, grid: np.ndarray) -> np.ndarray:
     weights[np.arange(MASK), node] = MASK - 1 - rest
     weights[np.arange(MASK), np.minimum(node + 1, NODES - 1)] += rest
     x, y = (weights @ grid[..., axis] @ weights.T * STEP // (MASK - 1) ** 2 for axis in (0, 1))
-    x, y = x + centres, y + centres[:, None]
+    x, y = (x + centres).astype(np.float64), (y + centres[:, None]).astype(np.float64)  # which hold products exactly
     within = np.ones((MASK, MASK), bool)
     for (from_x, from_y), (to_x, to_y) in zip(corners.tolist(), np.roll(corners, -1, 0).tolist(), strict=True):
-        within &= (to_x - from_x) * (y - from_y) - (to_y - from_y) * (x - from_x) <= 0
+        across, down = to_x - from_x, to_y - from_y
+        within &= across * y - down * x <= across * from_y - down * from_x
     return within
 
 

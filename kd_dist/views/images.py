@@ -16,6 +16,7 @@ from kd_dist.batch import Example
 from kd_dist.errors import DataError, RecipeError
 from kd_dist.views.chance import record, uniform
 from kd_dist.views.colours import coloured
+from kd_dist.views.pictures import Picture
 from kd_dist.views.resizing import resized
 
 # One view: 24 bytes. Photometric factors (1 leaves the pixels unchanged), the crop box in pixels of the decoded
@@ -99,12 +100,12 @@ class ImageViews:
         """
         return record(VIEW_DTYPE, 1, 1, 1, *_canonical_box(self, image_size), False)
 
-    def replay(self, image: np.ndarray, view: np.void) -> np.ndarray:
+    def replay(self, image: np.ndarray | Picture, view: np.void) -> np.ndarray:
         """The pixels of `view` at the policy's size; see `replay`."""
         return replay(image, view, self.size)
 
 
-def replay(image: np.ndarray, view: np.void, size: tuple[int, int]) -> np.ndarray:
+def replay(image: np.ndarray | Picture, view: np.void, size: tuple[int, int]) -> np.ndarray:
     """The pixels of `view`: image (H, W, 3) uint8 -> a new C-contiguous (h, w, 3) uint8 array, with `size` = (h, w).
 
     The order is crop and resize (antialiased bilinear), flip, brightness, contrast, saturation. Every step rounds in
@@ -117,7 +118,8 @@ def replay(image: np.ndarray, view: np.void, size: tuple[int, int]) -> np.ndarra
     if not all(0 <= factor <= 2 for factor in (brightness, contrast, saturation)):  # NaN is not either
         raise DataError(f"the view's factors {brightness}, {contrast}, {saturation} are not from 0 to 2; cache again")
     top, left, bottom, right = _checked_box(view, image.shape, "image")
-    picture = resized(Image.fromarray(image), size[::-1], (left, top, right, bottom))
+    source = image.image if isinstance(image, Picture) else image
+    picture = resized(source, size[::-1], (left, top, right, bottom))
     if flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return coloured(picture, brightness, contrast, saturation)

@@ -14,7 +14,9 @@ from kd_dist.batch import Example
 from kd_dist.errors import DataError, RecipeError
 from kd_dist.views.augmented import AUGMENTED_DTYPE, AugmentedViews
 from kd_dist.views.chance import record, uniform
+from kd_dist.views.colours import away
 from kd_dist.views.images import LONGEST_SIDE, VIEW_DTYPE, ImageViews
+from kd_dist.views.pictures import Picture
 
 ALONE, MIXUP, CUTMIX = 0, 1, 2
 WHOLE = 1 << 15  # all of the own image, in a mixup
@@ -115,7 +117,9 @@ class MixedViews:
         """The one view for evaluation; see `ImageViews.canonical`."""
         return self._alone(self.views.canonical(image_size))
 
-    def replay(self, image: np.ndarray, view: np.void, partner: np.ndarray | None = None) -> np.ndarray:
+    def replay(
+        self, image: np.ndarray | Picture, view: np.void, partner: np.ndarray | Picture | None = None
+    ) -> np.ndarray:
         """The pixels of `view` at the policy's size, of the decoded image and, if it is mixed, that of its partner.
 
         Mixup rounds (own * share + other * (WHOLE - share)) / WHOLE, halves up. Raises DataError when the view is
@@ -130,12 +134,7 @@ class MixedViews:
             top, left, height, width = view["box"].tolist()
             pixels[top : top + height, left : left + width] = other[top : top + height, left : left + width]
             return pixels
-        share = int(view["share"])
-        both = pixels.astype(np.int32) * share  # at most 255 * WHOLE: 23 bits
-        both += other.astype(np.int32) * (WHOLE - share)
-        both += WHOLE // 2
-        both >>= 15
-        return both.astype(np.uint8)
+        return away(pixels, other, int(view["share"]) / WHOLE)
 
     def _alone(self, own: np.void) -> np.void:
         return record(self.dtype, own, np.zeros((), own.dtype), 0, 0, (0, 0, 0, 0), ALONE)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from kd_dist.views.colours import coloured
+from kd_dist.views.colours import away, coloured
 
 FACTOR = 1 << 14  # the factor 1 of brightness, contrast, colour and sharpness
 TURN = 1 << 15  # the sine of a right angle, and the shear 1
@@ -29,23 +29,25 @@ def identity(pixels: np.ndarray, amount: int) -> np.ndarray:
 
 def autocontrast(pixels: np.ndarray, amount: int) -> np.ndarray:
     """Each channel stretched, so that its least level becomes 0 and its largest 255; one of a single level stays."""
-    tables = []
-    for counts in _histograms(pixels):
+
+    def stretched(counts: np.ndarray) -> np.ndarray:
         least, largest = np.flatnonzero(counts)[[0, -1]].tolist()
         spread = largest - least
-        stretched = (np.arange(256) - least) * 510 + spread
-        tables.append(np.clip(stretched // (2 * spread), 0, 255) if spread else np.arange(256))
-    return _by_table(pixels, tables)
+        levels = (np.arange(256) - least) * 510 + spread
+        return np.clip(levels // (2 * spread), 0, 255) if spread else np.arange(256)
+
+    return _by_tables(pixels, stretched)
 
 
 def equalize(pixels: np.ndarray, amount: int) -> np.ndarray:
     """Each channel's histogram made as even as can be; as Pillow's `ImageOps.equalize`."""
-    tables = []
-    for counts in _histograms(pixels):
+
+    def evened(counts: np.ndarray) -> np.ndarray:
         step = (int(counts.sum()) - int(counts[np.flatnonzero(counts)[-1]])) // 255
         below = np.cumsum(counts) - counts
-        tables.append(np.minimum((below + step // 2) // step, 255) if step else np.arange(256))
-    return _by_table(pixels, tables)
+        return np.minimum((below + step // 2) // step, 255) if step else np.arange(256)
+
+    return _by_tables(pixels, evened)
 
 
 def posterize(pixels: np.ndarray, amount: int) -> np.ndarray:
@@ -55,7 +57,7 @@ def posterize(pixels: np.ndarray, amount: int) -> np.ndarray:
 
 def solarize(pixels: np.ndarray, amount: int) -> np.ndarray:
     """Levels from `amount` on, 0 to 256, become 255 less the level."""
-    return np.where(pixels >= amount, 255 - pixels, pixels).astype(np.uint8, copy=False)
+    return pixels ^ (pixels >= amount) * np.uint8(255)
 
 
 def factored(pixels: np.ndarray, amount: int, which: int) -> np.ndarray:
@@ -65,9 +67,8 @@ def factored(pixels: np.ndarray, amount: int, which: int) -> np.ndarray:
 
 def sharpness(pixels: np.ndarray, amount: int) -> np.ndarray:
     """The distance of each level from the mean of the 3 x 3 about it, multiplied by `amount` / FACTOR."""
-    mean = np.asarray(Image.fromarray(pixels).filter(ImageFilter.BoxBlur(1)), np.int32)
-    detail = (pixels - mean) * amount + FACTOR // 2 >> 14
-    return np.clip(mean + detail, 0, 255).astype(np.uint8)
+    mean = np.asarray(Image.fromarray(pixels).filter(ImageFilter.BoxBlur(1)))
+    return away(pixels, mean, amount / FACTOR)
 
 
 def rotate(pixels: np.ndarray, amount: int) -> np.ndarray:
@@ -147,17 +148,12 @@ def _packed(pixels: np.ndarray) -> np.ndarray:
     return red | green | blue
 
 
-def _histograms(pixels: np.ndarray) -> np.ndarray:
-    """(3, 256): how often each channel has each level."""
-    return np.array(Image.fromarray(pixels).histogram()).reshape(3, 256)
-
-
-def _by_table(pixels: np.ndarray, tables: list[np.ndarray]) -> np.ndarray:
-    """Each level replaced by its entry in the table of 256 of its channel."""
-    made = np.empty_like(pixels)
-    for channel, table in enumerate(tables):
-        made[..., channel] = table.astype(np.uint8)[pixels[..., channel]]
-    return made
+def _by_tables(pixels: np.ndarray, table_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Each level replaced by its entry in the table of 256 of its channel, which is made of how often the channel has
+    each level."""
+    picture = Image.fromarray(pixels)
+    counts = np.array(picture.histogram()).reshape(3, 256)
+    return np.array(picture.point(np.concatenate([table_of(channel) for channel in counts]).tolist()))
 
 
 class Operation(NamedTuple):
