@@ -59,7 +59,8 @@ def outlook(
         heard = recipe.teachers_of(recipe.stages[name]) if reads_cache(recipe.stages[name]) else []
         plans = [found if teacher == first else further[teacher] for teacher in heard]
         examples = sum(shards[places.TRAINING_SPLIT])
-        stages[name] |= reading(examples, found, plans, measured["start"], stages[name]["examples_per_second"])
+        rate, repeats = stages[name]["examples_per_second"], recipe.stages[name].views_per_decode
+        stages[name] |= reading(examples, found, plans, measured["start"], rate, repeats)
         if stages[name]["online_seconds"] is not None:
             cached = sum(caching[teacher] for teacher in recipe.teachers_of(recipe.stages[name]))
             stages[name]["break_even_epoch"] = math.ceil(cached / stages[name]["online_seconds"])
@@ -96,7 +97,7 @@ def stage_outlook(
         examples += found["rows"][GENERATED] // recipe.views.count
     judged = sum(shards[places.VALIDATION_SPLIT])
     rate = P * measured["rows"] / measured["step_seconds"]
-    read = found["example_bytes"]["packed"] * found["example_requests"]
+    read = found["example_bytes"]["packed"] * (found["example_requests"] - 1 + 1 / stage.views_per_decode)
     read += sum(rows[teacher] for teacher in heard) if reads_cache(stage) else 0
     training, validation = examples / rate, judged * measured["validation_seconds"] / P
     last = math.inf if stage.max_steps is None else stage.max_steps * stage.batch_size / examples
@@ -121,9 +122,10 @@ def reading(
     signals: Sequence[Mapping[str, Any]],
     start: Mapping[str, float],
     rate: float,
+    repeats: int = 1,
 ) -> dict[str, Any]:
     """What reading so many training examples comes to, at a `rate` a second: those that are packed by the plan `found`,
-    and the signals of some plans.
+    and the signals of some plans. Each is read once for `repeats` views.
 
     `index_bytes` that each machine holds. `start_seconds` for reading the manifests, before the first batch of each
     process, and `index_seconds` for opening all indexes. From an object store each process makes `start_requests`
@@ -136,7 +138,7 @@ def reading(
     indexes, listed = (sum(one[what][kind] for one, kind in kinds) for what in ("index_bytes", "manifest_bytes"))
     held = [found["example_bytes"]["packed"] * examples]
     held += [one["split_bytes"][places.TRAINING_SPLIT] for one in signals]
-    requests = found["example_requests"] + sum(one["row_reads"] for one in told)
+    requests = found["example_requests"] - 1 + 1 / repeats + sum(one["row_reads"] for one in told)
     return {
         "index_bytes": indexes,
         "start_seconds": start["listed_seconds"] * shards * sum(folders),

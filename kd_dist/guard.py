@@ -223,10 +223,11 @@ def wrong_norm(shares: Sequence[Share], rank: int) -> list[Cause]:
 
 def sentence(step: int, cause: Cause) -> str:
     """A cause as the console shows it."""
-    keys = ", ".join(cause.keys[:SHOWN]) + (" ..." if len(cause.keys) > SHOWN else "")
+    once = list(dict.fromkeys(cause.keys))  # several views of an example may stand side by side
+    keys = ", ".join(once[:SHOWN]) + (" ..." if len(once) > SHOWN else "")
     return f"step {step} is skipped: {cause.what} not finite on rank {cause.rank}; keys: {keys}"
 
 
 def record(step: int, cause: Cause) -> Mapping[str, object]:
     """A cause as the file of suspects has it."""
-    return {"step": step, "rank": cause.rank, "what": cause.what, "keys": list(cause.keys)}
+    return {"step": step, "rank": cause.rank, "what": cause.what, "keys": list(dict.fromkeys(cause.keys))}

@@ -4,9 +4,8 @@ A policy is a value with `size`, (H, W) of every view, `channels`, and the `dtyp
 (`draw`, `canonical`) and replays it on a decoded example (`replay`): (H, W, channels) uint8.
 """
 
-import zlib
-
 import numpy as np
+from isal.isal_zlib import crc32
 
 from kd_dist.batch import Example
 from kd_dist.views.augmented import AugmentedViews
@@ -30,4 +29,4 @@ def replayed(policy: ViewPolicy, example: Example, view: np.void) -> np.ndarray:
 
 def input_crc(pixels: np.ndarray) -> int:
     """CRC32 of the uint8 (h, w, channels) input of a view: what ties a cached signal to what the teacher saw."""
-    return zlib.crc32(np.ascontiguousarray(pixels))
+    return crc32(np.ascontiguousarray(pixels))
