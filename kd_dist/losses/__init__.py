@@ -79,6 +79,14 @@ def features_read(losses: Mapping[str, Mapping[str, Any]], known: Sequence[str])
     return [name for name in known if name in read]
 
 
+def isometric(losses: Mapping[str, Mapping[str, Any]], known: Sequence[str]) -> list[str]:
+    """Those of the features that these losses read which no loss sees otherwise than through norms and inner products
+    of the teacher's channels; in the order of `known`."""
+    others = {loss: written for loss, written in losses.items() if not LOSSES[loss].isometric}
+    bound = features_read(others, known)
+    return [name for name in features_read(losses, known) if name not in bound]
+
+
 def projections(losses: Mapping[str, Mapping[str, Any]], known: Sequence[str]) -> dict[str, list[str]]:
     """By loss, the features that the student must project for it to the teacher's channels; in the order of `known`."""
     return {loss: _chosen(written, known) for loss, written in losses.items() if LOSSES[loss].student == "projected"}
