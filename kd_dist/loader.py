@@ -98,7 +98,8 @@ def _as_it_is(delivered: Batch | KdError) -> Batch | KdError:
 
 
 def to_device(batch: Batch, device: torch.device, codecs: Mapping[str, FeatureCodec] | None = None) -> Batch:
-    """The batch with its tensors on the device, its features decoded there by their codecs."""
+    """The batch with its tensors but `valid` on the device, its features decoded there by their codecs. Nothing waits
+    for the copies of pinned tensors."""
     signals = batch.signals
     if signals is not None:
         fields = {name: value.to(device, non_blocking=True) for name, value in signals.features.items()}
@@ -109,7 +110,6 @@ def to_device(batch: Batch, device: torch.device, codecs: Mapping[str, FeatureCo
         images=batch.images.to(device, non_blocking=True),
         targets=batch.targets.to(device, non_blocking=True),
         sizes=batch.sizes if batch.sizes is None else batch.sizes.to(device, non_blocking=True),
-        valid=batch.valid.to(device, non_blocking=True),
         signals=signals,
         groups=batch.groups if batch.groups is None else batch.groups.to(device, non_blocking=True),
         mixture=batch.mixture and Mixture(*(one.to(device, non_blocking=True) for one in batch.mixture)),
