@@ -10,13 +10,14 @@ import torch
 
 from kd_dist import caches, manifest, places
 from kd_dist.checkpoint import read_record, refuse_other_run
+from kd_dist.compress import FeatureCodec
 from kd_dist.config import to_dict
 from kd_dist.data import Corridor
 from kd_dist.ensemble import MeanSignals
 from kd_dist.errors import DataError, MismatchError, ModelError
 from kd_dist.folders import Shards
 from kd_dist.joined import JoinedShards, JoinedSignals
-from kd_dist.losses import LOSSES, features_read, filled, projections, signals_needed
+from kd_dist.losses import LOSSES, features_read, filled, isometric, projections, signals_needed
 from kd_dist.losses.served import refuse_unserved
 from kd_dist.models import Network, build_network, load_weights
 from kd_dist.models.blocks import freeze
@@ -114,13 +115,15 @@ def network(recipe: Recipe, which: str, reference: str | None, seed: int) -> Net
     return built
 
 
-def with_projections(recipe: Recipe, stage: Stage, built: Network, channels: Mapping[str, int]) -> Student:
-    """The network with taps for these features, the teacher's `channels` of each, and the projections to them."""
+def with_projections(recipe: Recipe, stage: Stage, built: Network, shapes: Mapping[str, tuple[int, ...]]) -> Student:
+    """The network with taps for these features, of which `shapes` are what the losses get of the teacher, (C, *grid),
+    and the projections to them."""
     wanted = {
-        loss: {feature: channels[feature] for feature in names}
-        for loss, names in projections(stage.losses, list(channels)).items()
+        loss: {feature: shapes[feature][0] for feature in names}
+        for loss, names in projections(stage.losses, list(shapes)).items()
     }
-    return Student(built, {feature: recipe.student.taps[feature] for feature in channels}, wanted, recipe.views.shape)
+    taps, grids = recipe.student.taps, {feature: shape[1:] for feature, shape in shapes.items()}
+    return Student(built, {feature: taps[feature] for feature in shapes}, wanted, recipe.views.shape, grids)
 
 
 def freeze_blocks(recipe: Recipe, name: str, built: Network) -> None:
@@ -177,6 +180,14 @@ def stage_features(recipe: Recipe, name: str) -> tuple[str, ...]:
     return tuple(features_read(recipe.stages[name].losses, recipe.shared_features))
 
 
+def stage_codecs(recipe: Recipe, name: str, corridor: Corridor) -> dict[str, FeatureCodec]:
+    """How the stored features that a stage reads are decoded: in coordinates, where its losses allow it."""
+    turned = isometric(recipe.stages[name].losses, list(corridor.codecs))
+    return {
+        feature: codec.in_coordinates() if feature in turned else codec for feature, codec in corridor.codecs.items()
+    }
+
+
 def stage_losses(recipe: Recipe, name: str, corridor: Corridor) -> Mapping[str, Mapping[str, Any]]:
     """A stage's losses, with what only the cache knows filled in: how far its teacher is off at most."""
     said = {} if corridor.signals is None else corridor.signals.manifest.get("teacher_report") or {}
@@ -185,7 +196,7 @@ def stage_losses(recipe: Recipe, name: str, corridor: Corridor) -> Mapping[str, 
 
 
 def module(recipe: Recipe, name: str, corridor: Corridor, taught_by: Teacher | None) -> Student:
-    """What a stage trains, with the projections that its losses need; their sizes come from the cache, or from an
+    """What a stage trains, with the projections that its losses need; their sizes come from `stage_codecs`, or from an
     online teacher."""
     stage, features = recipe.stages[name], stage_features(recipe, name)
     built = network(recipe, stage.model, places.first_weights(recipe, name), places.stage_seed(recipe, name))
@@ -193,8 +204,8 @@ def module(recipe: Recipe, name: str, corridor: Corridor, taught_by: Teacher | N
     if taught_by is not None:
         _, shapes = taught_by.shapes(recipe.views.shape)
     else:
-        shapes = {feature: corridor.signals.features[feature].shape for feature in features}
-    return with_projections(recipe, stage, built, {feature: shapes[feature][0] for feature in features})
+        shapes = {feature: codec.decoded_shape for feature, codec in stage_codecs(recipe, name, corridor).items()}
+    return with_projections(recipe, stage, built, {feature: shapes[feature] for feature in features})
 
 
 def reads_cache(stage: Stage) -> bool:

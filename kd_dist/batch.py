@@ -62,7 +62,9 @@ class Batch(NamedTuple):
     # (B,) int64; or masks (B, H, W) uint8, 255: ignored, which also pads them to the largest; or (B, D) float32
     targets: Tensor
     sizes: Tensor | None  # (B, 2) int64, (height, width) of each mask without its padding; None: targets are no masks
-    valid: Tensor  # (B,) bool; False for the rows of failed examples and for the single filler row
+    # (B,) bool, always on the host, where nobody waits for a GPU to ask it. False for rows of failed examples and for
+    # the single filler row.
+    valid: Tensor
     total: int  # examples planned for the whole step: all ranks, all its micro-batches; failed ones count
     signals: TeacherSignal | None  # None when the stage uses no cache
     failed: tuple[str, ...] = ()  # a sentence for each example of the share that could not be read or decoded

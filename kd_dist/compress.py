@@ -6,7 +6,7 @@ on the device where the features are.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +77,11 @@ class FeatureCodec:
         return (channels, *pooled_grid(self.shape[1:], self.pool))
 
     @property
+    def decoded_shape(self) -> tuple[int, ...]:
+        """(C, *pooled grid)."""
+        return (self.shape[0], *self.stored_shape[1:])
+
+    @property
     def row_bytes(self) -> int:
         """Bytes that the fields take in a row."""
         return np.dtype(self.fields()).itemsize
@@ -117,6 +122,23 @@ class FeatureCodec:
             return values
         mean, components = (one.to(values.device) for one in self.basis)
         return torch.einsum("kc,bk...->bc...", components, values) + _per_channel(mean, values)
+
+    def in_coordinates(self) -> "FeatureCodec":
+        """The codec of the same rows that decodes them to W = min(K + 1, C) coordinates instead of C channels.
+
+        All that K components b and a mean m decode to lies in the span of the b and of m. The coordinates are those in
+        an orthonormal frame of it, the b and the direction of what of m is outside theirs: norms, inner products,
+        distances and angles are those of the channels, without a matrix product of C. Without a basis: itself.
+        """
+        if self.basis is None:
+            return self
+        mean, components = (one.double() for one in self.basis)
+        inside = components @ mean
+        outside = torch.linalg.vector_norm(mean - inside @ components)
+        kept, width = len(components), min(len(components) + 1, self.shape[0])
+        mean = torch.cat([inside, outside[None]])[:width].float()
+        frame = torch.eye(kept, width, device=mean.device)
+        return replace(self, shape=(width, *self.shape[1:]), basis=Basis(mean, frame))
 
     def _numbers(self, kept: Tensor, seeds: Tensor | np.ndarray) -> dict[str, Tensor]:
         """Storable numbers in their format, by field."""

@@ -71,8 +71,9 @@ def judge(engine: Engine, shares: Sequence[Share], total: int, clip: float | Non
     own = terms.isfinite().all() if engine.sharded else terms.isfinite().all() & norm.isfinite()
     loss = torch.stack([share.terms["loss"].to(device, torch.float32) for share in shares]).sum()
     here = [loss, (~own).float(), norm.square() if engine.sharded else norm.new_zeros(())]
-    counts = torch.tensor([sum(len(share.failed) for share in shares), stop], dtype=torch.float32, device=device)
-    agreed = engine.accelerator.reduce(torch.cat([torch.stack(here), counts]), "sum")
+    # Filled there: a copy of host memory that is not pinned would wait for the device.
+    here += [norm.new_full((), sum(len(share.failed) for share in shares)), norm.new_full((), stop)]
+    agreed = engine.accelerator.reduce(torch.stack(here), "sum")
     if engine.sharded:
         norm = agreed[2].sqrt()
     norm_value, loss_value, bad, _, failed, stopped = torch.cat([norm.view(1), agreed]).tolist()

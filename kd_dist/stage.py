@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from kd_dist import assemble, caches, checkpoint, engine, guard, manifest, places, trial
 from kd_dist.average import Average
 from kd_dist.batch import Batch
+from kd_dist.compress import FeatureCodec
 from kd_dist.config import to_dict
 from kd_dist.data import Corridor
 from kd_dist.engine import Engine
@@ -53,6 +54,7 @@ class Run:
     teacher: Teacher | None  # only when it is online
     objective: Objective
     train: Corridor
+    codecs: Mapping[str, FeatureCodec]  # of the features that it delivers, on the device
     validation: Corridor
     workers: int
     error_limit: int  # examples that may fail
@@ -117,17 +119,16 @@ def prepare(recipe: Recipe, name: str) -> Run:
     agree(about, "the beginning" if last is None else last.name)
     if (problem := shuffle_problem(corridor.plan.order, corridor.plan.examples_of_step)) is not None:
         accelerator.print(f"warning: {problem}", file=sys.stderr)
-    teacher = None
-    if assemble.is_online(stage):
-        teacher = assemble.online_teacher(recipe, name).to(accelerator.device)
+    teacher = assemble.online_teacher(recipe, name).to(accelerator.device) if assemble.is_online(stage) else None
     module = equipped(assemble.module(recipe, name, corridor, teacher).to(accelerator.device), stage, name)
+    codecs = on_device(assemble.stage_codecs(recipe, name, corridor), accelerator.device)
     losses = assemble.stage_losses(recipe, name, corridor)
     alone = {loss: {**one, "gather": False} if LOSSES[loss].relational else one for loss, one in losses.items()}
-    attempt = partial(one_step, module, teacher, Objective(alone, stage.epochs), engine.DTYPES[precision], stage.sam)
+    attempt = partial(one_step, module, teacher, codecs, Objective(alone, stage.epochs), precision, stage.sam)
     if stage.find_batch_size:
         corridor = fitting(corridor, attempt, accelerator, f"stages.{name}")
     if accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        tell_unused(accelerator, attempt(first_share(corridor, accelerator.device)) or bool(stage.unfreeze))
+        tell_unused(accelerator, attempt(first_share(corridor)) or bool(stage.unfreeze))
     # Only now: a rank that runs out of memory while one is tried would leave the others waiting for its statistics.
     module = synchronised(module, stage, name, accelerator)
     made = engine.start(accelerator, module, build_optimizer(module, stage), precision, stage.compile)
@@ -150,6 +151,7 @@ def prepare(recipe: Recipe, name: str) -> Run:
         teacher=teacher,
         objective=Objective(losses, stage.epochs),
         train=corridor,
+        codecs=codecs,
         validation=evaluation,
         workers=recipe.data.workers,
         error_limit=recipe.data.error_limit,
@@ -192,11 +194,11 @@ def synchronised(module: Student, stage: Stage, name: str, accelerator: Accelera
     return nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 
-def first_share(corridor: Corridor, device: torch.device) -> Batch:
+def first_share(corridor: Corridor) -> Batch:
     """The largest micro-batch of this rank's first step."""
     plan = corridor.plan
     largest = max(range(plan.accumulate), key=lambda micro: len(plan.share(0, corridor.rank, micro)))
-    return to_device(corridor[largest], device, on_device(corridor.codecs, device))
+    return corridor[largest]
 
 
 def tell_unused(accelerator: Accelerator, unused: bool) -> None:
@@ -215,7 +217,7 @@ def fitting(corridor: Corridor, attempt: Callable[[Batch], bool], accelerator: A
     while True:
         tried = replace(corridor, plan=plan)
         try:
-            attempt(first_share(tried, device))
+            attempt(first_share(tried))
             full = False
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -240,8 +242,9 @@ def fitting(corridor: Corridor, attempt: Callable[[Batch], bool], accelerator: A
 def one_step(
     module: Student,
     teacher: Teacher | None,
+    codecs: Mapping[str, FeatureCodec],
     objective: Objective,
-    dtype: torch.dtype | None,
+    precision: str,
     sam: float | None,
     batch: Batch,
 ) -> bool:
@@ -252,9 +255,11 @@ def one_step(
     trained = [value for value in module.parameters() if value.requires_grad]
     ballast = [torch.empty_like(value) for value in trained for _ in range(3 if sam is None else 4)]
     try:
+        batch = to_device(batch, module.network.mean.device, codecs)
         if teacher is not None:
             batch = batch._replace(signals=teacher(batch.images))
-        engine.with_gradient(objective(engine.computed(module, batch.images, dtype), batch, 0.0)[0]).backward()
+        output = engine.computed(module, batch.images, engine.DTYPES[precision])
+        engine.with_gradient(objective(output, batch, 0.0)[0]).backward()
         return any(value.requires_grad and value.grad is None for value in module.parameters())
     finally:
         ballast.clear()

@@ -14,7 +14,7 @@ from kd_dist.batch import Batch, StudentOutput, valid_rows
 from kd_dist.checkpoint import Progress
 from kd_dist.errors import TrainingError, is_lost_contact, is_out_of_memory
 from kd_dist.guard import Cause, Verdict
-from kd_dist.loader import on_device, to_device
+from kd_dist.loader import to_device
 from kd_dist.meter import Share
 from kd_dist.models.blocks import freeze
 from kd_dist.plan import mix
@@ -157,9 +157,8 @@ def explain(run: Run, progress: Progress, shares: list[Share]) -> list[Cause]:
     """Why a step is not finite, from all ranks: what was read, then terms of the loss, then, when these are finite,
     gradients, for which the step is done once more, with SAM both passes. Every rank calls it."""
     rank, first = run.accelerator.process_index, progress.step * run.train.plan.accumulate
-    codecs = on_device(run.train.codecs, run.accelerator.device)
     again = [valid_rows(run.train[first + micro]) for micro in range(len(shares))]
-    again = [to_device(batch, run.accelerator.device, codecs) for batch in again]
+    again = [to_device(batch, run.accelerator.device, run.codecs) for batch in again]
     own = [cause for batch in again for cause in guard.wrong_data(with_teacher(run, batch), rank)]
     causes = gather_object(own + guard.wrong_terms(shares, rank))
     if causes or (run.fp16 and progress.scale > 1):  # a scale that is too high needs no explanation

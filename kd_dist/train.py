@@ -27,7 +27,7 @@ from kd_dist.config import load
 from kd_dist.disk import make_folder
 from kd_dist.epoch import end_epoch
 from kd_dist.errors import Preempted, TrainingError, cause, is_out_of_memory, one_sentence
-from kd_dist.loader import batches, on_device, to_device
+from kd_dist.loader import batches, to_device
 from kd_dist.meter import Meter
 from kd_dist.preempt import Notice, noticed
 from kd_dist.recipe import Recipe, Stage
@@ -102,7 +102,6 @@ def out_of_patience(progress: Progress, patience: int | None) -> bool:
 def read_ahead(run: Run, cursor: int) -> Iterator[tuple[Batch, float]]:
     """Batches on the device from micro-batch `cursor` on, each with the seconds that the loop waited for it."""
     device = run.accelerator.device
-    codecs = on_device(run.train.codecs, device)
     stream = batches(run.train, cursor, len(run.train), run.workers, pin=device.type == "cuda")
     while True:
         began = time.perf_counter()
@@ -110,7 +109,7 @@ def read_ahead(run: Run, cursor: int) -> Iterator[tuple[Batch, float]]:
         if batch is None:
             return
         waited = time.perf_counter() - began
-        yield to_device(valid_rows(batch), device, codecs), waited
+        yield to_device(valid_rows(batch), device, run.codecs), waited
 
 
 def log_step(run: Run, progress: Progress, scalars: dict[str, float], epoch: float) -> None:

@@ -56,10 +56,10 @@ def _try_losses(recipe: Recipe, name: str, said: TeacherSignal) -> None:
     """A stage's losses on two black images: what does not fit says so."""
     stage = recipe.stages[name]
     read = {feature: said.features[feature] for feature in assemble.stage_features(recipe, name)}
-    channels = {feature: value.shape[1] for feature, value in read.items()}
+    shapes = {feature: tuple(value.shape[1:]) for feature, value in read.items()}
     built = assemble.network(recipe, stage.model, None, recipe.seed)
     assemble.freeze_blocks(recipe, name, built)
-    student = assemble.with_projections(recipe, stage, built, channels).eval()
+    student = assemble.with_projections(recipe, stage, built, shapes).eval()
     task, policy = assemble.task(recipe), assemble.view_policy(recipe)
     images = torch.zeros(2, policy.channels, *policy.size, dtype=torch.uint8)
     targets = torch.from_numpy(task.collate([task.no_target(policy.size)] * 2)[0])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from kd_dist.compress import Basis
 from kd_dist.losses import LOSSES
 
 VOID = 255
@@ -342,3 +343,11 @@ def rounding(name, options):
     weights = sum(values.get(weight, 0) for weight in ("alpha", "beta", "gamma")) or 1
     relations = values.get("distance", 0) + values.get("angle", 0)
     return 1e-5 + 2e-6 * weights * values.get("temperature", 1) ** 2 + 1e-6 * relations
+
+
+def frame(basis: Basis) -> torch.Tensor:
+    """The orthonormal frame (C, W) of what `FeatureCodec.in_coordinates` decodes: channels = frame @ coordinates."""
+    mean, components = (one.double() for one in basis)
+    outside = mean - components.T @ (components @ mean)
+    directions = [*components, *([outside / outside.norm()] if len(components) < len(mean) else [])]
+    return torch.stack(directions, dim=1).float()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from oracles import frame
 from safetensors.torch import save
 
 from kd_dist.compress import (
@@ -323,6 +324,30 @@ def test_features_that_lie_in_few_directions_survive_their_projection():
     torch.testing.assert_close(there_and_back(codec, features), features, atol=1e-4, rtol=0)
     whole = FeatureCodec("f", (6, 5), "fp32", basis=some_basis(6))
     torch.testing.assert_close(there_and_back(whole, features), features, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize(("shape", "pool"), [((6,), 1), ((6, 5), 1), ((6, 5, 4), 2)])
+@pytest.mark.parametrize(("k", "width"), [(1, 2), (3, 4), (5, 6), (6, 6)])
+def test_coordinates_are_the_decoded_feature_in_an_orthonormal_frame(store, shape, pool, k, width):
+    """From the same rows, whatever lies in them: every row and position, and so every inner product."""
+    codec = FeatureCodec("f", shape, store, pool, some_basis(k))
+    compact, axes = codec.in_coordinates(), frame(codec.basis)
+    features = gaussian(4, *shape) * 3 + 1
+    fields = tensors(codec.encode(features, SEEDS[:4])[0])
+    dense, coordinates = codec.decode(fields), compact.decode(fields)
+    assert coordinates.shape == (4, *compact.decoded_shape) == (4, width, *codec.decoded_shape[1:])
+    assert dense.shape == (4, *codec.decoded_shape) and compact.fields() == codec.fields()
+    torch.testing.assert_close(axes.T @ axes, torch.eye(width), atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.einsum("cw,bw...->bc...", axes, coordinates), dense, atol=2e-5, rtol=0)
+    products = (one.flatten(2) if one.ndim > 2 else one[..., None] for one in (dense, coordinates))
+    there, here = (torch.einsum("bcp,dcq->bpdq", one, one) for one in products)
+    torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-5)
+
+
+def test_without_components_there_are_no_other_coordinates():
+    codec = FeatureCodec("f", (6, 5), "fp16")
+    assert codec.in_coordinates() is codec
 
 
 def test_moments_leave_out_rows_that_are_not_finite():

@@ -635,7 +635,7 @@ def test_masked_rows_of_maps_and_features_are_finite_and_teach_nothing(scenery):
     row = batch.keys.index(first.key(1))
     assert batch.valid.tolist() == [place != row for place in range(10)] and len(batch.failed) == 1
     assert (batch.targets[row] == IGNORED).all() and not batch.images[row].any()
-    decoded = to_device(batch, torch.device("cpu"), corridor.codecs)
+    decoded = to_device(batch, torch.device("cpu"), assemble.stage_codecs(recipe, "distill", corridor))
     assert set(decoded.signals.features) == {"low", "high"}
     assert all(value.isfinite().all() for value in (decoded.signals.logits, *decoded.signals.features.values()))
     gradients = []

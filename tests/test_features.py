@@ -7,11 +7,12 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import inputs
+from oracles import frame, inputs
 
 from kd_dist.batch import Batch, StudentOutput, TeacherSignal
+from kd_dist.compress import Basis, FeatureCodec
 from kd_dist.errors import ModelError, RecipeError
-from kd_dist.losses import LOSSES, Objective, check_losses, features_read, projections, signals_needed
+from kd_dist.losses import LOSSES, Objective, check_losses, features_read, isometric, projections, signals_needed
 from kd_dist.losses.features import at, cosine, hint, rkd, saliency, sp
 from kd_dist.losses.grid import on_grid
 from kd_dist.losses.logits import cross_entropy, kd
@@ -31,6 +32,78 @@ def pair(name, own=(4, 6), other=(4, 6), batch=6, seed=0):
 def test_these_are_all():
     assert FEATURE_LOSSES == ["at", "cosine", "cwd_features", "hint", "rkd", "saliency", "sp"]
     assert len(MAP_LOSSES) == 9 and len(SCALE_FREE) == 6
+
+
+# ------------------------------------------------------------------------------------------------ lengths and angles
+
+
+def in_both(name, grid=(4, 6), batch=6):
+    """A student's feature, or what is projected from it to 4 coordinates, and a teacher's of 9 channels: the functions
+    of the student's that give the loss by coordinates, and by channels."""
+    basis = Basis(torch.linspace(-1, 2, 9), torch.linalg.qr(torch.randn(9, 9, generator=seeded()))[0][:3].contiguous())
+    codec = FeatureCodec("f", (9, *grid), "fp16", basis=basis)
+    fields = {"f": torch.randn(batch, 3, *grid, generator=seeded()).half()}
+    axes, function = frame(basis), LOSSES[name].function
+    dense, compact = codec.decode(fields), codec.in_coordinates().decode(fields)
+    assert dense.shape == (batch, 9, *grid) and compact.shape == (batch, 4, *grid)
+
+    def by_channels(student):
+        projected = LOSSES[name].student == "projected"
+        return function(torch.einsum("cw,bw...->bc...", axes, student) if projected else student, dense)
+
+    return lambda student: function(student, compact), by_channels
+
+
+def seeded():
+    return torch.Generator().manual_seed(3)
+
+
+def both_ways(name, own):
+    """Value and gradient by coordinates and by channels."""
+    found = []
+    for way in in_both(name):
+        student = torch.randn(6, 4, *own, generator=seeded()).mul(2).requires_grad_()
+        value = way(student)
+        value.sum().backward()
+        found.append((value.detach(), student.grad))
+    return found
+
+
+ISOMETRIC = sorted(name for name in FEATURE_LOSSES if LOSSES[name].isometric)
+
+
+def test_all_but_one_see_channels_through_inner_products_alone():
+    assert ISOMETRIC == ["at", "cosine", "hint", "rkd", "saliency", "sp"]
+    assert not any(row.isometric for name, row in LOSSES.items() if name not in FEATURE_LOSSES)
+
+
+@pytest.mark.parametrize("name", ISOMETRIC)
+@pytest.mark.parametrize("own", [(4, 6), (8, 12), (2, 3)])
+def test_coordinates_give_the_loss_and_the_gradient_of_channels(name, own):
+    (value, gradient), (dense, reference) = both_ways(name, own)
+    torch.testing.assert_close(value, dense, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)
+    assert reference.abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("name", sorted(set(FEATURE_LOSSES) - set(ISOMETRIC)))
+def test_one_that_sees_each_channel_needs_them(name):
+    (value, _), (dense, _) = both_ways(name, (4, 6))
+    assert (value - dense).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "losses, expected",
+    [
+        ({"cosine": {}}, ["low", "high"]),
+        ({"cosine": {"features": ["high"]}, "kd": {}}, ["high"]),
+        ({"cosine": {}, "cwd_features": {"features": ["low"]}}, ["high"]),
+        ({"at": {}, "cwd_features": {}}, []),
+        ({"kd": {}}, []),
+    ],
+)
+def test_a_feature_is_bound_to_its_channels_by_a_single_loss(losses, expected):
+    assert isometric(losses, ["low", "high"]) == expected
 
 
 # ------------------------------------------------------------------------------------------------------- one grid

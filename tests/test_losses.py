@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import CASES, NEEDED, ORACLES, cases, function_of, inputs, rounding, unlabelled_last, void_some, wide
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_dist.batch import Batch, StudentOutput, TeacherSignal
 from kd_dist.errors import ModelError, RecipeError
@@ -725,6 +726,34 @@ def test_an_empty_share_has_a_zero_loss_with_a_zero_gradient(name):
     loss, terms = Objective(only(name), epochs=1)(output, batch, 0.0)
     assert loss.item() == 0 and loss.requires_grad and terms[name].item() == 0
     assert not any(gradient.any() for gradient in gradients(loss, output))
+
+
+class Waits(TorchDispatchMode):
+    """Notes for what the host would have to wait if tensors were on a GPU: numbers, and shapes that numbers decide. But
+    for what is asked of `known`, which is on the host anyway."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.answers, self.found = known, [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made, aten = function(*args, **(kwargs or {})), torch.ops.aten
+        if function is aten.all.default and args[0] is self.known:
+            self.answers.append(made)
+        asks = function is aten._local_scalar_dense.default and not any(args[0] is one for one in self.answers)
+        chooses = function is aten.index.Tensor and any(one is not None and one.dtype == torch.bool for one in args[1])
+        if asks or chooses or function in (aten.nonzero.default, aten.masked_select.default):
+            self.found.append(function)
+        return made
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_has_a_gpu_waited_for(name):
+    """But `ccc`, which leaves out unlabelled rows, and must know how many they are."""
+    batch, output = whole_batch(name, 4)
+    with Waits(batch.valid) as waits:
+        Objective(only(name), epochs=1)(output, batch, 0.0)[0].backward()
+    assert bool(waits.found) == (name == "ccc") and bool(waits.answers) == (name != "ccc")
 
 
 def test_a_new_loss_is_a_function_and_a_row_and_is_computed_in_float32_under_autocast(monkeypatch):

@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MODEL
+from oracles import frame
 from processes import done, run
 from safetensors.torch import load_file
 from scenes import scenes
 
-from kd_dist import cache_teacher, journey, train
+from kd_dist import assemble, cache_teacher, journey, train
 from kd_dist.config import load
+from kd_dist.recipe import Recipe
+from kd_dist.stage import Run
 from kd_dist.step import forward
 
 pytestmark = pytest.mark.slow
@@ -53,6 +56,7 @@ def prepare(*overrides: str) -> None:
 def gradients(to: str, overrides: list[str], recipe: str = "tiny.yaml") -> None:
     """Save the loss and the gradient of the first steps of a stage, made by the loop's own parts."""
     run = train.prepare(load(recipe, overrides, "distill"), "distill")
+    frames = projected_alike(run, load(recipe, [*overrides, "train.teacher=cached"], "distill"))
     stream, kept = train.read_ahead(run, 0), {}
     run.student.train()
     for step in range(STEPS):
@@ -60,8 +64,27 @@ def gradients(to: str, overrides: list[str], recipe: str = "tiny.yaml") -> None:
         _, loss, _ = forward(run, batch, epoch=0.0)
         run.engine.clear()
         run.engine.backward(loss, 1.0)
-        kept[step] = loss.detach(), torch.cat([p.grad.flatten().clone() for p in run.student.parameters()])
+        found = {name: value.grad.clone() for name, value in run.student.named_parameters()}
+        found |= {name: torch.tensordot(axes.T, found[name], 1) for name, axes in frames.items()}
+        kept[step] = loss.detach(), torch.cat([value.flatten() for value in found.values()])
     torch.save(kept, to)
+
+
+@torch.no_grad()
+def projected_alike(run: Run, cached: Recipe) -> dict[str, torch.Tensor]:
+    """Give projections to components the same weights whether the teacher speaks in coordinates, as the cache lets it,
+    or live in all its channels; of the latter, the frame of the coordinates by the weight's name."""
+    frames, weights = {}, dict(run.student.named_parameters())
+    codecs = assemble.training_corridor(cached, "distill", 0, 1).codecs
+    known = {feature: frame(codec.basis) for feature, codec in codecs.items() if codec.basis is not None}
+    for (_, feature), (path, layer) in zip(run.student.pairs, run.student.projections.items(), strict=True):
+        for part in layer.state_dict() if feature in known else ():
+            name, axes = f"projections.{path}.{part}", known[feature]
+            shape = axes.shape[1], *weights[name].shape[1:]
+            weight = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+            weights[name].copy_(weight if run.teacher is None else torch.tensordot(axes, weight, 1))
+            frames |= {} if run.teacher is None else {name: axes}
+    return frames
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,12 @@ from kd_dist.config import load
 from kd_dist.errors import ModelError
 from kd_dist.loader import batches, on_device, to_device
 from kd_dist.losses import LOSSES, Objective
+from kd_dist.losses.grid import on_grid
 from kd_dist.models import Built, Network
 from kd_dist.student import Student, projection
 
 SIZE = (16, 24)
+TAPS = {"a": "map", "b": "tokens", "c": "vector"}
 ALL_FEATURE_LOSSES = {name: {} for name, row in LOSSES.items() if row.against == "features"}
 
 
@@ -53,8 +55,7 @@ def test_without_taps_it_is_its_network():
 
 
 def test_every_kind_of_feature_is_projected_to_the_teachers_channels():
-    taps = {"a": "map", "b": "tokens", "c": "vector"}
-    student = Student(network(), taps, {"cosine": {"a": 7, "b": 8}, "hint": {"a": 9, "c": 10}}, SIZE)
+    student = Student(network(), TAPS, {"cosine": {"a": 7, "b": 8}, "hint": {"a": 9, "c": 10}}, SIZE)
     output = student(images())
     assert {name: tuple(value.shape) for name, value in output.features.items()} == {
         "a": (2, 4, 4, 6),
@@ -70,6 +71,26 @@ def test_every_kind_of_feature_is_projected_to_the_teachers_channels():
         feature = output.features[name].movedim(1, -1)
         expected = feature @ layer.weight.flatten(1).T + layer.bias
         torch.testing.assert_close(output.projected[loss][name].movedim(1, -1), expected)
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (4, 6), (3, 4), (8, 3), (9, 13)])
+def test_a_map_is_projected_at_the_coarser_grid_and_the_losses_see_no_difference(grid):
+    """Against the projection of the whole map: exactly that where no side is longer, else the same but for rounding."""
+    wanted = {"cosine": {"a": 7, "b": 7, "c": 7}}
+    early, late = (Student(network(), TAPS, wanted, SIZE, grids).train() for grids in ({"a": grid, "b": grid}, None))
+    late.load_state_dict(early.state_dict())
+    teacher = torch.randn(2, 7, *grid, generator=torch.Generator().manual_seed(2))
+    found = []
+    for student in (early, late):
+        output = student(images())
+        projected = output.projected["cosine"]["a"]
+        LOSSES["cosine"].function(projected, teacher).sum().backward()
+        gradients = [value.grad for value in student.parameters() if value.grad is not None]
+        found.append((on_grid(projected, grid), *gradients, output.projected["cosine"]["b"]))
+        assert projected.shape[2:] == (tuple(map(min, grid, (4, 6))) if student is early else (4, 6))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+    assert len(found[0]) == 6 and found[1][1].abs().max() > 1e-4
 
 
 def test_a_projection_belongs_to_the_module_and_not_to_the_weights_that_are_kept():
@@ -125,6 +146,26 @@ def test_the_student_and_its_projections_receive_a_gradient(scenery, name):
     for key, gradient in reached.items():
         if key.startswith("projections") and key.endswith("weight"):
             assert gradient.abs().max() > 0, key
+
+
+@pytest.mark.parametrize(
+    "losses, width", [({"cosine": {}}, 7), ({"cosine": {}, "cwd_features": {}}, 16), ({"hint": {}, "sp": {}}, 7)]
+)
+def test_projections_are_as_wide_as_what_is_delivered(scenery, losses, width):
+    """6 components and the mean, unless a loss looks at each of the 16 channels; `low` has no components."""
+    recipe = load("scenes.yaml", [f"stages.distill.losses={losses}"])
+    teacher = assemble.teacher(recipe, recipe.cache.features)
+    cache_teacher.cache_split(recipe, "train", teacher, Accelerator(cpu=True))
+    corridor = assemble.training_corridor(recipe, "distill", 0, 1)
+    codecs = assemble.stage_codecs(recipe, "distill", corridor)
+    student = assemble.module(recipe, "distill", corridor, None)
+    batch = to_device(corridor[0], torch.device("cpu"), codecs)
+    shapes = {name: tuple(value.shape[1:]) for name, value in batch.signals.features.items()}
+    assert shapes == {"low": (8, 4, 6), "high": (width, 4, 6)}
+    for projected in student(batch.images).projected.values():
+        assert {name: tuple(value.shape[1:]) for name, value in projected.items()} == shapes
+    loss, _ = Objective(losses, 1)(student(batch.images), batch, 0.0)
+    assert loss.isfinite()
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

@@ -79,6 +79,14 @@ def features_read(losses: Mapping[str, Mapping[str, Any]], known: Sequence[str])
     return [name for name in known if name in read]
 
 
+def isometric(losses: Mapping[str, Mapping[str, Any]], known: Sequence[str]) -> list[str]:
+    """Those of the features that these losses read which no loss sees otherwise than through norms and inner products
+    of the teacher's channels; in the order of `known`."""
+    others = {loss: written for loss, written in losses.items() if not LOSSES[loss].isometric}
+    bound = features_read(others, known)
+    return [name for name in features_read(losses, known) if name not in bound]
+
+
 def projections(losses: Mapping[str, Mapping[str, Any]], known: Sequence[str]) -> dict[str, list[str]]:
     """By loss, the features that the student must project for it to the teacher's channels; in the order of `known`."""
     return {loss: _chosen(written, known) for loss, written in losses.items() if LOSSES[loss].student == "projected"}
@@ -112,7 +120,7 @@ class Objective:
         to the gradient. ModelError: a feature is missing, or what the student says does not fit what it is held to.
         """
         # A loss works in float32. Elementwise operations do so by themselves, a matrix product would not.
-        with torch.autocast(batch.valid.device.type, enabled=False):
+        with torch.autocast(output.logits.device.type, enabled=False):
             terms = {name: self._term(name, output, batch) for name in self.losses}
         weights = self.weights(epoch)
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
@@ -136,13 +144,17 @@ def _share(row: Loss, written: Mapping[str, Any], student: Tensor, against: Tens
     """What this share of the step adds to the mean over the step's valid rows."""
     function = partial(row.function, **{key: value for key, value in written.items() if key not in _BESIDE})
     if row.relational:
-        rows = batch.valid & outputs.labelled(against) if row.against == "targets" else batch.valid
+        rows = batch.valid
+        if row.against == "targets":
+            rows = rows.to(against.device, non_blocking=True) & outputs.labelled(against)
         return related(function, student, against, rows, batch.total, written.get("gather", row.gather))
     teacher = [batch.signals.logits] if row.with_teacher else []
     values = function(student, against, *teacher)
     if row.against == "targets" and batch.mixture is not None:
         values = torch.lerp(values, function(student, batch.mixture.targets, *teacher), batch.mixture.share)
-    return torch.where(batch.valid, values, 0.0).sum() / batch.total
+    if not batch.valid.all():
+        values = torch.where(batch.valid.to(values.device, non_blocking=True), values, 0.0)
+    return values.sum() / batch.total
 
 
 def _feature_pairs(

@@ -7,6 +7,9 @@ and none depends on the scale of a feature or on its resolution. Teacher feature
 meant for them. Every one raises a ModelError where the rows, or the positions, of the two do not fit.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -154,19 +157,18 @@ def _cosines(gram: Tensor, distances: Tensor) -> Tensor:
 
 _TASKS = ("classification", "segmentation", "regression")
 
+
+def _row(function: Callable[..., Tensor], student: str, **options: Any) -> Loss:
+    """All of them see channels through norms and inner products alone."""
+    about = {"against": "features", "tasks": _TASKS, "classes": (1, None), "isometric": True}
+    return Loss(function, student, **{"ranges": {}, **about, **options})
+
+
 LOSSES = {
-    "cosine": Loss(cosine, student="projected", against="features", tasks=_TASKS, classes=(1, None), ranges={}),
-    "hint": Loss(hint, student="projected", against="features", tasks=_TASKS, classes=(1, None), ranges={}),
-    "at": Loss(at, student="features", against="features", tasks=_TASKS, classes=(1, None), ranges={}),
-    "saliency": Loss(saliency, student="features", against="features", tasks=_TASKS, classes=(1, None), ranges={}),
-    "sp": Loss(sp, student="features", against="features", tasks=_TASKS, classes=(1, None), ranges={}, relational=True),
-    "rkd": Loss(
-        rkd,
-        student="features",
-        against="features",
-        tasks=_TASKS,
-        classes=(1, None),
-        ranges={"distance": (0.0, 1000.0), "angle": (0.0, 1000.0)},
-        relational=True,
-    ),
+    "cosine": _row(cosine, "projected"),
+    "hint": _row(hint, "projected"),
+    "at": _row(at, "features"),
+    "saliency": _row(saliency, "features"),
+    "sp": _row(sp, "features", relational=True),
+    "rkd": _row(rkd, "features", relational=True, ranges={"distance": (0.0, 1000.0), "angle": (0.0, 1000.0)}),
 }

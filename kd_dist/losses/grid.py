@@ -25,12 +25,17 @@ def on_grid(student: Tensor, grid: Sequence[int]) -> Tensor:
             f"the student's positions are {own} and the teacher's {grid}, and only maps of two sides can be resized; "
             "tap maps in both models, or outputs with the same number of tokens"
         )
-    meeting = tuple(map(min, own, grid))
-    if meeting != own:
-        student = F.adaptive_avg_pool2d(student, meeting)
-    if meeting != grid:
+    student = shrunk(student, grid)
+    if tuple(student.shape[2:]) != grid:
         student = F.interpolate(student, grid, mode="bilinear", align_corners=False)
     return student
+
+
+def shrunk(student: Tensor, grid: Sequence[int]) -> Tensor:
+    """(B, C, h, w) float -> what `on_grid` makes of it first: no side longer than in `grid`. But for rounding a 1x1
+    convolution gives the same before this and after it, where it takes less."""
+    meeting = tuple(map(min, student.shape[2:], grid))
+    return student if tuple(student.shape[2:]) == meeting else F.adaptive_avg_pool2d(student, meeting)
 
 
 def positions(tensor: Tensor) -> Tensor:

@@ -177,8 +177,8 @@ def _standardised(logits: Tensor) -> Tensor:
 def _decoupled(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (B, C) and labels (B,) -> the logarithms of (p_y, 1 - p_y), (B, 2), and of the softmax without y,
     (B, C - 1). The logarithm of the rest is that of its own sum: 1 - p_y would round to 0."""
-    kept = torch.arange(logits.shape[1], device=logits.device) != targets[:, None]
-    others = logits[kept].reshape(len(logits), logits.shape[1] - 1)
+    others = torch.arange(logits.shape[1] - 1, device=logits.device).expand(len(logits), -1)
+    others = logits.gather(1, others + (others >= targets[:, None]))  # a mask would have a GPU waited for
     rest = others.logsumexp(dim=1, keepdim=True)
     return torch.cat([logits.gather(1, targets[:, None]), rest], dim=1).log_softmax(dim=1), others - rest
 

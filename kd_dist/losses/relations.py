@@ -22,7 +22,8 @@ def related(
     value, the parts add up, and its gradient is the whole one by its own rows. All ranks must call it at the same time.
     Fewer than 2 rows have no relations: 0, with a gradient of 0.
     """
-    student, teacher = student[valid], teacher[valid]
+    if not valid.all():
+        student, teacher = student[valid], teacher[valid]
     together = gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     counts = _counts(student) if together else [len(student)]
     n, world = sum(counts), len(counts)

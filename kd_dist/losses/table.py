@@ -26,4 +26,7 @@ class Loss(NamedTuple):
     # What becomes of it where the cache keeps the largest K logits: "exact", "near" (as `truncated` says), None: it
     # needs all. Its function then takes TopLogits as well.
     top: Literal["exact", "near"] | None = None
+    # Of one on features: whether it sees the teacher's channels, and those of what is projected to them, through norms
+    # and inner products alone, so that coordinates in any orthonormal frame give the same value.
+    isometric: bool = False
     with_teacher: bool = False  # of one against targets, not relational: whether it reads the teacher's logits too

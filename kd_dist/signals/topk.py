@@ -250,8 +250,8 @@ def spread_out(logits: Tensor | TopLogits, classes: int) -> Tensor:
 def tail_at(tail: Tensor, temperature: float) -> Tensor:
     """The tail's log-sum-exp of (z - max z)/T, (B,), from TopLogits' `tail`. No matrix product: autocast would round
     it."""
-    weights = torch.tensor(tail_weights(temperature), dtype=tail.dtype, device=tail.device)
-    return (tail * weights).sum(dim=1)
+    weights = torch.tensor(tail_weights(temperature), dtype=tail.dtype, pin_memory=tail.is_cuda)
+    return (tail * weights.to(tail.device, non_blocking=True)).sum(dim=1)
 
 
 def _tail_of(decoded: TopLogits, temperature: float) -> np.ndarray:
