@@ -8,7 +8,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
@@ -26,6 +26,7 @@ from kd_dist.preempt import SIGNALS
 
 KEPT_OUT = (*SIGNALS, signal.SIGINT)  # what may be sent to all processes at once, and is for the training process alone
 QUEUE_DEPTH = 4  # items that wait
+PATIENCE = 5.0  # seconds that what makes items is given to end by itself when no more are wanted
 ALIGNED = 64  # bytes: where each tensor of a packed batch begins
 
 
@@ -49,7 +50,9 @@ def batches(corridor: Corridor, start: int, stop: int, workers: int, pin: bool) 
     )
     try:
         stream = _started(loader)
-        ahead = prefetch(stream, unheard=(*KEPT_OUT, signal.SIGCHLD)) if workers else (one for one in stream)
+        # One that hangs, as at a file server that is gone, must not keep a training process that is to stop.
+        end = lambda: [one.terminate() for one in stream._workers]  # noqa: E731
+        ahead = prefetch(stream, unheard=(*KEPT_OUT, signal.SIGCHLD), end=end) if workers else (one for one in stream)
         with contextlib.closing(ahead):
             for delivered in ahead:
                 if isinstance(delivered, KdError):
@@ -147,10 +150,14 @@ def _as_it_is(delivered: Packed | Batch | KdError) -> Packed | Batch | KdError:
 
 
 def prefetch(
-    items: Iterator[Any], depth: int = QUEUE_DEPTH, unheard: Collection[signal.Signals] = ()
+    items: Iterator[Any],
+    depth: int = QUEUE_DEPTH,
+    unheard: Collection[signal.Signals] = (),
+    end: Callable[[], Any] | None = None,
 ) -> Iterator[Any]:
     """The items in order, made ahead by a thread, of which `depth` wait; `unheard` signals are not for that thread. Its
-    exceptions come out here; closing this generator ends it."""
+    exceptions come out here; closing this generator ends it, after the item that it is at. Where that takes longer than
+    PATIENCE `end` is called, which is to end `items`; a thread that does not heed that either is left behind."""
     slots: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -183,7 +190,10 @@ def prefetch(
             yield value
     finally:
         stopped.set()
-        thread.join()
+        thread.join(None if end is None else PATIENCE)
+        if thread.is_alive():
+            end()
+            thread.join(2 * PATIENCE)  # torch looks every 5 seconds whether its processes live
 
 
 def to_device(batch: Batch, device: torch.device, codecs: Mapping[str, FeatureCodec] | None = None) -> Batch:

@@ -49,6 +49,11 @@ def repeat_problems(stage: Stage, keys: Keys, views: int | None) -> Problems:
     repeats, keys = stage.views_per_decode, (*keys, "views_per_decode")
     if views is not None and repeats > views:
         yield keys, f"{repeats} views side by side, of {views} that an example has (views.count); take no more"
+    elif views is not None and views % repeats:
+        yield keys, (
+            f"{repeats} views side by side, and an example has {views} (views.count), no multiple of it: often one "
+            f"would stand beside itself; change one of the two"
+        )
     if stage.epochs % repeats:
         yield keys, (
             f"the examples pass once in {repeats} epochs, which {stage.epochs} are no multiple of: some would be "

@@ -833,6 +833,10 @@ def test_views_side_by_side_that_do_not_fit_a_stage_are_refused(written):
     words = ["epochs=10", "batch_size=10", "views_per_decode=5"]
     assert said("distill", *words) == "5 views side by side, of 4 that an example has (views.count); take no more"
     load(written(TEXT), ["views.count=4", *(f"stages.teach.{word}" for word in words)])
+    assert said("distill", "epochs=9", "batch_size=10", "views_per_decode=3") == (
+        "3 views side by side, and an example has 4 (views.count), no multiple of it: often one would stand beside "
+        "itself; change one of the two"
+    )
     assert said("distill", *words[:2], "views_per_decode=4") == (
         "the examples pass once in 4 epochs, which 10 are no multiple of: some would be shown more often than others; "
         "change one of the two"

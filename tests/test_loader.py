@@ -8,9 +8,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from processes import Started, run, sentence, start, wait_until
+from torch.utils.data import Dataset
 
 from kd_dist import assemble
+from kd_dist.batch import Batch
 from kd_dist.config import load
 from kd_dist.loader import batches
 from kd_dist.preempt import noticed
@@ -71,6 +74,33 @@ def test_a_loader_that_is_killed_is_a_sentence_and_keeps_nobody(lab, tmp_path, n
     assert said.lstrip("\0 ").startswith("error: a loader process has died (")
     assert "; lower data.workers (0 needs neither), or run the same command where there is more: " in said
     wait_for_the_end(loaders)
+
+
+class Hanging(Dataset):
+    """Two batches, and no third."""
+
+    def __getitem__(self, cursor: int) -> Batch:
+        if cursor > 1:
+            time.sleep(120)
+        rows = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+        return Batch(("one",), rows, torch.zeros(1, dtype=torch.long), None, torch.ones(1, dtype=torch.bool), 1, None)
+
+
+def leave_hanging(mark: str) -> None:
+    """Write to the file `mark` how many seconds it takes to let go of a loader that hangs."""
+    stream = batches(Hanging(), 0, 9, 1, pin=False)
+    _ = next(stream), next(stream)
+    time.sleep(1)  # until the thread waits for the third
+    began = time.monotonic()
+    stream.close()
+    Path(mark).write_text(f"{time.monotonic() - began}")
+
+
+def test_a_loader_that_hangs_keeps_nobody_from_stopping(lab, tmp_path):
+    child = start(leave_hanging, str(tmp_path / "seconds"), folder=lab)
+    wait_until(lambda: (tmp_path / "seconds").exists() or not child.process.is_alive(), "the loader's end")
+    ended = child.wait()
+    assert (ended.status, ended.output) == (0, "") and float((tmp_path / "seconds").read_text()) < 30
 
 
 def read_without_room(mark: str) -> None:
