@@ -173,7 +173,7 @@ def counts(recipe: Recipe, planned: Planned, tried: Small | None, thought_of: bo
         "split_bytes": splits,
         "total_bytes": sum(splits.values()),
         "packing_bytes": packing,
-        "still_bytes": packing + sum(still_to_write(recipe, planned, split) for split in splits),
+        "still_bytes": packing + sum(still_to_write(recipe, planned, split, thought_of) for split in splits),
         "free_bytes": shutil.disk_usage(nearest(places.shards_folder(recipe))).free,
     }
 
@@ -212,11 +212,12 @@ def listed_bytes(stem: str, sizes: Sequence[int]) -> int:
     return sum(two - one - 1 + len(str(count)) for count in sizes)
 
 
-def still_to_write(recipe: Recipe, planned: Planned, split: str) -> int:
-    """Bytes of signals of a split that are not there yet: of the folders that caching would begin, or finish."""
-    total = 0
+def still_to_write(recipe: Recipe, planned: Planned, split: str, thought_of: bool) -> int:
+    """Bytes of signals of a split that are not there yet: of the folders that caching would begin, or finish. One that
+    is finished is no more than a part of a training split that is `thought_of`."""
+    total, more = 0, thought_of and places.is_trained_on(split)
     for piece in caches.pieces(recipe, split):
-        if not caches.is_finished(recipe, split, piece):
+        if more or not caches.is_finished(recipe, split, piece):
             taken = planned.piece_bytes(split, piece, recipe.cache.features)
             total += max(0, taken - written(places.signals_folder(recipe, split, piece.number), "signals"))
     return total

@@ -512,6 +512,17 @@ def test_what_is_thought_of_needs_no_room(experiment):
     assert found["training_files"]["shards"] == 61_036 and told["start_seconds"] > 0 < told["index_seconds"]
 
 
+def test_what_is_cached_already_is_a_part_of_what_is_thought_of(experiment):
+    recipe = load("tiny.yaml", [UNTAUGHT])
+    pack_examples(recipe)
+    early = budget.plan(recipe, None, examples=10_000)
+    cached(recipe)
+    late = budget.plan(recipe, None, examples=10_000)
+    there = sum(late["split_bytes"].values()) - late["split_bytes"]["train"] + on_disk(recipe, "train")
+    assert budget.plan(recipe, None)["still_bytes"] == 0
+    assert early["still_bytes"] - late["still_bytes"] == pytest.approx(there, rel=0.1)
+
+
 def test_the_requests_to_a_store_are_those_that_come(experiment):
     words = [UNTAUGHT, "views.mixup=0.5"]
     recipe = load("tiny.yaml", words)
