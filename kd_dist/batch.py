@@ -36,7 +36,7 @@ def each_tensor(logits: Any, function: Callable[[Any], Tensor]) -> Any:
 class TeacherSignal(NamedTuple):
     """What the teacher said about each row of a batch.
 
-    `features` are channels first whatever the teacher's own order. Between the shards and `data.to_device` they are
+    `features` are channels first whatever the teacher's own order. Between the shards and `loader.to_device` they are
     still the row's fields as stored, by field name: decoding is work for the device.
     """
 

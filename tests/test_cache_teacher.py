@@ -626,7 +626,7 @@ def test_examples_that_are_lost_or_changed_while_it_runs(ward, struck, fault, wo
     sentence = said(*STRUCK)
     assert {one: one.read_bytes() for one in before if one.exists()} != before and len(came) >= EARLIER + 3
     assert sentence.startswith("error: shards/tiny/train/data-000005.tar: ") and words in sentence
-    nothing_wrong(ward, whole, shards=JUDGED + 4)  # the batch before went down with it
+    nothing_wrong(ward, whole, shards=JUDGED + 5)  # all that came before it
     for one, content in before.items():
         one.write_bytes(content)
     struck(0, print)

@@ -75,6 +75,8 @@ def projected_alike(run: Run, cached: Recipe) -> dict[str, torch.Tensor]:
     """Give projections to components the same weights whether the teacher speaks in coordinates, as the cache lets it,
     or live in all its channels; of the latter, the frame of the coordinates by the weight's name."""
     frames, weights = {}, dict(run.student.named_parameters())
+    if not run.student.pairs:
+        return frames
     codecs = assemble.training_corridor(cached, "distill", 0, 1).codecs
     known = {feature: frame(codec.basis) for feature, codec in codecs.items() if codec.basis is not None}
     for (_, feature), (path, layer) in zip(run.student.pairs, run.student.projections.items(), strict=True):
