@@ -13,7 +13,8 @@ class Example(NamedTuple):
     """One decoded example of a shard, before any view is replayed on it."""
 
     key: str  # unique within a split
-    image: np.ndarray  # (H, W, 3) uint8, RGB, as decoded; or a spectrogram (mels, frames, 1) uint8
+    # (H, W, 3) uint8, RGB, an array or a `views.pictures.Picture`; or a spectrogram (mels, frames, 1) uint8
+    image: Any
     # Class index, 0 <= target < classes; a mask of them (H, W) uint8, 255: ignored; or numbers (D,) float32, NaN: none
     target: int | np.ndarray
     about: Mapping[str, Any] = {}  # what its source told of it: the metadata that it was packed with

@@ -184,8 +184,9 @@ def mapped(path: Path) -> tuple[bytes, bytes | memoryview]:
     is renamed over it later changes neither.
 
     Unlike Python's `mmap` before 3.13 it keeps no descriptor. Beyond `MAPPINGS`, or where the file system knows none,
-    what is to be kept is what was read. Only for a file that is never written in place: a page that cannot be had when
-    it is looked at kills the process (SIGBUS). Raises OSError when the file cannot be read.
+    what is to be kept is what was read. Only for a file that is never written in place: what is written so is believed,
+    and a page that cannot be had when it is looked at kills the process (SIGBUS). Raises OSError when the file cannot
+    be read.
     """
     with open(path, "rb", buffering=0) as file:
         data = file.readall()

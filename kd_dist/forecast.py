@@ -142,7 +142,7 @@ def reading(
     return {
         "index_bytes": indexes,
         "start_seconds": start["listed_seconds"] * shards * sum(folders),
-        "index_seconds": start["index_seconds"] * examples * sum(folders),
+        "index_seconds": (start["index_seconds"] * examples + start["opened_seconds"] * shards) * sum(folders),
         "start_requests": sum(folders) * (MANIFEST_REQUESTS + SHARD_REQUESTS * shards),
         "start_bytes": indexes + listed,
         "epoch_requests": requests * examples,

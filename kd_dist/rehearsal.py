@@ -41,7 +41,7 @@ Clock = Callable[[], float]  # seconds
 FEWEST, MOST, OTHERS = 64, 1024, 64  # examples that are tried: of the training split, where there are any; of another
 ENDLESS = 100_000  # epochs: a stage must not end while it is measured
 BATCHES, STEPS = 4, 3  # that are measured at least
-LISTED, OPENINGS = 4096, 16  # shards of a manifest, and indexes, by which starting is measured
+LISTED, OPENINGS, INDEXED = 4096, 16, (16, 4096)  # shards of a manifest; indexes that are opened, and their examples
 READ_AHEAD = 4  # batches that each loader process holds ready, which the first steps find for nothing
 
 
@@ -240,17 +240,23 @@ def measure(tried: Small, teacher: Teacher, clock: Clock, seconds: float, studen
 
 
 def start_time(shards: Shards, clock: Clock) -> dict[str, float]:
-    """What a process does before it can read: `listed_seconds` for each shard that a manifest lists, and
-    `index_seconds` for each example of an index that is opened."""
-    row, began = shards.manifest["shards"][0], clock()
-    for _ in range(OPENINGS):
-        Shard(shards.paths[0])
-    opened, folder = clock() - began, shards.folder.with_name("listed")
+    """What a process does before it can read: `listed_seconds` for each shard that a manifest lists; for each index
+    that is opened `opened_seconds`, and `index_seconds` for each of its examples."""
+    folder, taken = shards.folder.with_name("listed"), []
     folder.mkdir()
-    manifest.write_manifest(folder, {**shards.manifest, "shards": [row] * LISTED})
+    for number, examples in enumerate(INDEXED):
+        path = shard_path(folder, "data", number)
+        write_shard(path, ((f"{one:020d}", {"jpg": b"", "json": b""}) for one in range(examples)), {})
+        began = clock()
+        for _ in range(OPENINGS):
+            Shard(path)
+        taken.append((clock() - began) / OPENINGS)
+    each = max(0.0, (taken[1] - taken[0]) / (INDEXED[1] - INDEXED[0]))
+    manifest.write_manifest(folder, {**shards.manifest, "shards": shards.manifest["shards"][:1] * LISTED})
     began = clock()
     assert Shards(folder).fingerprint
-    return {"listed_seconds": (clock() - began) / LISTED, "index_seconds": opened / OPENINGS / row["examples"]}
+    listed = (clock() - began) / LISTED
+    return {"listed_seconds": listed, "opened_seconds": max(0.0, taken[0] - INDEXED[0] * each), "index_seconds": each}
 
 
 def teacher_time(teacher: Teacher, images: torch.Tensor, clock: Clock) -> float:

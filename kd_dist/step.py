@@ -238,6 +238,6 @@ def take_over(run: Run, last: Path) -> Progress:
             raise
         raise TrainingError(
             f"{last}: its weights are of another model than the recipe builds now ({' '.join(str(error).split())}); "
-            f"restore the model's code, or delete the folder"
+            f"restore the model's code, go on with the kd_dist that began it, or delete the folder"
         ) from error
     return progress
