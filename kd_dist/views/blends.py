@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 
 from kd_dist.errors import DataError
 from kd_dist.views.chance import record
-from kd_dist.views.colours import away, coloured
+from kd_dist.views.colours import away, coloured, mapped
 from kd_dist.views.images import LONGEST_SIDE
 from kd_dist.views.pictures import Picture, as_pillow
 from kd_dist.views.resizing import resized
@@ -161,7 +161,7 @@ def _changed(picture: Image.Image, parameters: np.void, factors: Sequence[float]
     pixels, shift = coloured(picture, *factors), parameters["rgb"].astype(np.int64)
     # Of a grey picture colour would give the blend away.
     shifts = np.full(3, shift.sum() // 3) if _is_grey(pixels) else shift
-    changed = Image.fromarray(pixels).point(np.clip(np.arange(256) + shifts[:, None], 0, 255).ravel().tolist())
+    changed = mapped(Image.fromarray(pixels), np.clip(np.arange(256) + shifts[:, None], 0, 255).ravel().tolist())
     rows, columns = parameters["shrunk"].tolist()
     if (columns, rows) != picture.size:
         return resized(resized(changed, (columns, rows)), picture.size)

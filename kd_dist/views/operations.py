@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from kd_dist.views.colours import away, coloured
+from kd_dist.views.colours import away, coloured, mapped
 
 FACTOR = 1 << 14  # the factor 1 of brightness, contrast, colour and sharpness
 TURN = 1 << 15  # the sine of a right angle, and the shear 1
@@ -153,7 +153,7 @@ def _by_tables(pixels: np.ndarray, table_of: Callable[[np.ndarray], np.ndarray])
     each level."""
     picture = Image.fromarray(pixels)
     counts = np.array(picture.histogram()).reshape(3, 256)
-    return np.array(picture.point(np.concatenate([table_of(channel) for channel in counts]).tolist()))
+    return np.array(mapped(picture, np.concatenate([table_of(channel) for channel in counts]).tolist()))
 
 
 class Operation(NamedTuple):
