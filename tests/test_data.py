@@ -331,13 +331,14 @@ def test_steps_of_views_side_by_side_are_the_same_for_every_topology(corridor):
 def test_views_side_by_side_are_another_run_and_its_shuffle_is_judged_by_its_examples(made, monkeypatch):
     monkeypatch.chdir(made)
     found = []
-    for repeats in (1, 2):
-        recipe = load("tiny.yaml", [*RECIPE, f"stages.distill.views_per_decode={repeats}"])
+    for repeats in (1, VIEWS):
+        words = [f"stages.distill.views_per_decode={repeats}", f"stages.distill.epochs={2 * VIEWS}"]
+        recipe = load("tiny.yaml", [*RECIPE, *words])
         corridor = assemble.training_corridor(recipe, "distill", 0, 1)
-        assert corridor.plan.repeats == repeats and corridor.plan.examples_of_step == 8 // repeats
+        assert corridor.plan.repeats == repeats and corridor.plan.examples_of_step == -(-8 // repeats)
         found.append(assemble.stage_identity(recipe, "distill", corridor))
     assert "views_per_decode" not in found[0]["stage"]  # as checkpoints had it before there was such an option
-    assert found[1] == {**found[0], "stage": {**found[0]["stage"], "views_per_decode": 2}}
+    assert found[1] == {**found[0], "stage": {**found[0]["stage"], "views_per_decode": VIEWS}}
     judged = assemble.evaluation_corridor(recipe, "val", 0, 1, cached=True)
     assert judged.plan.repeats == 1
 
