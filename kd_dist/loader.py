@@ -26,7 +26,7 @@ from kd_dist.preempt import SIGNALS
 
 KEPT_OUT = (*SIGNALS, signal.SIGINT)  # what may be sent to all processes at once, and is for the training process alone
 QUEUE_DEPTH = 4  # items that wait
-PATIENCE = 5.0  # seconds that what makes items is given to end by itself when no more are wanted
+PATIENCE = 3.0  # seconds that what makes items is given to end by itself when no more are wanted
 ALIGNED = 64  # bytes: where each tensor of a packed batch begins
 
 
