@@ -245,18 +245,22 @@ def start_time(shards: Shards, clock: Clock) -> dict[str, float]:
     folder, taken = shards.folder.with_name("listed"), []
     folder.mkdir()
     for number, examples in enumerate(INDEXED):
-        path = shard_path(folder, "data", number)
-        write_shard(path, ((f"{one:020d}", {"jpg": b"", "json": b""}) for one in range(examples)), {})
-        began = clock()
-        for _ in range(OPENINGS):
-            Shard(path)
-        taken.append((clock() - began) / OPENINGS)
+        taken.append(opening_time(shard_path(folder, "data", number), examples, clock))
     each = max(0.0, (taken[1] - taken[0]) / (INDEXED[1] - INDEXED[0]))
     manifest.write_manifest(folder, {**shards.manifest, "shards": shards.manifest["shards"][:1] * LISTED})
     began = clock()
     assert Shards(folder).fingerprint
     listed = (clock() - began) / LISTED
     return {"listed_seconds": listed, "opened_seconds": max(0.0, taken[0] - INDEXED[0] * each), "index_seconds": each}
+
+
+def opening_time(path: Path, examples: int, clock: Clock) -> float:
+    """Seconds of opening the index of a shard of so many empty examples, which is written to `path`."""
+    write_shard(path, ((f"{one:020d}", {"jpg": b"", "json": b""}) for one in range(examples)), {})
+    began = clock()
+    for _ in range(OPENINGS):
+        Shard(path)
+    return (clock() - began) / OPENINGS
 
 
 def teacher_time(teacher: Teacher, images: torch.Tensor, clock: Clock) -> float:
