@@ -346,26 +346,27 @@ def proposal(
 def sentences(found: dict[str, Any]) -> list[str]:
     """The plan in words; the proposal as lines for a recipe."""
     lines = [
-        f"{split}: {found['rows'][split]:,} views, {taken / 1e6:,.2f} MB"
+        f"{split}: {found['rows'][split]:,} views, {forecast.volume(taken)}"
         for split, taken in found["split_bytes"].items()
     ]
     parts, each = {"logits and frame": found["logits_row_bytes"], **found["feature_row_bytes"]}, found["example_bytes"]
     lines.append("bytes of a training view: " + ", ".join(f"{name} {taken:,}" for name, taken in parts.items()))
     lines.append(f"bytes of a training example: {each['signals']:,.0f} of signals, {each['packed']:,.0f} packed")
     lines.append(
-        f"in all {found['total_bytes'] / 1e6:,.2f} MB, still to be written {found['still_bytes'] / 1e6:,.2f} MB, free "
-        f"on the disk {found['free_bytes'] / 1e9:,.1f} GB"
+        f"signals in all {forecast.volume(found['total_bytes'])}; still to be written, packed examples too, "
+        f"{forecast.volume(found['still_bytes'])}, free on the disk {forecast.volume(found['free_bytes'])}"
+        + (", which is too little" if found["still_bytes"] > found["free_bytes"] else "")
     )
     files = found["training_files"]
     lines.append(
-        f"training split: {files['shards']:,} shards of examples, {files['files']:,} files in all; indexes "
-        f"{forecast.volume(sum(files['index_bytes'].values()))}, manifests "
+        f"training split: {files['shards']:,} shard{'s' if files['shards'] > 1 else ''} of examples, "
+        f"{files['files']:,} files in all; indexes {forecast.volume(sum(files['index_bytes'].values()))}, manifests "
         f"{forecast.volume(sum(files['manifest_bytes'].values()))}"
     )
     lines += forecast.sentences(found["time"]) if "time" in found else []
     lines += [f"estimated: {one}" for one in found["estimated"]]
     if "proposal" in found:
-        lines.append(f"within the budget, {found['proposal_bytes'] / 1e6:,.2f} MB in all:")
+        lines.append(f"within the budget, {forecast.volume(found['proposal_bytes'])} in all:")
         lines += ["cache:", *(f"  {option}: {value}" for option, value in found["cache"].items())]
         lines += ["  features:"] if found["proposal"] else []
         for name, one in found["proposal"].items():

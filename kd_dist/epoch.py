@@ -13,7 +13,7 @@ from kd_dist import checkpoint, monitor, places
 from kd_dist.checkpoint import Progress
 from kd_dist.errors import DataError, TrainingError, cause, is_out_of_memory
 from kd_dist.evaluation import agree_on_buffers, evaluate, picture
-from kd_dist.loader import batches
+from kd_dist.loader import batches, worthwhile
 from kd_dist.losses import Objective
 from kd_dist.stage import Run
 from kd_dist.tasks import is_better, retention, undefined
@@ -62,6 +62,9 @@ def judge_epoch(run: Run, progress: Progress, means: dict[str, float]) -> None:
     accelerator.print(f"{who}: {console_line(record, run.stage.epochs, run.objective, metric)}", flush=True)
     for warning in monitor.warnings(progress.history, **asdict(run.limits)):
         run.warn(f"warning: {warning}")
+    slow = monitor.waiting(progress.history, run.workers)
+    if slow is not None:
+        run.warn(f"hint: {slow}")
 
 
 def backbone(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -82,10 +85,11 @@ def evaluating(module: nn.Module) -> Iterator[nn.Module]:
 
 def run_evaluation(run: Run) -> dict[str, float]:
     """The student's metrics on the validation split, exact over all ranks, in float32."""
-    stream = batches(run.validation, 0, len(run.validation), 0, pin=False)
     device, rows = run.accelerator.device, run.validation.plan.rows
+    count = len(run.validation)
+    made = batches(run.validation, 0, count, worthwhile(run.workers, count), pin=device.type == "cuda")
     try:
-        with evaluating(run.student) as student:
+        with evaluating(run.student) as student, contextlib.closing(made) as stream:
             return evaluate(lambda batch: student(batch.images).logits, stream, run.task, device, run.error_limit)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

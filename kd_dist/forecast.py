@@ -39,10 +39,10 @@ def outlook(
     """What a plan `found` takes in time, given what was `measured` by one process (see `rehearsal.measure`), and the
     plans of `further` teachers by name.
 
-    `cache_seconds` for caching every split; of each student's stage the seconds and the bytes of an epoch, what
-    `reading` says, and, where it listens to a teacher, the seconds that one in the loop takes more in an epoch, and the
-    epoch after which caching has taken less; `online_seconds`, what that comes to over all such stages, seeds and
-    epochs.
+    `cache_seconds` for caching every split; of each student's stage the seconds and the bytes of an epoch, how many
+    `loaders` keep up, what `reading` says, and, where it listens to a teacher, the seconds that one in the loop takes
+    more in an epoch, and the epoch after which caching has taken less; `online_seconds`, what that comes to over all
+    such stages, seeds and epochs.
     """
     P, cache = timing.processes, measured["cache"]
     views = {split: found["rows"][split] // max(1, sum(sizes)) for split, sizes in shards.items()}
@@ -104,6 +104,7 @@ def stage_outlook(
     return {
         "epochs": min(stage.epochs, last),
         "examples_per_second": rate,
+        "loaders": loaders(measured),
         "epoch_seconds": training + validation,
         "validation_seconds": validation,
         "example_bytes": read,
@@ -114,6 +115,12 @@ def stage_outlook(
         else None,
         "break_even_epoch": None,
     }
+
+
+def loaders(measured: Mapping[str, Any]) -> int:
+    """How many loader processes read as fast as the rest of a step goes; see `rehearsal.stage_time`."""
+    rest = measured["step_seconds"] - min(measured["wait_seconds"], 0.99 * measured["step_seconds"])
+    return math.ceil(measured["read_seconds"] * measured["rows"] / rest)
 
 
 def reading(
@@ -162,9 +169,10 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
     """An outlook in words."""
     measured, P = found["measured"], found["processes"]
     cache, share = measured["cache"], f" on each of {P} processes" if P > 1 else ""
+    divided = f", of whose time each of {P} takes a part" if P > 1 else ""
     lines = [
-        f"measured here ({measured['device']}, one process): {cache['rows']:,} views read, replayed, run through the "
-        f"teacher and written in {cache['seconds']:.2f} s, {cache['rows'] / cache['seconds']:,.1f} a second",
+        f"measured here ({measured['device']}, one process{divided}): {cache['rows']:,} views read, replayed, run "
+        f"through the teacher and written in {cache['seconds']:.2f} s, {cache['rows'] / cache['seconds']:,.1f} in each",
         f"caching takes {duration(found['cache_seconds'])}{share}",
     ]
     if len(found["teachers"]) > 1:
@@ -178,17 +186,22 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
             f"{one['example_bytes']:,.0f} bytes an example"
         )
         lines.append(
+            f"  to read an example takes a process {1e3 * its['read_seconds']:,.2f} ms, so {one['loaders']:,} "
+            f"(data.workers) keep{'s' * (one['loaders'] == 1)} up with the rest of the step"
+            f"{' on each' if P > 1 else ''}; here it waited {its['wait_seconds'] / its['step_seconds']:.0%} of its time"
+        )
+        lines.append(
             f"  each process takes {duration(one['start_seconds'])} for manifests before its first batch and "
             f"{duration(one['index_seconds'])} to open {volume(one['index_bytes'])} of indexes; from an object store "
             f"an epoch is {one['epoch_requests']:,.0f} requests, {one['requests_per_second']:,.0f} a second, after "
-            f"{one['start_requests']:,} for each process to start, or {one['whole_requests']:,} for shards whole, "
-            f"{volume(one['whole_bytes'])} on each machine"
+            f"{one['start_requests']:,} for each process to start, or with data.local_cache each machine fetches "
+            f"{volume(one['whole_bytes'])} once, in {one['whole_requests']:,} requests"
         )
         if one["break_even_epoch"] is not None:
             takes = "takes, of these" if one["online"] else "would take, beside these"
             lines.append(
                 f"  a teacher in the loop {takes}, {duration(one['online_seconds'])} an epoch: caching has paid for "
-                f"itself after epoch {one['break_even_epoch']:,}, of {one['epochs']:,.4g}"
+                f"itself {paid_by(one['break_even_epoch'], one['epochs'])}"
             )
     if found["online_seconds"]:
         seeds = f" with {found['seeds']} seeds" if found["seeds"] > 1 else ""
@@ -199,6 +212,13 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def paid_by(epoch: int, epochs: float) -> str:
+    """When caching has taken less time than a teacher in the loop of a stage of so many epochs."""
+    if epoch <= epochs:
+        return f"after epoch {epoch:,}, of {epochs:,.4g}"
+    return f"after {epoch:,} epochs, more than the {epochs:,.4g} of one run: with further seeds, or another student"
+
+
 def volume(size: float) -> str:
     """Bytes as one reads them."""
     unit = next((unit for unit in ("TB", "GB", "MB") if size >= UNITS[unit]), "KB")
@@ -207,6 +227,8 @@ def volume(size: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as one reads them."""
+    if seconds < 0.001:
+        return "less than a millisecond"
     if seconds < 100:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"

@@ -27,6 +27,7 @@ from kd_dist.preempt import SIGNALS
 KEPT_OUT = (*SIGNALS, signal.SIGINT)  # what may be sent to all processes at once, and is for the training process alone
 QUEUE_DEPTH = 4  # items that wait
 PATIENCE = 3.0  # seconds that what makes items is given to end by itself when no more are wanted
+WORTH = 4  # batches that are read in the time in which a loader process is started, about
 ALIGNED = 64  # bytes: where each tensor of a packed batch begins
 
 
@@ -63,6 +64,11 @@ def batches(corridor: Corridor, start: int, stop: int, workers: int, pin: bool) 
             raise
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise of the same death, even at exit
         raise LoaderError(cause(error)) from error  # it died while it handed over a batch
+
+
+def worthwhile(workers: int, count: int) -> int:
+    """How many of so many loader processes `count` batches are worth, as those of a small validation split are none."""
+    return min(workers, count // WORTH)
 
 
 class Packed(NamedTuple):

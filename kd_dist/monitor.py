@@ -5,6 +5,7 @@ import statistics
 from typing import Any
 
 WINDOW = 6  # epochs over which the loss is judged
+WAITED = 0.2  # of an epoch's time, when it is spent on waiting for batches
 WON, LOST = 0.95, 0.02  # of the distance between its labels: a discriminator that has won, or given up
 ALIKE = 0.3  # as much as samples differ, relative to recordings, when a generator makes one thing only
 LASTING = 5  # epochs after which one of these is said; for a while each happens
@@ -48,6 +49,21 @@ def warnings(
             f"weight decay"
         )
     return found
+
+
+def waiting(history: list[dict[str, Any]], workers: int) -> str | None:
+    """What to do about a loop that waits for its batches: a sentence about the newest epoch of `history`, the second in
+    a row that was WAITED for; None when there is nothing to say, or it was said. `workers` are its loader processes."""
+    high = [(record["data_wait"] or 0.0) > WAITED for record in history]
+    if not all(high[-2:]) or len(high) < 2 or all(high[-3:-1]) and len(high) > 2:
+        return None
+    read = f"{history[-1]['data_wait']:.0%} of the time goes into waiting for batches"
+    if not workers:
+        return f"{read}, which the training process reads itself; data.workers=1 has a process beside it do that"
+    return (
+        f"{read}, from {workers} loader process{'es' if workers > 1 else ''}; raise data.workers where cores are free, "
+        f"store smaller pictures, or take several views of a decode (views_per_decode)"
+    )
 
 
 def gan_warnings(history: list[dict[str, Any]], labels: tuple[float, float]) -> list[str]:

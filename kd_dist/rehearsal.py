@@ -315,41 +315,55 @@ def nothing(count: int) -> None:
 
 
 def stage_time(recipe: Recipe, name: str, teacher: Teacher, clock: Clock, seconds: float) -> dict[str, Any]:
-    """What a stage takes on one process: `step_seconds` of a step, reading included, of `rows` examples; `steps` that
-    were measured; `validation_seconds` of an example; and the `teacher_seconds` that one in the loop would take for an
-    example."""
+    """What a stage takes on one process: `step_seconds` of a step, reading included, of `rows` examples, of which it
+    waits for batches `wait_seconds`; `steps` that were measured; `read_seconds` of an example in one process,
+    `validation_seconds` of one, and the `teacher_seconds` that one in the loop would take for it."""
     run, progress = prepare(recipe, name), Progress(scale=guard.first_scale(recipe.stages[name].precision == "fp16"))
     run.folder.mkdir(parents=True, exist_ok=True)
     run.engine.set_lr(0.0)  # what is learnt from numbers without sense must not become infinite
     device, stream = run.accelerator.device, train.read_ahead(run, 0)
     taken: list[tuple[float, int]] = []
-    ahead, seen = 2 + READ_AHEAD * run.workers, []
+    ahead, seen, waits = 2 + READ_AHEAD * run.workers, [], []
     with closing(stream):
         began = now = time_of(clock, device)
         steps = 0
         while not done(taken, seconds):
             seen.clear()
             run_step(run, progress, watched(stream, seen), stopping=False)
-            rows, images = sum(len(batch.keys) for batch in seen), seen[-1].images
+            rows, images = sum(len(batch.keys) for batch, _ in seen), seen[-1][0].images
             before, now, steps = now, time_of(clock, device), steps + 1
             if steps > ahead or (steps > 1 and before - began >= seconds):
                 taken.append((now - before, rows))
+                waits.append(sum(waited for _, waited in seen))
     whole = max(rows for _, rows in taken)
     full = [one for one, rows in taken if rows == whole]
+    waited = statistics.fmean(wait for wait, (_, rows) in zip(waits, taken, strict=True) if rows == whole)
     return {
         "rows": whole,
         "steps": len(full),
         "step_seconds": statistics.fmean(full),
+        "wait_seconds": waited,
+        "read_seconds": reading_time(run, clock),
         "validation_seconds": validation_time(run, clock),
         "teacher_seconds": teacher_time(teacher, images, clock),
     }
 
 
-def watched(stream: Iterator[tuple[Batch, float]], seen: list[Batch]) -> Iterator[tuple[Batch, float]]:
+def watched(
+    stream: Iterator[tuple[Batch, float]], seen: list[tuple[Batch, float]]
+) -> Iterator[tuple[Batch, float]]:
     """The batches of a stream, each noted as it passes."""
-    for batch, waited in stream:
-        seen.append(batch)
-        yield batch, waited
+    for one in stream:
+        seen.append(one)
+        yield one
+
+
+def reading_time(run: Run, clock: Clock) -> float:
+    """Seconds in which one process reads an example to train on, decodes it and replays its view."""
+    _ = run.train[0]  # opens what there is to open
+    began = clock()
+    read = [run.train[number] for number in range(BATCHES)]
+    return (clock() - began) / sum(len(batch.keys) for batch in read)
 
 
 def validation_time(run: Run, clock: Clock) -> float:

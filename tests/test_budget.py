@@ -387,7 +387,8 @@ def test_hours_are_measured_for_every_kind_of_stage_and_nothing_stays(experiment
     assert time["cache_seconds"] == pytest.approx(sum(found["rows"].values()) / rate) == 3600 * time["cache_hours"]
     for name, one in time["stages"].items():
         its = time["measured"]["stages"][name]
-        assert its["rows"] == 8 and its["steps"] >= 1 and its["step_seconds"] > 0
+        assert its["rows"] == 8 and its["steps"] >= 1 and its["step_seconds"] > its["wait_seconds"] > 0
+        assert its["read_seconds"] > 0 and one["loaders"] >= 1
         assert one["examples_per_second"] == pytest.approx(8 / its["step_seconds"])
         assert one["bytes_per_second"] == pytest.approx(one["example_bytes"] * one["examples_per_second"])
         row = found["row_bytes"]["train"] if name == "distill" else 0
@@ -399,7 +400,7 @@ def test_hours_are_measured_for_every_kind_of_stage_and_nothing_stays(experiment
     total = sum(one["online_seconds"] * one["epochs"] for one in listening)
     assert time["online_seconds"] == pytest.approx(total)
     text = "\n".join(budget.sentences(found))
-    assert text.count("caching has paid for itself after epoch ") == 2 and "\nall stages that listen: " in text
+    assert text.count("caching has paid for itself after ") == 2 and "\nall stages that listen: " in text
 
 
 def test_features_of_a_packed_recipe_are_in_its_hours(scenery):
@@ -414,6 +415,7 @@ def test_features_of_a_packed_recipe_are_in_its_hours(scenery):
 def test_processes_divide_the_work_and_seeds_multiply_it(experiment):
     recipe = load("tiny.yaml", ["views.count=10", "stages.distill.max_steps=3", "views.mixup=0.5", "views.mixed=0.25"])
     one = {"rows": 8, "steps": 3, "step_seconds": 0.02, "validation_seconds": 0.001, "teacher_seconds": 0.01}
+    one |= {"wait_seconds": 0.004, "read_seconds": 0.005}
     measured = {"device": "cpu", "cache": {"rows": 100, "seconds": 2.0}, "stages": {"pretrain": one, "distill": one}}
     measured["start"] = {"listed_seconds": 0.001, "opened_seconds": 0.01, "index_seconds": 0.0001}
     shards = {"train": [8, 8, 5], "val": [9], "test": [8, 2]}
@@ -436,6 +438,7 @@ def test_processes_divide_the_work_and_seeds_multiply_it(experiment):
     alone, taught = single["stages"].values()
     assert alone["examples_per_second"] == 400 and alone["example_bytes"] == 1250 and taught["example_bytes"] == 1350
     assert taught["bytes_per_second"] == 540_000
+    assert alone["loaders"] == taught["loaders"] == 3  # 40 ms of reading beside 16 of a step
     assert alone["epoch_seconds"] == pytest.approx(21 / 400 + 9 * 0.001) and alone["epochs"] == 2
     assert taught["epochs"] == pytest.approx(24 / 21) and taught["online_seconds"] == pytest.approx(0.21)
     # Of 21 examples that are read from one folder, or three; 3 shards of 2.8 MB in each of two of them.
@@ -457,8 +460,13 @@ def test_processes_divide_the_work_and_seeds_multiply_it(experiment):
     assert both["online_seconds"] == pytest.approx(0.36) and both["stages"]["distill"]["break_even_epoch"] == 28
     words = forecast.sentences(both)
     assert words[1] == "caching takes 2.9 s on each of 2 processes"
+    beside = "  to read an example takes a process 5.00 ms, so 3 (data.workers) keep up with the rest of the step on each"
+    assert words.count(f"{beside}; here it waited 20% of its time") == 2
+    paid = "caching has paid for itself after 28 epochs, more than the 1.143 of one run: with further seeds, or "
+    assert sum(paid in one for one in words) == 1
     assert words[-1] == "all stages that listen with 3 seeds: 0.36 s of teacher in the loop, 2.9 s from a cache"
     assert [forecast.duration(one) for one in (0.0123, 42, 600, 7200)] == ["0.012 s", "42 s", "10.0 min", "2.0 h"]
+    assert forecast.duration(0.0009) == "less than a millisecond" and forecast.paid_by(3, 30) == "after epoch 3, of 30"
 
 
 # ---------------------------------------------------------------------------------------------- files and requests
@@ -510,6 +518,7 @@ def test_what_is_thought_of_needs_no_room(experiment):
     told = found["time"]["stages"]["distill"]
     assert found["still_bytes"] > found["free_bytes"] and told["epoch_requests"] == 2 * 10**9
     assert found["training_files"]["shards"] == 61_036 and told["start_seconds"] > 0 < told["index_seconds"]
+    assert any(line.endswith(", which is too little") for line in budget.sentences(found))
 
 
 def test_what_is_cached_already_is_a_part_of_what_is_thought_of(experiment):
@@ -558,10 +567,12 @@ def test_the_plan_command_says_it_in_words_and_in_json(scenery):
     assert {**found, "free_bytes": 0} == {**expected, "free_bytes": 0} and found["free_bytes"] > 10**6
     words = CliRunner().invoke(app, ["plan", "scenes.yaml", "--budget", "100KB", "--bytes-only"])
     assert words.exit_code == 0
-    assert words.stdout.startswith("train: 20 views, 0.05 MB\nval: 4 views, 0.01 MB\nbytes of a training view: logits")
+    assert words.stdout.startswith("train: 20 views, 54.1 KB\nval: 4 views, 11.1 KB\nbytes of a training view: logits")
     assert "high 288, low 208\nbytes of a training example: " in words.stdout
-    assert "\nin all 0.07 MB, still to be written 0.07 MB, free on the disk " in words.stdout
-    assert f"within the budget, {found['proposal_bytes'] / 1e6:.2f} MB in all:\n" in words.stdout
+    still = forecast.volume(found["still_bytes"])
+    said = f"\nsignals in all 65.2 KB; still to be written, packed examples too, {still}, free on the disk "
+    assert said in words.stdout and "too little" not in words.stdout
+    assert f"within the budget, {forecast.volume(found['proposal_bytes'])} in all:\n" in words.stdout
     lines = words.stdout.splitlines()
     section = yaml.safe_load("\n".join(lines[lines.index("cache:") :]))
     kept = {"logits": "fp16", "batch_size": 8, "threads": 1}

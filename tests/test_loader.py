@@ -1,9 +1,11 @@
 """Loader processes: what ends them, and what the training process says when one has ended."""
 
+import json
 import os
 import resource
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -15,8 +17,10 @@ from torch.utils.data import Dataset
 from kd_dist import assemble
 from kd_dist.batch import Batch
 from kd_dist.config import load
-from kd_dist.loader import batches
+from kd_dist.epoch import run_evaluation
+from kd_dist.loader import batches, worthwhile
 from kd_dist.preempt import noticed
+from kd_dist.stage import prepare
 
 pytestmark = [pytest.mark.slow]
 BATCHES = 3 * 60  # in as many epochs that the loaders have work to the end
@@ -117,3 +121,29 @@ def test_a_batch_that_cannot_be_handed_over_is_a_sentence_and_keeps_nobody(lab, 
     for said in causes:
         assert said.startswith("a loader process could not hand over a batch: unable to ") and "File too large" in said
     assert (tmp_path / "read").stat().st_size == 0
+
+
+def judge(runs: str, workers: int) -> None:
+    """Judge a student one example at a time; write its metrics, and the most loader processes that there were."""
+    whole = prepare(load("tiny.yaml", [f"runs={runs}", f"data.workers={workers}"], "pretrain"), "pretrain")
+    singly, there = replace(whole.validation, plan=replace(whole.validation.plan, batch_size=1)), []
+    whole.student.register_forward_hook(lambda *_: there.append(len(psutil.Process().children())))
+    metrics = run_evaluation(replace(whole, validation=singly))
+    left = len(psutil.Process().children())
+    Path(f"{runs}-{workers}.json").write_text(json.dumps([metrics, len(there), max(there), left]))
+
+
+def test_processes_read_for_the_evaluation_too_and_change_nothing(lab, tmp_path):
+    found = {}
+    for workers in (0, 2):
+        ended = run(judge, str(tmp_path / "runs"), workers, folder=lab)
+        assert (ended.status, ended.stderr) == (0, "")
+        found[workers] = json.loads((tmp_path / f"runs-{workers}.json").read_text())
+    alone, beside = found[0], found[2]
+    assert alone[0] == beside[0] and {"accuracy", "nll"} <= set(alone[0])
+    assert alone[1:] == [9, 0, 0] and beside[1:] == [9, 2, 0]
+
+
+def test_few_batches_are_worth_no_process():
+    assert [worthwhile(2, count) for count in (0, 3, 4, 7, 8, 1000)] == [0, 0, 1, 1, 2, 2]
+    assert worthwhile(0, 1000) == 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kd_dist.monitor import LASTING, WINDOW, gan_warnings, warnings
+from kd_dist.monitor import LASTING, WINDOW, gan_warnings, waiting, warnings
 
 LIMITS = {"stagnation_epochs": 3, "retention_target": 0.9, "oscillation": 0.5, "logit_limit": 100.0}
 
@@ -136,3 +136,22 @@ def test_epochs_without_a_step_of_the_discriminator_do_not_count():
     history = [silent, collapsed] * (LASTING + 1)
     found = [gan_warnings(history[:count], BOTH) for count in range(1, len(history) + 1)]
     assert [number for number, sentences in enumerate(found) if sentences] == [2 * LASTING - 1]
+
+
+def waits(*shares: float | None) -> list[bool]:
+    """After which epochs something is said."""
+    records = [{"data_wait": one} for one in shares]
+    return [waiting(records[:count], 0) is not None for count in range(1, len(records) + 1)]
+
+
+def test_a_loop_that_waits_for_batches_is_told_once_what_to_do():
+    assert waits(0.9, 0.1, 0.1, 0.9) == [False] * 4  # the first begins, and one may have been disturbed
+    assert waits(0.3, 0.3, 0.3, 0.3) == [False, True, False, False]
+    assert waits(0.3, None, 0.21, 0.3) == [False, False, False, True]
+    records = [{"data_wait": 0.47}] * 2
+    assert waiting(records, 0) == (
+        "47% of the time goes into waiting for batches, which the training process reads itself; data.workers=1 has a "
+        "process beside it do that"
+    )
+    assert waiting(records, 1).startswith("47% of the time goes into waiting for batches, from 1 loader process; raise")
+    assert "from 4 loader processes; raise data.workers" in waiting(records, 4)

@@ -105,8 +105,7 @@ def rkd(student: Tensor, teacher: Tensor, *, distance: float = 25.0, angle: floa
 def _unit(tensor: Tensor, dim: int, least: float = _LEAST) -> Tensor:
     """Divided by its L2 norm over `dim`; where that is below `least`, 0 with a gradient of 0."""
     norm = torch.linalg.vector_norm(tensor, dim=dim, keepdim=True)
-    long_enough = norm >= least
-    return torch.where(long_enough, tensor / torch.where(long_enough, norm, 1.0), 0.0)
+    return tensor / torch.where(norm >= least, norm, torch.inf)
 
 
 def _energies(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
