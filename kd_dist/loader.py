@@ -140,7 +140,9 @@ def _begin_worker(parent: int, worker: int) -> None:
 def _give_up(error: BaseException, delivered: Packed | Batch | KdError) -> NoReturn:
     """End this loader process when a batch cannot be handed over, as without room in /dev/shm: multiprocessing would
     drop the batch, and the training process would wait for it for ever."""
-    print(f"a loader process could not hand over a batch: {cause(error)}", file=sys.stderr, flush=True)
+    # In one piece, where `print` writes the end of the line by itself: another process may speak too.
+    sys.stderr.write(f"a loader process could not hand over a batch: {cause(error)}\n")
+    sys.stderr.flush()
     os._exit(1)
 
 
