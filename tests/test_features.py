@@ -503,3 +503,11 @@ def test_what_cannot_be_meant_is_refused_in_one_sentence(losses, known, message)
     with pytest.raises(RecipeError) as caught:
         check_losses(losses, "classification", 10, known)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("loss", [cosine, hint, at])
+def test_what_is_no_number_stays_none(loss):
+    """The guard must see it: a vector with a NaN is not one without length."""
+    student, teacher = torch.ones(2, 3, 4), torch.ones(2, 3, 4)
+    student[0, 0, 0] = torch.nan
+    assert loss(student, teacher).isnan().tolist() == [True, False]
