@@ -13,7 +13,7 @@ from kd_dist import checkpoint, monitor, places
 from kd_dist.checkpoint import Progress
 from kd_dist.errors import DataError, TrainingError, cause, is_out_of_memory
 from kd_dist.evaluation import agree_on_buffers, evaluate, picture
-from kd_dist.loader import batches, worthwhile
+from kd_dist.loader import split_batches
 from kd_dist.losses import Objective
 from kd_dist.stage import Run
 from kd_dist.tasks import is_better, retention, undefined
@@ -86,10 +86,8 @@ def evaluating(module: nn.Module) -> Iterator[nn.Module]:
 def run_evaluation(run: Run) -> dict[str, float]:
     """The student's metrics on the validation split, exact over all ranks, in float32."""
     device, rows = run.accelerator.device, run.validation.plan.rows
-    count = len(run.validation)
-    made = batches(run.validation, 0, count, worthwhile(run.workers, count), pin=device.type == "cuda")
     try:
-        with evaluating(run.student) as student, contextlib.closing(made) as stream:
+        with evaluating(run.student) as student, split_batches(run.validation, run.workers, device) as stream:
             return evaluate(lambda batch: student(batch.images).logits, stream, run.task, device, run.error_limit)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

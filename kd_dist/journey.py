@@ -26,7 +26,7 @@ from kd_dist.errors import INTERRUPTED, DataError, MismatchError, Preempted, Rec
 from kd_dist.evaluation import first_examples, judge, numbers, picture
 from kd_dist.launch import PATIENCE, killed, tied
 from kd_dist.link import SOURCE, link
-from kd_dist.loader import batches, worthwhile
+from kd_dist.loader import split_batches
 from kd_dist.models.ensemble import together
 from kd_dist.pack import pack
 from kd_dist.preempt import SIGNALS, noticed
@@ -245,8 +245,8 @@ def measured(recipe: Recipe, folder: Path, which: str, weights: str, build: Call
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = build().eval().to(device)
-        workers, outcomes = worthwhile(recipe.data.workers, len(corridor)), compare.Outcomes(task)
-        with contextlib.closing(batches(corridor, 0, len(corridor), workers, pin=device.type == "cuda")) as stream:
+        outcomes = compare.Outcomes(task)
+        with split_batches(corridor, recipe.data.workers, device) as stream:
             found = judge(outcomes.counting(network), stream, task, device, recipe.data.error_limit)
         values = {name: value if math.isfinite(value) else None for name, value in numbers(found).items()}
         known = {"identity": identity, "metrics": values, "name": network.label, "outcomes": outcomes.record()}

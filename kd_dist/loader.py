@@ -66,6 +66,15 @@ def batches(corridor: Corridor, start: int, stop: int, workers: int, pin: bool) 
         raise LoaderError(cause(error)) from error  # it died while it handed over a batch
 
 
+def split_batches(
+    corridor: Corridor, workers: int, device: torch.device
+) -> contextlib.closing[Iterator[Batch]]:
+    """All batches of a split that is judged by, once, for a model on `device`: a block in which they are read, by as
+    many of so many `workers` as they are worth."""
+    count = len(corridor)
+    return contextlib.closing(batches(corridor, 0, count, worthwhile(workers, count), pin=device.type == "cuda"))
+
+
 def worthwhile(workers: int, count: int) -> int:
     """How many of so many loader processes `count` batches are worth, as those of a small validation split are none."""
     return min(workers, count // WORTH)
