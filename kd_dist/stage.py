@@ -24,7 +24,7 @@ from kd_dist.data import Corridor
 from kd_dist.engine import Engine
 from kd_dist.errors import MismatchError, ModelError, TrainingError, is_out_of_memory
 from kd_dist.evaluation import evaluate, first_examples
-from kd_dist.loader import batches, on_device, to_device
+from kd_dist.loader import on_device, split_batches, to_device
 from kd_dist.losses import LOSSES, Objective, signals_needed
 from kd_dist.models.blocks import depths, freeze, recompute
 from kd_dist.plan import shuffle_problem
@@ -299,6 +299,6 @@ def cached_teacher_metrics(
     without a teacher."""
     rank, world = accelerator.process_index, accelerator.num_processes
     corridor = assemble.evaluation_corridor(recipe, split, rank, world, cached=True, teachers=teachers)
-    stream = batches(corridor, 0, len(corridor), 0, pin=False)
-    task = assemble.task(recipe)
-    return evaluate(lambda batch: spread_out(batch.signals.logits, task.classes), stream, task, accelerator.device)
+    device, task = accelerator.device, assemble.task(recipe)
+    with split_batches(corridor, recipe.data.workers, device) as stream:
+        return evaluate(lambda batch: spread_out(batch.signals.logits, task.classes), stream, task, device)
